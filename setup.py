@@ -1,0 +1,53 @@
+"""fogsculpt: text-to-image diffusion on JAX."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "engine/__init__.py").read_text()).group(1)
+
+train = [
+    "optax>=0.2.5",  # optimizers and schedules
+    "orbax-checkpoint>=0.11",  # checkpoints that survive a crash
+]
+
+setup(
+    name="fogsculpt",
+    version=VERSION,
+    description="Text-to-image diffusion on JAX: a Flax U-Net mapped over every TPU or GPU",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["engine*", "configs*", "launch*"]),
+    package_data={"engine": ["assets/**/*"]},
+    install_requires=[
+        "jax>=0.8",  # the array engine
+        "flax>=0.12",  # NNX modules
+        "numpy>=2.0",
+        "pillow>=11.0",  # PNG, WebP, contact sheets
+        "safetensors>=0.5",  # weights on disk, without pickle
+        "tokenizers>=0.21",  # CLIP's BPE; 40 times quicker to import than transformers
+        "absl-py>=2.1",  # flags
+        "ml_collections>=1.0",  # --config files with typed overrides
+        "jaxtyping>=0.3",  # shapes in signatures
+        "tqdm>=4.66",  # progress bars
+        "platformdirs>=4.0",  # where each system keeps caches
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.8"],
+        "cuda": ["jax[cuda13]>=0.8"],
+        "train": train,
+        "test": [
+            *train,
+            "pytest>=8",
+            "beartype>=0.19",  # checks the jaxtyping annotations in the tests
+            "ruff>=0.9",
+            "torch>=2.6",  # the originals that everything is held against
+            "diffusers>=0.35",
+            "transformers>=4.50",
+        ],
+    },
+)
