@@ -45,7 +45,7 @@ setup(
             "pytest>=8",
             "beartype>=0.19",  # checks the jaxtyping annotations in the tests
             "ruff>=0.9",
-            "torch>=2.6",  # the originals that everything is held against
+            "torch==2.13.0",  # the originals that everything is held against
             "diffusers>=0.35",
             "transformers>=4.50",
         ],
