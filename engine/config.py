@@ -16,7 +16,9 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def from_json(cls: type[T], options: Mapping[str, Any], where: str, fixed: Mapping[str, tuple] | None = None) -> T:
+def from_json(
+    cls: type[T], options: Mapping[str, Any], where: str, fixed: Mapping[str, tuple] | None = None
+) -> T:
     """Builds the dataclass `cls` from a JSON object, and refuses what it does not know.
 
     Args:
@@ -45,7 +47,7 @@ def from_json(cls: type[T], options: Mapping[str, Any], where: str, fixed: Mappi
             raise UserError(f"{where}: unknown option {name!r}{nearest(name, known)}")
     try:
         return cls(**kept)
-    except TypeError as error:
+    except (TypeError, UserError) as error:
         raise UserError(f"{where}: {error}") from None
 
 

@@ -1,0 +1,205 @@
+"""Attention, in one place: every query, key and value of every model meets in `attend`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from engine.models.layers import DEFAULT_INIT, ZEROS, GroupNorm, Identity, conv
+
+# On a CPU the scores of a block of queries stay in the cache; 256 to 512 queries measured best.
+QUERY_BLOCK = 512
+
+
+def _attend_whole(q, k, v, mask):
+    scores = jnp.einsum("BTNK,BSNK->BNTS", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BNTS,BSNK->BTNK", weights, v)
+
+
+def _attend_in_blocks(q, k, v):
+    B, T, N, K = q.shape
+    blocks = -(-T // QUERY_BLOCK)
+    padded = jnp.pad(q, ((0, 0), (0, blocks * QUERY_BLOCK - T), (0, 0), (0, 0)))
+    queries = padded.reshape(B, blocks, QUERY_BLOCK, N, K).swapaxes(0, 1)
+    out = jax.lax.map(lambda block: _attend_whole(block, k, v, None), queries)
+    return out.swapaxes(0, 1).reshape(B, blocks * QUERY_BLOCK, N, K)[:, :T]
+
+
+def attend(
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N K"],
+    *,
+    mask: Array | None = None,
+    upcast: bool = False,
+) -> Float[Array, "B T N K"]:
+    """softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017), softmax in float32.
+
+    Args:
+      mask: boolean, broadcastable to (B, N, T, S); False hides a key.
+      upcast: multiplies q and k in float32 too (Stable Diffusion 2 overflows in half precision).
+    """
+    if upcast:
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    if mask is not None or q.shape[1] <= QUERY_BLOCK:
+        return _attend_whole(q, k, v, mask)
+    return jax.lax.platform_dependent(
+        q, k, v, cpu=_attend_in_blocks, default=lambda q, k, v: _attend_whole(q, k, v, None)
+    )
+
+
+class Attention(nnx.Module):
+    """Multi-head attention over tokens, of themselves or of a context."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        context_dim: int | None = None,
+        qkv_bias: bool = False,
+        upcast: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.to_q = nnx.Linear(dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_k = nnx.Linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_v = nnx.Linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_out = nnx.List([nnx.Linear(dim, dim, rngs=rngs), Identity()])
+        self.heads = heads
+        self.upcast = upcast
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Float[Array, "B S E"] | None = None
+    ) -> Float[Array, "B T D"]:
+        context = x if context is None else context
+
+        def split_heads(a):
+            return a.reshape(*a.shape[:-1], self.heads, -1)
+
+        out = attend(
+            split_heads(self.to_q(x)),
+            split_heads(self.to_k(context)),
+            split_heads(self.to_v(context)),
+            upcast=self.upcast,
+        )
+        return self.to_out[0](out.reshape(x.shape))
+
+
+class SpatialAttention(Attention):
+    """Attention of one head among the pixels of a picture, with a norm and a residual: the autoencoder's."""
+
+    def __init__(self, channels: int, *, groups: int, epsilon: float, rngs: nnx.Rngs):
+        super().__init__(channels, heads=1, qkv_bias=True, rngs=rngs)
+        self.group_norm = GroupNorm(groups, channels, epsilon=epsilon, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        B, H, W, C = x.shape
+        return x + super().__call__(self.group_norm(x).reshape(B, H * W, C)).reshape(x.shape)
+
+
+class GEGLU(nnx.Module):
+    """x W * gelu(x V) (Shazeer 2020), W and V in one matrix."""
+
+    def __init__(self, dim: int, out: int, *, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(dim, 2 * out, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
+        x, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return x * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """A gated linear unit of 4 times the width, and the way back."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.net = nnx.List([GEGLU(dim, 4 * dim, rngs=rngs), Identity(), nnx.Linear(4 * dim, dim, rngs=rngs)])
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.net[2](self.net[0](x))
+
+
+def layer_norm(dim: int, rngs: nnx.Rngs, epsilon: float = 1e-5) -> nnx.LayerNorm:
+    """LayerNorm with the variance in two passes: the fast one-pass formula loses digits."""
+    return nnx.LayerNorm(dim, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Attention among the pixels, attention from the pixels to the words, feed-forward; all residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        context_dim: int,
+        only_cross_attention: bool,
+        upcast: bool,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = layer_norm(dim, rngs)
+        first_context = context_dim if only_cross_attention else None
+        self.attn1 = Attention(dim, heads=heads, context_dim=first_context, upcast=upcast, rngs=rngs)
+        self.norm2 = layer_norm(dim, rngs)
+        self.attn2 = Attention(dim, heads=heads, context_dim=context_dim, upcast=upcast, rngs=rngs)
+        self.norm3 = layer_norm(dim, rngs)
+        self.ff = FeedForward(dim, rngs=rngs)
+        self.only_cross_attention = only_cross_attention
+
+    def __call__(self, x: Float[Array, "B T D"], context: Float[Array, "B L E"]) -> Float[Array, "B T D"]:
+        x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """Transformer blocks over the pixels of a feature map, steered by a context; residual.
+
+    The projections in and out are 1x1 convolutions in Stable Diffusion 1 and linear layers in 2: the
+    same arithmetic, stored in another shape.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        layers: int,
+        context_dim: int,
+        groups: int,
+        use_linear_projection: bool,
+        only_cross_attention: bool,
+        upcast: bool,
+        rngs: nnx.Rngs,
+    ):
+        def projection(init):
+            if use_linear_projection:
+                return nnx.Linear(channels, channels, kernel_init=init, rngs=rngs)
+            return conv(channels, channels, 1, kernel_init=init, rngs=rngs)
+
+        self.norm = GroupNorm(groups, channels, epsilon=1e-6, rngs=rngs)
+        self.proj_in = projection(DEFAULT_INIT)
+        self.transformer_blocks = nnx.List(
+            [
+                BasicTransformerBlock(
+                    channels,
+                    heads=heads,
+                    context_dim=context_dim,
+                    only_cross_attention=only_cross_attention,
+                    upcast=upcast,
+                    rngs=rngs,
+                )
+                for _ in range(layers)
+            ]
+        )
+        self.proj_out = projection(ZEROS)
+
+    def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"]) -> Float[Array, "B H W C"]:
+        B, H, W, C = x.shape
+        h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(h.reshape(B, H, W, C))

@@ -1,0 +1,158 @@
+"""CLIP's text encoder: a causal transformer whose last (or an earlier) layer steers the U-Net."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from engine.config import from_json
+from engine.models.attention import attend, layer_norm
+from engine.models.layers import activation
+from engine.types import UserError
+
+# What transformers writes into every config and what no forward pass reads.
+FIXED = {
+    "architectures": (None, ["CLIPTextModel"], ["CLIPTextModelWithProjection"]),
+    "model_type": ("clip_text_model",),
+    "attention_dropout": (0.0,),
+    "dropout": (0.0,),
+}
+UNREAD = ("torch_dtype", "dtype", "transformers_version", "initializer_factor", "initializer_range")
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """text_encoder/config.json, with the names and defaults of transformers."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int | None = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 49406
+    eos_token_id: int = 49407
+
+    @classmethod
+    def from_json(cls, options: Mapping[str, Any], where: str) -> "CLIPTextConfig":
+        """Reads config.json; raises UserError for what the engine does not know."""
+        return from_json(cls, {k: v for k, v in options.items() if k not in UNREAD}, where, FIXED)
+
+    def __post_init__(self):
+        activation(self.hidden_act, "hidden_act")
+        if self.hidden_size % self.num_attention_heads:
+            heads, width = self.num_attention_heads, self.hidden_size
+            raise UserError(f"num_attention_heads={heads} does not divide hidden_size={width}")
+
+
+class TextOutput(NamedTuple):
+    """What the encoder says of a prompt."""
+
+    last_hidden_state: Float[Array, "B L D"]  # after the final norm
+    pooled: Float[Array, "B D"]  # the same, at the end of the text
+    hidden_states: tuple[Float[Array, "B L D"], ...]  # the embeddings, then each layer, before the final norm
+
+
+class CLIPTextEmbeddings(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.token_embedding = nnx.Embed(
+            config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs
+        )
+        self.position_embedding = nnx.Embed(
+            config.max_position_embeddings, config.hidden_size, embedding_init=init, rngs=rngs
+        )
+
+    def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))
+
+
+class CLIPAttention(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.q_proj = nnx.Linear(width, width, rngs=rngs)
+        self.k_proj = nnx.Linear(width, width, rngs=rngs)
+        self.v_proj = nnx.Linear(width, width, rngs=rngs)
+        self.out_proj = nnx.Linear(width, width, rngs=rngs)
+        self.heads = config.num_attention_heads
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        B, L, D = x.shape
+        q, k, v = (p(x).reshape(B, L, self.heads, -1) for p in (self.q_proj, self.k_proj, self.v_proj))
+        causal = jnp.tril(jnp.ones((L, L), bool))
+        return self.out_proj(attend(q, k, v, mask=causal).reshape(B, L, D))
+
+
+class CLIPMLP(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
+        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+        self.act = activation(config.hidden_act, "hidden_act")
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class CLIPEncoderLayer(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
+        self.layer_norm1 = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
+        self.self_attn = CLIPAttention(config, rngs)
+        self.layer_norm2 = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
+        self.mlp = CLIPMLP(config, rngs)
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
+        self.layers = nnx.List([CLIPEncoderLayer(config, rngs) for _ in range(config.num_hidden_layers)])
+
+    def __call__(self, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], ...]:
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return tuple(states)
+
+
+class CLIPTextTransformer(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
+        self.embeddings = CLIPTextEmbeddings(config, rngs)
+        self.encoder = CLIPEncoder(config, rngs)
+        self.final_layer_norm = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
+        self.eos_token_id = config.eos_token_id
+
+    def __call__(self, ids: Int[Array, "B L"]) -> TextOutput:
+        states = self.encoder(self.embeddings(ids))
+        last = self.final_layer_norm(states[-1])
+        # Configs written before transformers 4.31 say 2 and mean the largest id, which was CLIP's end token.
+        ends = ids if self.eos_token_id == 2 else (ids == self.eos_token_id).astype(jnp.int32)
+        pooled = jnp.take_along_axis(last, ends.argmax(-1)[:, None, None], axis=1)[:, 0]
+        return TextOutput(last, pooled, states)
+
+
+class CLIPTextModel(nnx.Module):
+    """The text half of CLIP (Radford et al. 2021); attributes are the keys of its checkpoints."""
+
+    def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.text_model = CLIPTextTransformer(config, rngs)
+
+    def __call__(self, ids: Int[Array, "B L"]) -> TextOutput:
+        """ids: (B, L), L up to max_position_embeddings."""
+        return self.text_model(ids)
+
+    def context(self, ids: Int[Array, "B L"], clip_skip: int = 0) -> Float[Array, "B L D"]:
+        """What the U-Net attends to: the last layer, or `clip_skip` layers before it, then the final norm."""
+        output = self.text_model(ids)
+        if clip_skip == 0:
+            return output.last_hidden_state
+        return self.text_model.final_layer_norm(output.hidden_states[-1 - clip_skip])

@@ -1,0 +1,211 @@
+"""The small parts that the U-Net and the autoencoder share. Channels last, attributes named as in PyTorch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from engine.types import UserError
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+
+# Residual branches of the U-Net start as zero, so that an untrained block is the identity
+# (Dhariwal & Nichol 2021, zero_module).
+ZEROS = nnx.initializers.zeros_init()
+DEFAULT_INIT = nnx.initializers.lecun_normal()
+
+
+def activation(name: str, where: str) -> Callable[[Array], Array]:
+    """The activation that PyTorch calls `name`; `where` is the config it came from, for the message."""
+    if name not in ACTIVATIONS:
+        raise UserError(f"{where}: unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class Identity(nnx.Module):
+    """Holds a place in a list where PyTorch has a layer without parameters, so that indices agree."""
+
+    def __call__(self, x):
+        return x
+
+
+def conv(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    kernel_init=DEFAULT_INIT,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A square convolution with PyTorch's symmetric padding (by default the one that keeps the size)."""
+    padding = kernel // 2 if padding is None else padding
+    return nnx.Conv(
+        in_channels,
+        out_channels,
+        (kernel, kernel),
+        strides=stride,
+        padding=((padding, padding), (padding, padding)),
+        kernel_init=kernel_init,
+        rngs=rngs,
+    )
+
+
+class GroupNorm(nnx.Module):
+    """Group normalization (Wu & He 2018), with statistics in float32.
+
+    The moments are first taken over H and W for each channel, then joined over the channels of a group
+    (Chan et al. 1979: the variance of a union is the mean of the variances plus the variance of the
+    means). It is several times faster on CPUs than one reduction over (H, W, C/G), and as exact.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, *, epsilon: float, rngs: nnx.Rngs):
+        if num_channels % num_groups:
+            raise UserError(f"norm_num_groups={num_groups} does not divide {num_channels} channels")
+        self.num_groups = num_groups
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(num_channels))
+        self.bias = nnx.Param(jnp.zeros(num_channels))
+
+    def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
+        B, *space, C = x.shape
+        axes = tuple(range(1, 1 + len(space)))
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(axes, keepdims=True)
+        var = jnp.square(x32 - mean).mean(axes).reshape(B, self.num_groups, -1)
+        mean = mean.reshape(B, self.num_groups, -1)
+        group_mean = mean.mean(-1, keepdims=True)
+        group_var = var.mean(-1, keepdims=True) + jnp.square(mean - group_mean).mean(-1, keepdims=True)
+
+        inverse = jax.lax.rsqrt(group_var + self.epsilon)
+        scale = inverse * self.scale[...].astype(jnp.float32).reshape(self.num_groups, -1)
+        bias = self.bias[...].astype(jnp.float32).reshape(self.num_groups, -1) - group_mean * scale
+        shape = (B, *(1 for _ in space), C)
+        return (x32 * scale.reshape(shape) + bias.reshape(shape)).astype(x.dtype)
+
+
+def sinusoidal_embedding(
+    t: Float[Array, "B"], dim: int, *, flip_sin_to_cos: bool, freq_shift: float
+) -> Float[Array, "B D"]:
+    """Timesteps as sines and cosines of 10000^(-i / (dim/2 - freq_shift)) t (Ho et al. 2020), float32."""
+    half = dim // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    parts = [jnp.sin(angles), jnp.cos(angles)]
+    embedding = jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two linear layers from the sinusoidal embedding to the vector that every residual block receives."""
+
+    def __init__(self, in_channels: int, dim: int, act: Callable, *, rngs: nnx.Rngs):
+        self.linear_1 = nnx.Linear(in_channels, dim, rngs=rngs)
+        self.linear_2 = nnx.Linear(dim, dim, rngs=rngs)
+        self.act = act
+
+    def __call__(self, x: Float[Array, "B C"]) -> Float[Array, "B D"]:
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class ResnetBlock2D(nnx.Module):
+    """norm, act, conv, (+ time), norm, act, conv, + shortcut.
+
+    Args:
+      temb_channels: width of the time embedding; None in the autoencoder, which has no time.
+      time_scale_shift: "default" adds the projected embedding before the second norm; "scale_shift"
+        multiplies and adds after it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        temb_channels: int | None,
+        groups: int,
+        epsilon: float,
+        act: Callable,
+        time_scale_shift: str = "default",
+        output_scale_factor: float = 1.0,
+        out_init=DEFAULT_INIT,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = GroupNorm(groups, in_channels, epsilon=epsilon, rngs=rngs)
+        self.conv1 = conv(in_channels, out_channels, 3, rngs=rngs)
+        if temb_channels is not None:
+            width = 2 * out_channels if time_scale_shift == "scale_shift" else out_channels
+            self.time_emb_proj = nnx.Linear(temb_channels, width, rngs=rngs)
+        self.norm2 = GroupNorm(groups, out_channels, epsilon=epsilon, rngs=rngs)
+        self.conv2 = conv(out_channels, out_channels, 3, kernel_init=out_init, rngs=rngs)
+        if in_channels != out_channels:
+            self.conv_shortcut = conv(in_channels, out_channels, 1, rngs=rngs)
+        self.act = act
+        self.time_scale_shift = time_scale_shift
+        self.output_scale_factor = output_scale_factor
+        self.has_shortcut = in_channels != out_channels
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], temb: Float[Array, "B D"] | None = None
+    ) -> Float[Array, "B H W O"]:
+        h = self.conv1(self.act(self.norm1(x)))
+        if temb is None:
+            h = self.norm2(h)
+        else:
+            temb = self.time_emb_proj(self.act(temb))[:, None, None, :]
+            if self.time_scale_shift == "scale_shift":
+                scale, shift = jnp.split(temb, 2, axis=-1)
+                h = self.norm2(h) * (1 + scale) + shift
+            else:
+                h = self.norm2(h + temb)
+        h = self.conv2(self.act(h))
+        if self.has_shortcut:
+            x = self.conv_shortcut(x)
+        return (x + h) / self.output_scale_factor
+
+
+class Downsample2D(nnx.Module):
+    """A convolution of stride 2. padding 0 pads right and bottom alone, as the autoencoder does."""
+
+    def __init__(self, channels: int, *, padding: int, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, 3, stride=2, padding=padding, rngs=rngs)
+        self.pad = padding == 0
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+        if self.pad:
+            x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+        return self.conv(x)
+
+
+def resize_nearest(x: Float[Array, "B h w C"], size: tuple[int, int]) -> Float[Array, "B H W C"]:
+    """Nearest neighbour with PyTorch's indices floor(i * old / new)."""
+    for axis, new in zip((1, 2), size, strict=True):
+        old = x.shape[axis]
+        if new == 2 * old:  # the common case, which XLA turns into a broadcast
+            x = jnp.repeat(x, 2, axis=axis)
+        elif new != old:
+            x = jnp.take(x, jnp.arange(new) * old // new, axis=axis)
+    return x
+
+
+class Upsample2D(nnx.Module):
+    """Nearest neighbour to twice the size, or to `size` where the way down met odd sizes; then a conv."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, 3, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B h w C"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "B H W C"]:
+        _, h, w, _ = x.shape
+        return self.conv(resize_nearest(x, size or (2 * h, 2 * w)))

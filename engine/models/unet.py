@@ -1,0 +1,344 @@
+"""The U-Net of Stable Diffusion: it sees a noisy latent, the time and the words, and says what is noise."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from engine.config import from_json
+from engine.models.attention import Transformer2DModel
+from engine.models.layers import (
+    ZEROS,
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Upsample2D,
+    activation,
+    conv,
+    sinusoidal_embedding,
+)
+from engine.types import UserError
+
+# Options of the original that other model families use, each at the value that leaves it out.
+FIXED = {
+    "dropout": (0.0,),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None,),
+    "addition_time_embed_dim": (None,),
+    "addition_embed_type_num_heads": (64,),
+    "projection_class_embeddings_input_dim": (None,),
+    "class_embeddings_concat": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "reverse_transformer_layers_per_block": (None,),
+    "num_attention_heads": (None,),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,),
+}
+DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
+UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
+MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """unet/config.json, with the names and defaults of PyTorch diffusers.
+
+    `attention_head_dim` is, for historical reasons, the *number of heads* of each block.
+    """
+
+    sample_size: int | tuple[int, ...] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    center_input_sample: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    resnet_time_scale_shift: str = "default"
+
+    @classmethod
+    def from_json(cls, options: Mapping[str, Any], where: str) -> "UNetConfig":
+        """Reads config.json; raises UserError for what the engine does not know."""
+        return from_json(cls, options, where, FIXED)
+
+    def __post_init__(self):
+        def check(name, known):
+            values = getattr(self, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if value not in known:
+                    raise UserError(f"unknown {name} {value!r}; known: {', '.join(map(str, known))}")
+
+        check("down_block_types", DOWN_BLOCKS)
+        check("up_block_types", UP_BLOCKS)
+        check("mid_block_type", MID_BLOCKS)
+        check("resnet_time_scale_shift", ("default", "scale_shift"))
+        check("downsample_padding", (0, 1))
+        activation(self.act_fn, "act_fn")
+        for name in ("block_out_channels", "up_block_types"):
+            if len(getattr(self, name)) != len(self.down_block_types):
+                raise UserError(
+                    f"{name} has {len(getattr(self, name))} entries for {len(self.down_block_types)} blocks"
+                )
+        for name in (
+            "layers_per_block",
+            "attention_head_dim",
+            "cross_attention_dim",
+            "transformer_layers_per_block",
+            "only_cross_attention",
+        ):
+            self.per_block(name)
+        for channels, heads in zip(
+            self.block_out_channels, self.per_block("attention_head_dim"), strict=True
+        ):
+            if channels % heads:
+                raise UserError(f"attention_head_dim: {heads} heads do not divide {channels} channels")
+            if not self.norm_num_groups or channels % self.norm_num_groups:
+                raise UserError(f"norm_num_groups={self.norm_num_groups} does not divide {channels} channels")
+
+    def per_block(self, name: str) -> tuple:
+        """The option `name` as one value a block, whether it is written as one value or as a list."""
+        value, blocks = getattr(self, name), len(self.down_block_types)
+        if not isinstance(value, tuple):
+            value = (value,) * blocks
+        if len(value) != blocks:
+            raise UserError(f"{name} has {len(value)} entries for {blocks} blocks")
+        if not all(isinstance(v, bool | int) for v in value):
+            raise UserError(f"{name}={getattr(self, name)!r}: write one whole number, or one for each block")
+        return value
+
+
+class DownBlock2D(nnx.Module):
+    """Residual blocks, each followed by attention where `transformer` is given; then half the size."""
+
+    def __init__(self, in_channels, out_channels, *, layers, downsample, resnet, transformer, padding, rngs):
+        self.resnets = nnx.List(
+            [resnet(in_channels if i == 0 else out_channels, out_channels) for i in range(layers)]
+        )
+        if transformer:
+            self.attentions = nnx.List([transformer(out_channels) for _ in range(layers)])
+        if downsample:
+            self.downsamplers = nnx.List([Downsample2D(out_channels, padding=padding, rngs=rngs)])
+        self.has_attention = transformer is not None
+        self.has_downsampler = downsample
+
+    def __call__(self, x, temb, context):
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            if self.has_attention:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        if self.has_downsampler:
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class UpBlock2D(nnx.Module):
+    """As on the way down, with the skip of the same size joined to each residual block's input."""
+
+    def __init__(self, in_channels, out_channels, skip_channels, *, upsample, resnet, transformer, rngs):
+        self.resnets = nnx.List(
+            [
+                resnet((in_channels if i == 0 else out_channels) + skip, out_channels)
+                for i, skip in enumerate(skip_channels)
+            ]
+        )
+        if transformer:
+            self.attentions = nnx.List([transformer(out_channels) for _ in skip_channels])
+        if upsample:
+            self.upsamplers = nnx.List([Upsample2D(out_channels, rngs=rngs)])
+        self.has_attention = transformer is not None
+        self.has_upsampler = upsample
+
+    def __call__(self, x, skips, temb, context, size):
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), temb)
+            if self.has_attention:
+                x = self.attentions[i](x, context)
+        return self.upsamplers[0](x, size) if self.has_upsampler else x
+
+
+class MidBlock2D(nnx.Module):
+    """The narrowest place: a residual block, and with a transformer also attention and a second one."""
+
+    def __init__(self, channels, *, resnet, transformer):
+        self.resnets = nnx.List([resnet(channels, channels) for _ in range(2 if transformer else 1)])
+        if transformer:
+            self.attentions = nnx.List([transformer(channels)])
+        self.has_attention = transformer is not None
+
+    def __call__(self, x, temb, context):
+        x = self.resnets[0](x, temb)
+        if self.has_attention:
+            x = self.resnets[1](self.attentions[0](x, context), temb)
+        return x
+
+
+class UNet2DConditionModel(nnx.Module):
+    """F(x, t, context), the network of Rombach et al. 2022; attributes are the keys of its checkpoints."""
+
+    def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
+        self.config = config
+        channels = config.block_out_channels
+        time_dim = 4 * channels[0]
+        act = activation(config.act_fn, "act_fn")
+        resnet = partial(
+            ResnetBlock2D,
+            temb_channels=time_dim,
+            groups=config.norm_num_groups,
+            epsilon=config.norm_eps,
+            act=act,
+            time_scale_shift=config.resnet_time_scale_shift,
+            out_init=ZEROS,
+            rngs=rngs,
+        )
+        self.conv_in = conv(config.in_channels, channels[0], 3, rngs=rngs)
+        self.time_embedding = TimestepEmbedding(channels[0], time_dim, act, rngs=rngs)
+        self.down_blocks, skip_channels = self._way_down(resnet, rngs)
+        if config.mid_block_type is not None:
+            attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
+            self.mid_block = MidBlock2D(
+                channels[-1],
+                resnet=partial(resnet, output_scale_factor=config.mid_block_scale_factor),
+                # the mid block always attends to itself as well
+                transformer=self._transformer(-1, rngs, only_cross_attention=False) if attends else None,
+            )
+        self.up_blocks = self._way_up(resnet, skip_channels, rngs)
+        self.conv_norm_out = GroupNorm(
+            config.norm_num_groups, channels[0], epsilon=config.norm_eps, rngs=rngs
+        )
+        self.conv_out = conv(channels[0], config.out_channels, 3, kernel_init=ZEROS, rngs=rngs)
+        self.act = act
+
+    def _transformer(self, block: int, rngs: nnx.Rngs, *, only_cross_attention: bool):
+        config = self.config
+        return partial(
+            Transformer2DModel,
+            heads=config.per_block("attention_head_dim")[block],
+            layers=config.per_block("transformer_layers_per_block")[block],
+            context_dim=config.per_block("cross_attention_dim")[block],
+            groups=config.norm_num_groups,
+            use_linear_projection=config.use_linear_projection,
+            only_cross_attention=only_cross_attention,
+            upcast=config.upcast_attention,
+            rngs=rngs,
+        )
+
+    def _block_transformer(self, kind: str, block: int, rngs: nnx.Rngs):
+        if not kind.startswith("CrossAttn"):
+            return None
+        only = self.config.per_block("only_cross_attention")[block]
+        return self._transformer(block, rngs, only_cross_attention=only)
+
+    def _way_down(self, resnet, rngs) -> tuple[nnx.List, list[int]]:
+        config = self.config
+        blocks, width = [], config.block_out_channels[0]
+        skip_channels = [width]  # conv_in's output is the first skip
+        for i, (kind, out) in enumerate(zip(config.down_block_types, config.block_out_channels, strict=True)):
+            last = i == len(config.block_out_channels) - 1
+            layers = config.per_block("layers_per_block")[i]
+            blocks.append(
+                DownBlock2D(
+                    width,
+                    out,
+                    layers=layers,
+                    downsample=not last,
+                    resnet=resnet,
+                    transformer=self._block_transformer(kind, i, rngs),
+                    padding=config.downsample_padding,
+                    rngs=rngs,
+                )
+            )
+            skip_channels += [out] * (layers + (not last))
+            width = out
+        return nnx.List(blocks), skip_channels
+
+    def _way_up(self, resnet, skip_channels, rngs) -> nnx.List:
+        config = self.config
+        blocks, width = [], config.block_out_channels[-1]
+        for i, kind in enumerate(config.up_block_types):
+            level = len(config.block_out_channels) - 1 - i
+            out = config.block_out_channels[level]
+            layers = config.per_block("layers_per_block")[level] + 1
+            blocks.append(
+                UpBlock2D(
+                    width,
+                    out,
+                    [skip_channels.pop() for _ in range(layers)],
+                    upsample=level > 0,
+                    resnet=resnet,
+                    transformer=self._block_transformer(kind, level, rngs),
+                    rngs=rngs,
+                )
+            )
+            width = out
+        return nnx.List(blocks)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], t: Float[Array, "B"], context: Float[Array, "B L D"]
+    ) -> Float[Array, "B H W O"]:
+        """What the model was trained to say of `x` (eps, v, ...).
+
+        Args:
+          x: the scaled noisy latent.
+          t: the timestep of each image, 0 to 999, fractions allowed.
+          context: the words' vectors.
+        """
+        config = self.config
+        dtype = self.conv_in.kernel[...].dtype
+        x, context = x.astype(dtype), context.astype(dtype)
+        if config.center_input_sample:
+            x = 2 * x - 1
+        temb = sinusoidal_embedding(
+            t,
+            config.block_out_channels[0],
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        )
+        temb = self.time_embedding(temb.astype(dtype))
+
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x, block_skips = block(x, temb, context)
+            skips += block_skips
+        if config.mid_block_type is not None:
+            x = self.mid_block(x, temb, context)
+        for block in self.up_blocks:
+            # An odd size on the way down was rounded up: go back to the size of the next skip.
+            next_skip = len(skips) - len(block.resnets) - 1
+            x = block(x, skips, temb, context, skips[next_skip].shape[1:3] if next_skip >= 0 else None)
+        return self.conv_out(self.act(self.conv_norm_out(x)))
