@@ -1,0 +1,362 @@
+"""CLIP's tokenizer on the `tokenizers` library alone: prompts -> ids, read, trained and written.
+
+CLIP (Radford et al. 2021, appendix A) splits lower-cased text into words, maps every byte of a word to
+a printable character, and merges the pairs of a byte-pair encoding (Sennrich et al. 2016) whose last
+symbol of a word carries `</w>`. Ids are those of transformers' CLIPTokenizer on the same folder.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int32
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from engine.types import UserError
+
+BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
+# In the order in which transformers adds them to a vocabulary that lacks them.
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_DEFAULTS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # CLIP's ids 0..255: printable bytes first
+
+NORMALIZER = normalizers.Sequence(
+    [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+)
+SPLIT = pre_tokenizers.Split(
+    Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"),
+    behavior="removed",
+    invert=True,
+)
+
+Merges = list[tuple[str, str]]
+
+
+class Tokenizer:
+    """Prompts -> ids of fixed length: <|startoftext|>, the words, <|endoftext|>, padding.
+
+    Attributes: bos_id, eos_id, pad_id; model_max_length L; vocab_size (ids are below it); known_words,
+    the words that the model saw in training, or None where the folder does not say.
+    """
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: Merges,
+        model_max_length: int,
+        specials: dict[str, str] | None = None,
+        added: Sequence[AddedToken] = (),
+        known_words: Iterable[str] | None = None,
+    ):
+        """Args:
+        specials: bos_token, eos_token, unk_token, pad_token, ... where they are not CLIP's.
+        added: tokens found whole in the text before it is split, in the order of their ids.
+        """
+        self.model_max_length = model_max_length
+        self.specials = SPECIAL_DEFAULTS | (specials or {})
+        self.merges = merges
+        self.known_words = None if known_words is None else frozenset(known_words)
+        self._bpe = _clip_pipeline(vocab, merges, self.specials["unk_token"])
+        self._bpe.add_tokens(list(added) or [AddedToken(t, special=True) for t in self.specials.values()])
+        ids = {name: self._bpe.token_to_id(token) for name, token in self.specials.items()}
+        self.bos_id, self.eos_id, self.pad_id = ids["bos_token"], ids["eos_token"], ids["pad_token"]
+        self._bpe.post_processor = processors.RobertaProcessing(
+            (self.specials["eos_token"], self.eos_id),
+            (self.specials["bos_token"], self.bos_id),
+            trim_offsets=False,
+            add_prefix_space=False,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self._bpe.get_vocab_size()
+
+    def encode(self, prompts: list[str]) -> Int32[np.ndarray, "B L"]:
+        """Ids of each prompt, cut or padded to L = model_max_length, bos and eos included."""
+        ids = np.full((len(prompts), self.model_max_length), self.pad_id, np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            words = self._words(prompt).ids[: self.model_max_length - 2]
+            row[: len(words) + 2] = [self.bos_id, *words, self.eos_id]
+        return ids
+
+    def cut(self, prompt: str) -> str | None:
+        """The end of the prompt that `encode` drops because it is too long, or None."""
+        offsets = self._words(prompt).offsets[self.model_max_length - 2 :]
+        return prompt[offsets[0][0] :] if offsets else None
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words and symbols of the prompt that the model never saw; [] where the folder has no words.txt."""
+        if self.known_words is None:
+            return []
+        unknown = (word for word in words_of(prompt) if word not in self.known_words)
+        return list(dict.fromkeys(unknown))
+
+    def _words(self, prompt: str) -> tokenizers.Encoding:
+        try:
+            return self._bpe.encode(prompt, add_special_tokens=False)
+        except TypeError:  # lone surrogates: what Python makes of command-line bytes that are no UTF-8
+            raise UserError(f"prompt {prompt!r}: not valid Unicode; write it in UTF-8") from None
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Tokenizer":
+        """Reads the tokenizer/ of a diffusers folder: tokenizer.json, or vocab.json and merges.txt.
+
+        tokenizer_config.json says the length and the special tokens, special_tokens_map.json and
+        added_tokens.json (older folders) more of them, words.txt the words of the training captions.
+
+        Raises:
+          UserError: a file is missing or corrupt, or describes another tokenizer than CLIP's.
+        """
+        folder = pathlib.Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; a model folder has its tokenizer there")
+        config = _read_json(folder / "tokenizer_config.json")
+        whole = folder / "tokenizer.json"
+        if whole.exists():
+            source, backend = whole, _read_json(whole)
+            vocab, merges = _from_backend(backend, whole)
+        else:
+            source, backend = folder / "merges.txt", {}
+            vocab, merges = _from_pair(folder / "vocab.json", source)
+        specials, added = _special_tokens(folder, config, backend)
+        _check_merges(vocab, merges, {*specials.values(), *(token.content for token in added)}, source)
+        words = folder / "words.txt"
+        known = _read_text(words).split() if words.exists() else None
+        try:
+            return cls(vocab, merges, _length(config, folder), specials, added, known)
+        except UserError:
+            raise
+        except Exception as error:  # the type that the Rust library raises
+            raise UserError(f"{source}: not a CLIP tokenizer: {error}; copy the file again") from None
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes all that `load` and transformers' CLIPTokenizer.from_pretrained read."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        vocab = sorted(self._bpe.get_vocab().items(), key=lambda item: item[1])
+        added = {
+            str(i): {
+                "content": token.content,
+                "lstrip": token.lstrip,
+                "normalized": token.normalized,
+                "rstrip": token.rstrip,
+                "single_word": token.single_word,
+                "special": token.special,
+            }
+            for i, token in self._bpe.get_added_tokens_decoder().items()
+        }
+        config = {
+            "add_prefix_space": False,
+            "added_tokens_decoder": added,
+            **self.specials,
+            "do_lower_case": True,
+            "errors": "replace",
+            "model_max_length": self.model_max_length,
+            "tokenizer_class": "CLIPTokenizer",
+        }
+        merges = "".join(f"{left} {right}\n" for left, right in self.merges)
+        files = {
+            "tokenizer.json": self._bpe.to_str(pretty=True) + "\n",
+            "vocab.json": json.dumps(dict(vocab), ensure_ascii=False) + "\n",
+            "merges.txt": "#version: 0.2\n" + merges,
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+            "special_tokens_map.json": json.dumps(self.specials, indent=2, ensure_ascii=False) + "\n",
+        }
+        if self.known_words is not None:
+            files["words.txt"] = "".join(f"{word}\n" for word in sorted(self.known_words))
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def train_tokenizer(
+    captions: Iterable[str], vocab_size: int, model_max_length: int, words: Iterable[str]
+) -> Tokenizer:
+    """A CLIP tokenizer of at most `vocab_size` ids whose merges fit the captions.
+
+    The vocabulary is CLIP's: 256 bytes, the same at the end of a word, the merges, and the two special
+    tokens last. Every text is encodable, and eos is the highest id (CLIP pools at the argmax of the ids).
+
+    Args:
+      captions: what the merges are learned from. Few captions may give fewer than `vocab_size` ids.
+      words: what `unknown_words` counts as known; phrases are split into their words.
+
+    Raises:
+      UserError: vocab_size leaves no room for the bytes and the special tokens.
+    """
+    room = 2 * len(BYTES) + 2
+    if vocab_size < room:
+        raise UserError(f"vocab_size={vocab_size} is too small: write at least {room} (bytes and specials)")
+    bpe = _clip_pipeline({EOS: 0}, [], EOS)
+    # The trainer counts the ends of words that occur, we count all 256: it never learns too few merges.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        min_frequency=2,
+        initial_alphabet=BYTES,
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions, trainer)
+    vocab = {symbol: i for i, symbol in enumerate([*BYTES, *(b + END_OF_WORD for b in BYTES)])}
+    merges: Merges = []
+    for left, right in json.loads(bpe.to_str())["model"]["merges"]:
+        if len(vocab) == vocab_size - 2:
+            break
+        vocab.setdefault(left + right, len(vocab))
+        merges.append((left, right))
+    for special in (BOS, EOS):
+        vocab[special] = len(vocab)
+    known = {word for phrase in words for word in words_of(phrase)}
+    return Tokenizer(vocab, merges, model_max_length, known_words=known)
+
+
+def words_of(text: str) -> list[str]:
+    """The words, digits and symbols of a text as CLIP splits it; ASCII punctuation is left out."""
+    pieces = (piece for piece, _ in SPLIT.pre_tokenize_str(NORMALIZER.normalize_str(text)))
+    printable = ("".join(c for c in piece if c.isprintable()) for piece in pieces if piece[0] != "'")
+    return [piece for piece in printable if any(c.isalnum() or not c.isascii() for c in piece)]
+
+
+def _clip_pipeline(vocab: dict[str, int], merges: Merges, unk_token: str) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix=END_OF_WORD,
+            fuse_unk=False,
+            unk_token=unk_token,
+        )
+    )
+    bpe.normalizer = NORMALIZER
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([SPLIT, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; copy it from the model that the folder was made from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; copy the file again") from None
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}; copy the file again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected, found {type(value).__name__}")
+    return value
+
+
+def _from_backend(backend: dict[str, Any], path: pathlib.Path) -> tuple[dict[str, int], Merges]:
+    """(vocab, merges) of tokenizer.json. Merges are pairs, or in older files 'left right'."""
+    model = backend.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise UserError(f"{path}: only CLIP's byte-pair encoding is supported (model type BPE)")
+    try:
+        vocab = {str(token): int(i) for token, i in model["vocab"].items()}
+        pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        return vocab, [(str(left), str(right)) for left, right in pairs]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: vocab or merges are broken ({error!r}); copy the file again") from None
+
+
+def _from_pair(vocab_file: pathlib.Path, merges_file: pathlib.Path) -> tuple[dict[str, int], Merges]:
+    for path in (vocab_file, merges_file):
+        _read_text(path)
+    try:
+        return models.BPE.read_file(str(vocab_file), str(merges_file))
+    except Exception as error:
+        raise UserError(f"{vocab_file} or {merges_file.name}: {error}; copy both files again") from None
+
+
+def _check_merges(vocab: dict[str, int], merges: Merges, special: set[str], source: pathlib.Path) -> None:
+    """A merges file cut at the end of a line still parses, and would give other ids: find out."""
+    made = {left + right for left, right in merges}
+    orphans = [
+        t for t in vocab if len(t.removesuffix(END_OF_WORD)) > 1 and t not in made and t not in special
+    ]
+    if orphans:
+        raise UserError(
+            f"{source}: no merge makes {orphans[0]!r} and {len(orphans) - 1} more of the vocabulary: "
+            "the file is incomplete; copy it again"
+        )
+
+
+def _length(config: dict[str, Any], folder: pathlib.Path) -> int:
+    length = config.get("model_max_length")
+    if not isinstance(length, int) or not 2 < length <= 10**6:
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length={length!r}; write the number of tokens "
+            "that the text encoder takes (CLIP: 77)"
+        )
+    for side in ("padding_side", "truncation_side"):
+        if config.get(side, "right") != "right":
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'}: {side}={config[side]!r} is not supported; write 'right'"
+            )
+    return length
+
+
+def _special_tokens(
+    folder: pathlib.Path, config: dict[str, Any], backend: dict[str, Any]
+) -> tuple[dict[str, str], list[AddedToken]]:
+    """Names of the special tokens, and every token found whole in the text, in transformers' order.
+
+    SD 2 pads with '!': as a special token it is id 0 wherever it stands in a prompt, not the id of '!</w>'.
+    """
+    path = folder / "tokenizer_config.json"
+    if config.get("tokenizer_class", "CLIPTokenizer") not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        raise UserError(f"{path}: {config['tokenizer_class']} is not supported; supported: CLIPTokenizer")
+    try:
+        named = SPECIAL_DEFAULTS | {n: _token(config[n]) for n in SPECIAL_NAMES if config.get(n)}
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        by_id = {int(i): _token(token) for i, token in config.get("added_tokens_decoder", {}).items()}
+        if "added_tokens_decoder" not in config:
+            path = folder / "special_tokens_map.json"
+            older = _read_json(path) if path.exists() else {}
+            named |= {n: _token(older[n], special=True) for n in SPECIAL_NAMES if older.get(n)}
+            extra = older.get("additional_special_tokens") or extra
+            path = folder / "added_tokens.json"
+            for token, i in (_read_json(path) if path.exists() else {}).items():
+                special = token in map(_content, named.values())
+                by_id[i] = AddedToken(token, normalized=not special, special=special)
+            path = folder / "tokenizer.json"
+            by_id |= {token["id"]: _token(token) for token in backend.get("added_tokens", [])}
+        added = [by_id[i] for i in sorted(by_id)]
+        known = {token.content: token for token in added}
+        for token in (*(known.get(_content(t), t) for t in named.values()), *map(_token, extra)):
+            if _content(token) not in known and token not in added:
+                added.append(token)
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: the special tokens are broken ({error}); copy the file again") from None
+    contents = {name: _content(token) for name, token in named.items()}
+    return contents, [_added(token, set(contents.values())) for token in added]
+
+
+def _token(value: str | dict[str, Any], **options: bool) -> str | AddedToken:
+    """A token as JSON writes it: a string, or an object with AddedToken's fields and notes of its own."""
+    if isinstance(value, str):
+        return value
+    return AddedToken(**{k: v for k, v in value.items() if k not in ("__type", "id")} | options)
+
+
+def _content(token: str | AddedToken) -> str:
+    return token if isinstance(token, str) else token.content
+
+
+def _added(token: str | AddedToken, named: set[str]) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token, special=True)
+    token.special = token.special or token.content in named
+    return token
