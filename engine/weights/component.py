@@ -1,0 +1,317 @@
+"""One model of a folder (unet/, vae/, text_encoder/): config.json and safetensors <-> config and params.
+
+A model is built without memory (`nnx.eval_shape`), and its parameters are filled in one after another as
+they are read, each cast and placed before the next: the peak is the model plus its largest tensors.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+from jax.typing import DTypeLike
+
+from engine.config import to_json
+from engine.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from engine.models.clip import CLIPTextConfig, CLIPTextModel
+from engine.models.unet import UNet2DConditionModel, UNetConfig
+from engine.types import Params, UserError
+from engine.weights import names
+from engine.weights.files import new_folder, read_json, write_json
+from engine.weights.safetensors_io import (
+    DTYPES,
+    Tensor,
+    as_dtype,
+    cast,
+    read_header,
+    read_tensor,
+    write,
+)
+
+MAX_SHARD_SIZE = 5 * 10**9  # bytes
+DIFFUSERS_VERSION = "0.35.0"  # whose layout is written
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
+
+# ("unet.down_blocks.0.resnets.0.conv1.kernel", array) -> the same on a device or on many
+Place = Callable[[str, np.ndarray], jax.Array]
+
+
+class Kind(NamedTuple):
+    """What stands in a component's folder: who wrote it, its class and config, the name of its weights."""
+
+    library: str
+    class_name: str
+    config: type
+    module: type[nnx.Module]
+    stem: str
+
+    def notes(self) -> dict[str, Any]:
+        """What config.json says of its class, as the library that reads it expects."""
+        if self.library == "diffusers":
+            return {"_class_name": self.class_name, "_diffusers_version": DIFFUSERS_VERSION}
+        return {"architectures": [self.class_name], "model_type": "clip_text_model"}
+
+
+_DIFFUSERS_STEM = "diffusion_pytorch_model"
+KINDS = {
+    "unet": Kind("diffusers", "UNet2DConditionModel", UNetConfig, UNet2DConditionModel, _DIFFUSERS_STEM),
+    "vae": Kind("diffusers", "AutoencoderKL", AutoencoderConfig, AutoencoderKL, _DIFFUSERS_STEM),
+    "text_encoder": Kind("transformers", "CLIPTextModel", CLIPTextConfig, CLIPTextModel, "model"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A model as data: `nnx.merge(graphdef, nnx.State(params))` is the module."""
+
+    kind: str  # a key of KINDS
+    config: Any
+    graphdef: nnx.GraphDef
+    params: Params
+
+
+def abstract(kind: str, config: Any) -> tuple[nnx.GraphDef, dict[names.Path, jax.ShapeDtypeStruct]]:
+    """The structure of a model and the shape of each parameter, without allocating any."""
+    model = nnx.eval_shape(lambda: KINDS[kind].module(config, nnx.Rngs(0)))
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, traverse_util.flatten_dict(nnx.to_pure_dict(params))
+
+
+def load_component(
+    folder: str | Path,
+    kind: str,
+    dtype: DTypeLike = jnp.float32,
+    variant: str | None = None,
+    place: Place | None = None,
+) -> Component:
+    """Reads one model.
+
+    Args:
+      folder: with config.json and the weights, as one safetensors file or several with an index.
+      kind: "unet", "vae" or "text_encoder".
+      dtype: float32, float16 or bfloat16; the files may hold any of the three.
+      variant: "fp16" for the files *.fp16.safetensors. None takes the plain ones, or those of fp16 where
+        there are no others.
+      place: puts a host array on its device or devices; called with "kind.path.of.the.parameter" and the
+        array in Flax's layout, maybe a view. None: the default device.
+
+    Raises:
+      UserError: anything missing, broken, unexpected or of another shape; all such keys in one line.
+    """
+    folder, dtype = Path(folder), as_dtype(dtype)
+    config = read_config(folder / "config.json", kind)
+    graphdef, shapes = abstract(kind, config)
+    weights = find_weights(folder, KINDS[kind].stem, variant)
+    sources = _match(kind, shapes, weights, read_headers(weights))
+    flat = {}
+    for file, tensors in sources.items():
+        with open(file, "rb") as opened:
+            for path, (stored, tensor) in tensors.items():
+                name = ".".join(map(str, (kind, *path)))
+                array = names.to_flax(path, read_tensor(opened, stored, tensor), len(shapes[path].shape))
+                leaf = (place or _on_default_device)(name, cast(array, dtype, f"{file}: {stored}"))
+                flat[path] = jax.block_until_ready(leaf)  # or the transfers in flight would pile up
+                del array, leaf
+    return Component(kind, config, graphdef, traverse_util.unflatten_dict(flat))
+
+
+def _on_default_device(name: str, array: np.ndarray) -> jax.Array:
+    return jax.device_put(array)
+
+
+def read_config(path: Path, kind: str) -> Any:
+    """The config of a model; UserError, with the file, where it is not one that the engine can build."""
+    options = read_json(path)
+    written = options.get("_class_name", KINDS[kind].class_name)
+    if written != KINDS[kind].class_name:
+        raise UserError(f"{path} describes a {written}; the engine reads {KINDS[kind].class_name}")
+    try:
+        return KINDS[kind].config.from_json(options, str(path))
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if str(path) in message else f"{path}: {message}") from None
+
+
+def find_weights(folder: Path, stem: str, variant: str | None) -> Path:
+    """The safetensors file or the index of its shards; UserError where there is none."""
+    candidates = []
+    for infix in (f".{variant}",) if variant else ("", ".fp16"):
+        candidates += [f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"]
+    for name in candidates:
+        if (folder / name).exists():
+            return folder / name
+    present = sorted(file.name for file in folder.iterdir())
+    pickles = [name for name in present if name.endswith(PICKLES)]
+    if pickles and not any(name.endswith(".safetensors") for name in present):
+        raise UserError(
+            f"{folder} holds weights as {pickles[0]} alone, a format that is never opened because it can run "
+            "code: convert it with PyTorch diffusers, from_pretrained(...).save_pretrained(..., "
+            "safe_serialization=True)"
+        )
+    raise UserError(
+        f"{folder} has no {' or '.join(candidates)}; it holds {', '.join(present[:20]) or 'nothing'}"
+    )
+
+
+def read_headers(weights: Path) -> dict[Path, dict[str, Tensor]]:
+    """File -> its tensors, for one file or for all shards of an index."""
+    if weights.suffix != ".json":
+        return {weights: read_header(weights)}
+    shards = read_json(weights).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
+        raise UserError(f"{weights} has no weight_map of tensor names to files")
+    headers = {}
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise UserError(f"{weights} names {shard!r}, which is not a safetensors file beside it")
+        file = weights.parent / shard
+        header = read_header(file)
+        differing = header.keys() ^ {key for key, where in shards.items() if where == shard}
+        if differing:
+            raise UserError(f"{weights} and {file.name} disagree on {_listed(sorted(differing))}")
+        headers[file] = header
+    return headers
+
+
+def _match(
+    kind: str,
+    shapes: Mapping[names.Path, jax.ShapeDtypeStruct],
+    weights: Path,
+    headers: Mapping[Path, Mapping[str, Tensor]],
+) -> dict[Path, dict[names.Path, tuple[str, Tensor]]]:
+    """File -> path of a parameter -> where it is stored. Raises UserError unless all fits exactly."""
+    paths, unexpected, twice, misshapen, mistyped = names.keys(shapes), [], [], [], []
+    missing, sources = dict(paths), {}
+    for file, header in headers.items():
+        sources[file] = {}
+        for stored, tensor in header.items():
+            key = names.canonical(kind, stored)
+            if key is None:
+                continue
+            if key not in paths:
+                unexpected.append(stored)
+                continue
+            path = paths[key]
+            wanted = names.torch_shape(path, shapes[path].shape)
+            if missing.pop(key, None) is None:
+                twice.append(stored)
+            if not names.fits(kind, key, tensor.shape, wanted):
+                misshapen.append(f"{stored} is {tensor.shape}, not {wanted}")
+            if tensor.code not in DTYPES:
+                mistyped.append(f"{stored} is {tensor.code}")
+            sources[file][path] = (stored, tensor)
+    faults = {
+        "missing": list(missing),
+        "unexpected": unexpected,
+        "wrong shape": misshapen,
+        f"no type of {', '.join(DTYPES)}": mistyped,
+        "given twice": twice,
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{fault}: {_listed(keys)}" for fault, keys in faults.items() if keys)
+        raise UserError(f"{weights} does not fit {weights.parent / 'config.json'}: {told}")
+    return sources
+
+
+def _listed(keys: list[str], limit: int = 20) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return f"({len(keys)}) {', '.join(keys[:limit])}{more}"
+
+
+def save_component(
+    folder: str | Path,
+    component: Component,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+) -> None:
+    """Writes one model so that PyTorch's diffusers or transformers load it; the folder appears whole.
+
+    Args:
+      dtype: cast to this; None keeps each parameter as it is.
+      max_shard_size: bytes; what is larger is split into several files with an index.
+      overwrite: replace a folder that holds a model.
+
+    Raises:
+      UserError: the folder exists, or a value does not fit into float16.
+    """
+    with new_folder(Path(folder), "config.json", overwrite) as new:
+        write_component(new, component, dtype, max_shard_size)
+
+
+def write_component(
+    folder: Path, component: Component, dtype: DTypeLike | None, max_shard_size: int = MAX_SHARD_SIZE
+) -> None:
+    """`save_component` into an empty folder that exists."""
+    _, shapes = abstract(component.kind, component.config)
+    leaves = traverse_util.flatten_dict(component.params)
+    if leaves.keys() != shapes.keys():
+        differing = sorted(".".join(map(str, path)) for path in leaves.keys() ^ shapes.keys())
+        raise ValueError(f"params and config of the {component.kind} disagree on {_listed(differing)}")
+    paths = names.keys(shapes)
+
+    def tensor(key: str) -> np.ndarray:
+        array = _on_host(leaves[paths[key]])
+        return names.to_torch(paths[key], cast(array, dtypes[key], f"{component.kind}: {key}"))
+
+    dtypes = {key: as_dtype(dtype or leaves[path].dtype) for key, path in paths.items()}
+    write_config(folder, component.kind, component.config)
+    write_weights(folder, component.kind, shapes, dtypes, tensor, max_shard_size)
+
+
+def _on_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+        leaf = leaf.addressable_data(
+            0
+        )  # a jax.Array keeps its host copy while it lives; this one is short-lived
+    return np.asarray(leaf)
+
+
+def write_config(folder: Path, kind: str, config: Any) -> None:
+    """config.json, as the library of the component writes it."""
+    options = to_json(config, KINDS[kind].class_name)
+    del options["_class_name"]
+    write_json(folder / "config.json", KINDS[kind].notes() | options)
+
+
+def write_weights(
+    folder: Path,
+    kind: str,
+    shapes: Mapping[names.Path, jax.ShapeDtypeStruct],
+    dtypes: Mapping[str, np.dtype],
+    tensor: Callable[[str], np.ndarray],
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """One file, or shards and their index, of what `tensor` gives for each key (in PyTorch's layout)."""
+    stem = KINDS[kind].stem
+    torch_shapes = {names.to_key(path): names.torch_shape(path, leaf.shape) for path, leaf in shapes.items()}
+    sizes = {key: math.prod(shape) * dtypes[key].itemsize for key, shape in torch_shapes.items()}
+    shards = _split(sizes, max_shard_size)
+    if len(shards) == 1:
+        write(folder / f"{stem}.safetensors", torch_shapes, dtypes, tensor)
+        return
+    weight_map = {}
+    for number, keys in enumerate(shards, 1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write(folder / name, {key: torch_shapes[key] for key in keys}, dtypes, tensor)
+        weight_map |= dict.fromkeys(keys, name)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Neighbours together, up to `limit` bytes; a tensor larger than that is alone."""
+    shards: list[list[str]] = [[]]
+    room = limit
+    for key, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(key)
+        room -= size
+    return shards

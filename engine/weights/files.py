@@ -1,0 +1,87 @@
+"""JSON files, and folders that appear whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.types import UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; UserError, with the file, for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object as diffusers lays it out, and waits until it is on the disk."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, marker: str, overwrite: bool) -> Iterator[Path]:
+    """A hidden folder beside `path` to write into, which becomes `path` when the block ends well.
+
+    Whatever ends the block early (an exception, Ctrl-C, a full disk) leaves `path` as it was. A folder that
+    is replaced is out of sight for the moment between two renames, and only then deleted.
+
+    Args:
+      marker: a file that every folder of this kind holds. A folder without it is not replaced, even when
+        asked: it is something else.
+      overwrite: replace a folder that exists.
+
+    Raises:
+      UserError: `path` exists, and may not be replaced.
+      OSError: the disk is full, or the place cannot be written.
+    """
+    path = path.expanduser().resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not path.is_dir():
+            raise UserError(f"{path} is a file: choose another name for the folder")
+        if not overwrite:
+            raise UserError(f"{path} already exists: choose another folder, or say overwrite=True")
+        if not (path / marker).is_file():
+            raise UserError(f"{path} holds no {marker}, so it is not replaced: choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex[:8]
+    new, old = (path.with_name(f".{path.name}.{state}-{unique}") for state in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+        _exchange(new, path, old)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path, old: Path) -> None:
+    """Puts `new` in the place of `path`, and what was there in `old`."""
+    existed = path.exists()
+    if existed:
+        path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        if existed:
+            old.rename(path)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # a rename is on the disk only when its folder is
+    finally:
+        os.close(directory)

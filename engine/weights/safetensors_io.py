@@ -1,0 +1,119 @@
+"""Single safetensors files, read and written one tensor at a time, so that no file is in memory whole.
+
+The format (github.com/huggingface/safetensors): eight bytes with the header's length, little-endian; the
+header, a JSON object of name -> {dtype, shape, data_offsets}; then the tensors' bytes, row-major. The
+library checks the header on reading. The bytes are read by their offsets and not through the library's
+memory map, whose pages would count against the process until the file is closed.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from engine.types import UserError
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Tensor(NamedTuple):
+    """What a header says of one tensor. start, end: its bytes, counted from the beginning of the file."""
+
+    code: str  # "F32", "BF16", "I64", ...
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def as_dtype(dtype: DTypeLike) -> np.dtype:
+    """The numpy dtype of a name or a JAX type; UserError for all but float32, float16, bfloat16."""
+    try:
+        known = np.dtype(dtype)
+    except TypeError:
+        known = None
+    if known not in CODES:
+        raise UserError(f"weights cannot be {dtype}: write float32, float16 or bfloat16")
+    return known
+
+
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`array` as `dtype`, itself if it already is; UserError where a finite number would become infinite."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(result).all() and np.isfinite(array).all():
+        raise UserError(f"{name} has values beyond float16's 65504: use bfloat16 or float32")
+    return result
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Name -> tensor, in the order of the bytes. Raises UserError, with the file, where it is broken."""
+    try:
+        with safe_open(path, "numpy"), open(path, "rb") as file:  # safe_open checks everything used below
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except SafetensorError as error:
+        if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull") from None
+        raise UserError(
+            f"{path} is broken, or a download that stopped early ({error}): fetch it again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), start, end)
+    return dict(sorted(tensors.items(), key=lambda item: item[1].start))
+
+
+def read_tensor(file: BinaryIO, name: str, tensor: Tensor) -> np.ndarray:
+    """One tensor of an open file, in memory of its own."""
+    file.seek(tensor.start)
+    data = np.fromfile(file, np.uint8, tensor.end - tensor.start)
+    if data.nbytes != tensor.end - tensor.start:
+        raise UserError(f"{file.name} became shorter while it was read: {name} is not whole")
+    return data.view(DTYPES[tensor.code]).reshape(tensor.shape)
+
+
+def write(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype],
+    tensor: Callable[[str], np.ndarray],
+) -> None:
+    """Writes one file, and waits until it is on the disk.
+
+    Args:
+      shapes, dtypes: of each name.
+      tensor: name -> array of that shape and dtype; called once for each, as it is written.
+    """
+    # The order of the library, which puts the widest types first to keep every tensor aligned.
+    order = sorted(shapes, key=lambda name: (-dtypes[name].itemsize, CODES[dtypes[name]], name))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in order:
+        shape, dtype = shapes[name], dtypes[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            array = tensor(name)
+            if array.shape != tuple(shapes[name]) or array.dtype != dtypes[name]:
+                raise ValueError(f"{name} is {array.dtype}{array.shape}, not {dtypes[name]}{shapes[name]}")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
