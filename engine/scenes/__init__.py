@@ -1,0 +1,34 @@
+"""The drawn world that the shipped model learned: emoji on painted backgrounds, with captions.
+
+    image, caption, scene = example(seed=0, index=7, size=64)
+
+`scene` chooses, `world` draws, `captions` tells; `things` and `backgrounds` hold what there is. Drawing
+needs the colour emoji font (see `sprites`); captions and words do not.
+"""
+
+from engine.scenes.backgrounds import BACKGROUNDS
+from engine.scenes.captions import all_captions, caption, vocabulary, words
+from engine.scenes.scene import ARRANGEMENTS, PLACES, RELATIONS, SIZES, Labels, Scene, labels, sample_scene
+from engine.scenes.things import THINGS, Thing
+from engine.scenes.world import batch, example, render
+
+__all__ = [
+    "ARRANGEMENTS",
+    "BACKGROUNDS",
+    "PLACES",
+    "RELATIONS",
+    "SIZES",
+    "THINGS",
+    "Labels",
+    "Scene",
+    "Thing",
+    "all_captions",
+    "batch",
+    "caption",
+    "example",
+    "labels",
+    "render",
+    "sample_scene",
+    "vocabulary",
+    "words",
+]

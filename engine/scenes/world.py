@@ -1,0 +1,135 @@
+"""Draws scenes, and addresses them: picture `index` of `seed` never depends on what was drawn before."""
+
+import functools
+
+import numpy as np
+from jaxtyping import UInt8
+
+from engine.scenes.backgrounds import BACKGROUNDS, paint
+from engine.scenes.captions import caption
+from engine.scenes.scene import Scene, sample_scene
+from engine.scenes.sprites import Sprite, paste, sprite
+from engine.scenes.things import INDEX, THINGS
+
+VARIANTS = 256  # painted versions of each background, doubled by mirroring
+JITTER = 0.08  # relative, of every size
+
+# Sides as fractions of the picture, see `sprites.sprite`.
+SINGLE = {"small": 0.36, "big": 0.64}
+PAIRED = {"small": 0.31, "big": 0.43}
+MARGIN = 0.03
+
+
+def example(seed: int, index: int, size: int = 64) -> tuple[UInt8[np.ndarray, "S S 3"], str, Scene]:
+    """Picture, caption and truth number `index` of `seed`: a pure function of the two."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
+    scene = sample_scene(rng)
+    text = caption(scene, rng)
+    return render(scene, size, rng), text, scene
+
+
+def batch(
+    seed: int, first_index: int, n: int, size: int = 64
+) -> tuple[UInt8[np.ndarray, "N S S 3"], list[str], list[Scene]]:
+    """Examples first_index .. first_index + n - 1."""
+    images = np.empty((n, size, size, 3), np.uint8)
+    captions, scenes = [], []
+    for i in range(n):
+        images[i], text, scene = example(seed, first_index + i, size)
+        captions.append(text)
+        scenes.append(scene)
+    return images, captions, scenes
+
+
+def render(scene: Scene, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "S S 3"]:
+    """Draws the scene at size x size pixels; `rng` decides what the scene leaves open."""
+    image = _background(scene.background, int(rng.random() * VARIANTS), size)
+    image = image[:, ::-1].copy() if rng.random() < 0.5 else image.copy()
+    for piece, x, y in (_place_one if len(scene.things) == 1 else _place_two)(scene, size, rng):
+        paste(image, piece, x, y)
+    return image
+
+
+@functools.cache
+def _background(name: str, variant: int, size: int) -> np.ndarray:
+    seed = BACKGROUNDS.index(name) * VARIANTS + variant
+    return paint(name, size, np.random.default_rng(seed))
+
+
+def _draw(name: str, side: float, rng: np.random.Generator) -> Sprite:
+    jittered = side * (1 + JITTER * (2 * rng.random() - 1))
+    return sprite(INDEX[name], round(jittered), bool(rng.random() < 0.5))
+
+
+def _near(value: float, spread: float, rng: np.random.Generator) -> float:
+    return value + spread * (2 * rng.random() - 1)
+
+
+def _place_one(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[Sprite, int, int]]:
+    piece = _draw(scene.things[0], SINGLE[scene.sizes[0]] * size, rng)
+    margin = MARGIN * size * 2 * rng.random()
+    room_x, room_y = size - piece.width, size - piece.height
+    x, y = _near(0.5, 0.04, rng) * room_x, _near(0.5, 0.04, rng) * room_y
+    match scene.arrangement:
+        case "left":
+            x = min(margin, room_x / 4)
+        case "right":
+            x = room_x - min(margin, room_x / 4)
+        case "top":
+            y = min(margin, room_y / 4)
+        case "bottom":
+            y = room_y - min(margin, room_y / 4)
+    return [(piece, round(x), round(y))]
+
+
+def _place_two(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[Sprite, int, int]]:
+    """Sprites with their corners, in the order of drawing."""
+    if scene.arrangement == "wearing":
+        return _place_worn(scene, size, rng)
+    first, second = (
+        _draw(name, PAIRED[s] * size, rng) for name, s in zip(scene.things, scene.sizes, strict=True)
+    )
+    if scene.arrangement == "left of":
+        gap = (size - first.width - second.width) / 3
+        x1, x2 = _near(gap, 0.02 * size, rng), size - second.width - _near(gap, 0.02 * size, rng)
+        foot = _near(0.68, 0.05, rng) * size
+        y1, y2 = foot - first.height, foot - second.height
+    elif scene.arrangement == "above":
+        gap = (size - first.height - second.height) / 3
+        y1, y2 = _near(gap, 0.02 * size, rng), size - second.height - _near(gap, 0.02 * size, rng)
+        x1, x2 = (_near(0.5, 0.08, rng) * (size - piece.width) for piece in (first, second))
+    else:
+        shift = round(_near(0, 0.04, rng) * size)
+        drop = _drop(first, second, shift) + round(0.03 * size)
+        height = drop + second.height
+        x2 = _near(0.5, 0.12, rng) * (size - second.width)
+        x1 = round(x2) + (second.width - first.width) // 2 + shift
+        y1 = _near(0.55, 0.1, rng) * (size - height)
+        y2 = round(y1) + drop
+    return [(second, round(x2), round(y2)), (first, round(x1), round(y1))]
+
+
+def _drop(upper: Sprite, lower: Sprite, shift: int) -> int:
+    """Rows from upper's top edge to lower's when upper, let fall, comes to rest on lower."""
+    x = (lower.width - upper.width) // 2 + shift
+    left, right = max(x, 0), min(x + upper.width, lower.width)
+    bottom, top = upper.bottom[left - x : right - x], lower.top[left:right]
+    both = (bottom >= 0) & (top < lower.height)
+    return int((bottom[both] + 1 - top[both]).max()) if both.any() else upper.height
+
+
+def _place_worn(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[Sprite, int, int]]:
+    """The second thing over the eyes or on the head of the first."""
+    wearer, worn = (THINGS[INDEX[name]] for name in scene.things)
+    piece = _draw(wearer.name, 0.9 * SINGLE["big" if scene.sizes[0] == "big" else "small"] * size, rng)
+    x_eyes, y_eyes, across = wearer.eyes
+    flipped = rng.random() < 0.5
+    width = across * piece.width
+    on_eyes = worn.worn == "eyes"
+    worn_piece = sprite(INDEX[worn.name], round(width * (0.8 if on_eyes else 0.9)), bool(flipped))
+    dx = x_eyes * piece.width - worn_piece.width / 2
+    dy = y_eyes * piece.height - worn_piece.height / 2 if on_eyes else 0.12 * piece.height - worn_piece.height
+    above = max(0.0, -dy)
+    x = _near(0.5, 0.12, rng) * (size - piece.width)
+    y = above + _near(0.5, 0.2, rng) * (size - piece.height - above)
+    return [(piece, round(x), round(y)), (worn_piece, round(x + dx), round(y + dy))]
