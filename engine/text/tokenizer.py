@@ -22,6 +22,7 @@ BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 # In the order in which transformers adds them to a vocabulary that lacks them.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SPECIAL_DEFAULTS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+TOKEN_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # CLIP's ids 0..255: printable bytes first
 
 NORMALIZER = normalizers.Sequence(
@@ -99,7 +100,7 @@ class Tokenizer:
         try:
             return self._bpe.encode(prompt, add_special_tokens=False)
         except TypeError:  # lone surrogates: what Python makes of command-line bytes that are no UTF-8
-            raise UserError(f"prompt {prompt!r}: not valid Unicode; write it in UTF-8") from None
+            raise UserError(f"prompt {prompt[:60]!r}: not valid Unicode; write it in UTF-8") from None
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Tokenizer":
@@ -122,16 +123,16 @@ class Tokenizer:
         else:
             source, backend = folder / "merges.txt", {}
             vocab, merges = _from_pair(folder / "vocab.json", source)
+        length = _length(config, folder / "tokenizer_config.json")
         specials, added = _special_tokens(folder, config, backend)
         _check_merges(vocab, merges, {*specials.values(), *(token.content for token in added)}, source)
         words = folder / "words.txt"
         known = _read_text(words).split() if words.exists() else None
         try:
-            return cls(vocab, merges, _length(config, folder), specials, added, known)
-        except UserError:
-            raise
+            return cls(vocab, merges, length, specials, added, known)
         except Exception as error:  # the type that the Rust library raises
-            raise UserError(f"{source}: not a CLIP tokenizer: {error}; copy the file again") from None
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{source}: not a CLIP tokenizer: {reason}; copy the file again") from None
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes all that `load` and transformers' CLIPTokenizer.from_pretrained read."""
@@ -139,14 +140,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         vocab = sorted(self._bpe.get_vocab().items(), key=lambda item: item[1])
         added = {
-            str(i): {
-                "content": token.content,
-                "lstrip": token.lstrip,
-                "normalized": token.normalized,
-                "rstrip": token.rstrip,
-                "single_word": token.single_word,
-                "special": token.special,
-            }
+            str(i): {field: getattr(token, field) for field in TOKEN_FIELDS}
             for i, token in self._bpe.get_added_tokens_decoder().items()
         }
         config = {
@@ -191,22 +185,21 @@ def train_tokenizer(
     if vocab_size < room:
         raise UserError(f"vocab_size={vocab_size} is too small: write at least {room} (bytes and specials)")
     bpe = _clip_pipeline({EOS: 0}, [], EOS)
-    # The trainer counts the ends of words that occur, we count all 256: it never learns too few merges.
+    ends = [byte + END_OF_WORD for byte in BYTES]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2,
         min_frequency=2,
         initial_alphabet=BYTES,
+        # Ties between pairs go to the lower id: named here, the ends of words get theirs in a fixed order.
+        special_tokens=ends,
         end_of_word_suffix=END_OF_WORD,
         show_progress=False,
     )
     bpe.train_from_iterator(captions, trainer)
-    vocab = {symbol: i for i, symbol in enumerate([*BYTES, *(b + END_OF_WORD for b in BYTES)])}
-    merges: Merges = []
-    for left, right in json.loads(bpe.to_str())["model"]["merges"]:
-        if len(vocab) == vocab_size - 2:
-            break
-        vocab.setdefault(left + right, len(vocab))
-        merges.append((left, right))
+    merges = [(left, right) for left, right in json.loads(bpe.to_str())["model"]["merges"]]
+    vocab: dict[str, int] = {}
+    for symbol in (*BYTES, *ends, *(left + right for left, right in merges)):
+        vocab.setdefault(symbol, len(vocab))
     for special in (BOS, EOS):
         vocab[special] = len(vocab)
     known = {word for phrase in words for word in words_of(phrase)}
@@ -216,7 +209,8 @@ def train_tokenizer(
 def words_of(text: str) -> list[str]:
     """The words, digits and symbols of a text as CLIP splits it; ASCII punctuation is left out."""
     pieces = (piece for piece, _ in SPLIT.pre_tokenize_str(NORMALIZER.normalize_str(text)))
-    printable = ("".join(c for c in piece if c.isprintable()) for piece in pieces if piece[0] != "'")
+    whole = (piece for piece in pieces if not (piece[0] == "'" and piece[1:].isalpha()))  # no 's, 't, 're
+    printable = ("".join(c for c in piece if c.isprintable()) for piece in whole)
     return [piece for piece in printable if any(c.isalnum() or not c.isascii() for c in piece)]
 
 
@@ -291,18 +285,15 @@ def _check_merges(vocab: dict[str, int], merges: Merges, special: set[str], sour
         )
 
 
-def _length(config: dict[str, Any], folder: pathlib.Path) -> int:
+def _length(config: dict[str, Any], path: pathlib.Path) -> int:
     length = config.get("model_max_length")
     if not isinstance(length, int) or not 2 < length <= 10**6:
         raise UserError(
-            f"{folder / 'tokenizer_config.json'}: model_max_length={length!r}; write the number of tokens "
-            "that the text encoder takes (CLIP: 77)"
+            f"{path}: model_max_length={length!r}; write how many tokens the text encoder takes (CLIP: 77)"
         )
     for side in ("padding_side", "truncation_side"):
         if config.get(side, "right") != "right":
-            raise UserError(
-                f"{folder / 'tokenizer_config.json'}: {side}={config[side]!r} is not supported; write 'right'"
-            )
+            raise UserError(f"{path}: {side}={config[side]!r} is not supported; write 'right'")
     return length
 
 
@@ -344,10 +335,12 @@ def _special_tokens(
     return contents, [_added(token, set(contents.values())) for token in added]
 
 
-def _token(value: str | dict[str, Any], **options: bool) -> str | AddedToken:
-    """A token as JSON writes it: a string, or an object with AddedToken's fields and notes of its own."""
+def _token(value: Any, **options: bool) -> str | AddedToken:
+    """A token as JSON writes it: a string, or an object with TOKEN_FIELDS."""
     if isinstance(value, str):
         return value
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is neither a string nor an object")
     return AddedToken(**{k: v for k, v in value.items() if k not in ("__type", "id")} | options)
 
 
