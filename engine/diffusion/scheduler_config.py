@@ -1,0 +1,217 @@
+"""A diffusers scheduler_config.json, and what each scheduler class in it means."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, get_args
+
+from engine import config as reader
+from engine.types import UserError
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SPACINGS = ("linspace", "leading", "trailing")
+GRIDS = (*SPACINGS, "karras", "exponential")
+
+
+class Rules(NamedTuple):
+    """What one diffusers scheduler class means: the sampler, and how it reads its options."""
+
+    sampler: str
+    spacing: str  # its default timestep_spacing
+    family: str  # "vp": latents kept variance-preserving; "ve": x0 + sigma eps; "flow"
+    reads: tuple[str, ...]  # options beyond COMMON. Others are leftovers of another class, and do nothing
+
+
+COMMON = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "timestep_spacing",
+    "steps_offset",
+)
+SHAPES = ("use_karras_sigmas", "use_exponential_sigmas")
+FINAL = "final_sigmas_type"
+SOLVER = ("algorithm_type", "lower_order_final", "euler_at_final")
+DPM_SOLVER, FLOW = "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
+RULES = {
+    "DDIMScheduler": Rules("ddim", "leading", "vp", ("set_alpha_to_one",)),
+    "DDPMScheduler": Rules("ddpm", "leading", "vp", ()),
+    "PNDMScheduler": Rules("pndm", "leading", "vp", ("set_alpha_to_one", "skip_prk_steps")),
+    DPM_SOLVER: Rules("dpmpp_2m", "linspace", "vp", (*SHAPES, FINAL, *SOLVER)),
+    "EulerDiscreteScheduler": Rules("euler", "linspace", "ve", (*SHAPES, FINAL, "sigma_min", "sigma_max")),
+    "EulerAncestralDiscreteScheduler": Rules("euler_ancestral", "linspace", "ve", ()),
+    "HeunDiscreteScheduler": Rules("heun", "linspace", "ve", SHAPES),
+    FLOW: Rules("euler", "linspace", "flow", ("shift",)),
+}
+CLASSES = {rules.sampler: name for name, rules in RULES.items() if name != FLOW} | {
+    "dpmpp_2m_sde": DPM_SOLVER
+}
+
+# Options of the originals that the engine has for these values only, and those that such values switch off.
+FIXED: dict[str, tuple] = {
+    "clip_sample": (False,),
+    "thresholding": (False,),
+    "variance_type": (None, "fixed_small", "fixed_small_log"),
+    "solver_order": (2,),
+    "solver_type": ("midpoint",),
+    "lambda_min_clipped": (-float("inf"),),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "use_flow_sigmas": (False, None),
+    "use_dynamic_shifting": (False,),
+    "invert_sigmas": (False,),
+    "shift_terminal": (None,),
+    "stochastic_sampling": (False,),
+}
+INERT = (
+    *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"),
+    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """A diffusers scheduler_config.json. None stands for the class's own default."""
+
+    class_name: str
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple | None = None  # in place of the three above
+    prediction_type: str = "epsilon"
+    timestep_spacing: str | None = None
+    steps_offset: int = 0  # added to leading timesteps
+    rescale_betas_zero_snr: bool = False  # how the model was trained: true for every class, unlike the rest
+    set_alpha_to_one: bool | None = None  # the grid ends at sigma 0, else at that of timestep 0
+    skip_prk_steps: bool = True  # PNDM without its Runge-Kutta start: the only one here
+    use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    sigma_min: float | None = None  # ends of the karras and exponential grids
+    sigma_max: float | None = None
+    final_sigmas_type: str = "zero"  # or "sigma_min": the grid ends at the sigma of timestep 0
+    algorithm_type: str = "dpmsolver++"  # or "sde-dpmsolver++"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    shift: float = 1.0  # of flow timesteps: t -> shift t / (1 + (shift - 1) t)
+
+    @classmethod
+    def from_json(cls, options: Mapping[str, Any], where: str) -> "SchedulerConfig":
+        """Reads the JSON object of the file `where`.
+
+        An absent `clip_sample` counts as false for every class: latents have no range to clip to.
+
+        Raises:
+          UserError: an unknown scheduler class or option, or a value that the engine does not implement.
+        """
+        name = options.get("_class_name")
+        if name not in RULES:
+            raise UserError(f"{where}: _class_name={name!r} is not supported; supported: {', '.join(RULES)}")
+        defaults: dict[str, Any] = {}
+        if name == "PNDMScheduler":
+            defaults["skip_prk_steps"] = False
+        if name == FLOW:
+            defaults["prediction_type"] = "flow_prediction"
+        if name == "HeunDiscreteScheduler":
+            defaults |= {"beta_start": 0.00085, "beta_end": 0.012}
+        options = defaults | {key: value for key, value in options.items() if key not in INERT}
+        config = reader.from_json(cls, options | {"class_name": name}, where, FIXED)
+        return _typed(config, where).validate(where)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that `from_json` and diffusers read: what the class reads, and any leftovers."""
+        own = {"_class_name", "num_train_timesteps", *self.rules.reads}
+        own |= set() if self.is_flow else set(COMMON)
+        default = SchedulerConfig(self.class_name, prediction_type=self.prediction_type)
+        options = reader.to_json(self, self.class_name)
+        del options["class_name"]
+        kept = {
+            name: value
+            for name, value in options.items()
+            if value is not None and (name in own or value != getattr(default, name))
+        }
+        return kept | ({"clip_sample": False} if self.rules.sampler in ("ddim", "ddpm") else {})
+
+    def validate(self, where: str = "scheduler config") -> "SchedulerConfig":
+        """Itself, if every option has a value that the engine implements."""
+        predictions = ("flow_prediction",) if self.is_flow else ("epsilon", "v_prediction", "sample")
+        choices: dict[str, tuple] = {
+            "beta_schedule": BETA_SCHEDULES,
+            "prediction_type": predictions,
+            "timestep_spacing": (None, *SPACINGS),
+            "final_sigmas_type": ("zero", "sigma_min"),
+            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+        }
+        if self.class_name == "PNDMScheduler":
+            choices["skip_prk_steps"] = (True,)
+        if self.is_flow:
+            choices |= {name: (False, None) for name in SHAPES}
+        if self.class_name == DPM_SOLVER and self.final_sigmas_type == "sigma_min":
+            choices |= {"lower_order_final": (True,), "euler_at_final": (False,)}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise UserError(
+                    f"{where}: {name}={value!r} is not supported by {self.class_name}; "
+                    f"supported: {', '.join(map(repr, allowed))}"
+                )
+        if self.num_train_timesteps < 2 or not 0 < self.shift < float("inf"):
+            raise UserError(f"{where}: num_train_timesteps must be at least 2, and shift above 0")
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise UserError(
+                f"{where}: {len(self.trained_betas)} trained_betas for {self.num_train_timesteps} timesteps"
+            )
+        return self
+
+    @property
+    def rules(self) -> Rules:
+        return RULES[self.class_name]
+
+    @property
+    def spacing(self) -> str:
+        return self.timestep_spacing or self.rules.spacing
+
+    @property
+    def is_flow(self) -> bool:
+        return self.class_name == FLOW
+
+    def option(self, name: str, inert: Any) -> Any:
+        """The option's value, or `inert` where the class does not read it."""
+        return getattr(self, name) if name in self.rules.reads else inert
+
+
+def _typed(config: SchedulerConfig, where: str) -> SchedulerConfig:
+    """The config with JSON's integers made floats where floats are meant; any other type is refused."""
+    changed = {}
+    for field in dataclasses.fields(config):
+        value, types = getattr(config, field.name), get_args(field.type) or (field.type,)
+        if float in types and type(value) is int:
+            changed[field.name] = float(value)
+        elif not isinstance(value, types):
+            raise UserError(f"{where}: {field.name}={value!r} is not of type {types[0].__name__}")
+    return dataclasses.replace(config, **changed)
+
+
+def sampler_name(config: SchedulerConfig) -> str:
+    """The sampler that the config's class stands for."""
+    sde = config.option("algorithm_type", "").startswith("sde")
+    return "dpmpp_2m_sde" if sde else RULES[config.class_name].sampler
+
+
+def for_sampler(config: SchedulerConfig, sampler: str) -> SchedulerConfig:
+    """The same noise schedule with the grid of another sampler's class, as diffusers' from_config makes it.
+
+    A flow model keeps its config: its grid does not depend on the sampler.
+    """
+    if config.is_flow or sampler == sampler_name(config):
+        return config
+    if sampler not in CLASSES:
+        near = reader.nearest(sampler, CLASSES)
+        raise UserError(f"sampler={sampler!r} is unknown{near}; write one of {', '.join(CLASSES)}")
+    algorithm = "sde-dpmsolver++" if sampler == "dpmpp_2m_sde" else "dpmsolver++"
+    return dataclasses.replace(
+        config, class_name=CLASSES[sampler], algorithm_type=algorithm, skip_prk_steps=True
+    ).validate()

@@ -1,0 +1,237 @@
+"""How noisy the latents are: a model folder's scheduler config, its noise levels, and the grid to sample on.
+
+Everything here is in the variance-exploding scaling of Karras et al. 2022 (EDM): x = x0 + sigma * eps.
+A variance-preserving model sees x / sqrt(1 + sigma^2), with alphas_cumprod = 1 / (1 + sigma^2); a flow
+model sees x / (1 + sigma) = (1 - t) x0 + t eps, with sigma = t / (1 - t), t from 0 (clean) to 1 (noise).
+That choice of sigma keeps the signal-to-noise ratio 1 / sigma^2 the same in all scalings, so every
+sampler serves every model, and Euler steps in sigma *are* the flow's Euler steps in t.
+
+Pure noise (t = 1, or zero terminal SNR) has no finite sigma. It is capped at SIGMA_CAP: there the image's
+share of x is 1e-6 of the noise's, below what float32 arithmetic and any model can see.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from engine.config import nearest
+from engine.diffusion.scheduler_config import (
+    DPM_SOLVER,
+    GRIDS,
+    SPACINGS,
+    SchedulerConfig,
+    for_sampler,
+    sampler_name,
+)
+from engine.types import Sigma, UserError
+
+__all__ = [
+    "Schedule",
+    "SchedulerConfig",
+    "alphas_cumprod",
+    "betas",
+    "final_scale",
+    "for_sampler",
+    "initial_scale",
+    "sampler_name",
+    "schedule_for",
+    "sigmas_for",
+]
+
+SIGMA_CAP = 2.0**20
+SMALL_SIGMA_CAP = 2.0**12  # zero terminal SNR where diffusers caps it too, at alphas_cumprod 2^-24
+
+
+def betas(config: SchedulerConfig) -> np.ndarray:
+    """Variance that each training timestep adds, (T,) float64, before any rescaling to zero terminal SNR."""
+    T = config.num_train_timesteps
+    if config.trained_betas is not None:
+        return np.asarray(config.trained_betas, np.float64)
+    if config.beta_schedule == "linear":
+        return np.linspace(config.beta_start, config.beta_end, T)
+    if config.beta_schedule == "scaled_linear":
+        return np.linspace(config.beta_start**0.5, config.beta_end**0.5, T) ** 2
+    # Nichol & Dhariwal 2021, equation 17
+    alpha_bar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+def alphas_cumprod(config: SchedulerConfig) -> np.ndarray:
+    """Share of the image's variance left at each training timestep, (T,) float64, positive.
+
+    With `rescale_betas_zero_snr`, sqrt(alphas_cumprod) is shifted and scaled to end at 0 (Lin et al. 2023,
+    algorithm 1) and its last value then replaced by the one of the sigma cap.
+    """
+    alphas_bar = np.cumprod(1 - betas(config))
+    if config.rescale_betas_zero_snr:
+        root = np.sqrt(alphas_bar)
+        alphas_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        exact = config.class_name in ("DDIMScheduler", "DDPMScheduler")
+        alphas_bar[-1] = (SIGMA_CAP if exact else SMALL_SIGMA_CAP) ** -2
+    return alphas_bar
+
+
+def _table(config: SchedulerConfig) -> np.ndarray:
+    """sigma of every training timestep, (T,) float64, rising."""
+    if config.is_flow:
+        t = np.arange(1, config.num_train_timesteps + 1) / config.num_train_timesteps
+        return _flow_sigma(_shifted(t, config.shift))
+    alphas_bar = alphas_cumprod(config)
+    return np.sqrt((1 - alphas_bar) / alphas_bar)
+
+
+def _shifted(t: float | np.ndarray, shift: float) -> float | np.ndarray:
+    """Esser et al. 2024, equation 23."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def _flow_sigma(t: np.ndarray) -> np.ndarray:
+    return t / np.maximum(1 - t, t / SIGMA_CAP)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The noise levels that a model was trained on. A pytree of one array.
+
+    Attributes:
+      sigmas: (T,) float32, rising: sigma of each training timestep.
+      flow: timesteps are T sigma / (1 + sigma), not positions in the table.
+      whole: the model is only shown whole timesteps, the nearest ones (as diffusers' DPM-Solver does).
+    """
+
+    sigmas: Any
+    flow: bool = dataclasses.field(default=False, metadata={"static": True})
+    whole: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def sigma_to_t(self, sigma: Sigma) -> Float[Array, "*B"]:
+        """Timestep that the model is given for a noise level, 0 to T, by log-linear interpolation.
+
+        Exact at the table's own sigmas; levels beyond its ends get the ends' timesteps.
+        """
+        sigmas = jnp.asarray(self.sigmas, sigma.dtype)
+        T = sigmas.shape[0]
+        if self.flow:
+            return T * sigma / (1 + sigma)
+        low = jnp.clip(jnp.sum(sigma[..., None] >= sigmas, -1) - 1, 0, T - 2)
+        sigma = jnp.clip(sigma, sigmas[0], sigmas[-1])
+        # log of ratios, not a difference of logs: neighbouring levels differ by less than 1 %
+        t = low + jnp.log(sigma / sigmas[low]) / jnp.log(sigmas[low + 1] / sigmas[low])
+        return jnp.round(t) if self.whole else t
+
+    def t_to_sigma(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """Inverse of `sigma_to_t`, whole or not: noise level of a timestep, which may be fractional."""
+        sigmas = jnp.asarray(self.sigmas, t.dtype)
+        T = sigmas.shape[0]
+        if self.flow:
+            return t / jnp.maximum(T - t, t / SIGMA_CAP)
+        low = jnp.clip(jnp.floor(t).astype(int), 0, T - 2)
+        weight = jnp.clip(t - low, 0, 1)
+        return sigmas[low] * (sigmas[low + 1] / sigmas[low]) ** weight
+
+
+def schedule_for(config: SchedulerConfig) -> Schedule:
+    """The noise levels of a scheduler config."""
+    whole = config.class_name == DPM_SOLVER
+    return Schedule(_table(config).astype(np.float32), flow=config.is_flow, whole=whole)
+
+
+def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None) -> np.ndarray:
+    """The noise levels to sample on, as diffusers' scheduler of that class and these options sets them.
+
+    Args:
+      steps: number of sampling steps, 1 to num_train_timesteps.
+      grid: one of GRIDS in place of the config's own.
+
+    Returns:
+      (steps + 1,) float32, falling. The last is 0, or the sigma of timestep 0 where the config says so
+      (`set_alpha_to_one` false, `final_sigmas_type` "sigma_min").
+
+    Raises:
+      UserError: steps out of range, an unknown grid, or one that the model has not.
+    """
+    T = config.num_train_timesteps
+    if not 1 <= steps <= T:
+        raise UserError(f"steps={steps} is out of range; write 1 to {T} (the model's training timesteps)")
+    if grid is not None and (grid not in GRIDS or config.is_flow):
+        allowed = "none: a flow model has one grid" if config.is_flow else ", ".join(GRIDS)
+        raise UserError(f"grid={grid!r} is not supported{nearest(grid, GRIDS)}; supported: {allowed}")
+    if config.is_flow:
+        # The original shifts its smallest t twice: once in the table, once with the rest of the grid.
+        t = np.linspace(1, _shifted(1 / T, config.shift), steps)
+        return np.append(_flow_sigma(_shifted(t, config.shift)), 0.0).astype(np.float32)
+
+    table = _table(config)
+    spacing = grid if grid in SPACINGS else config.spacing
+    sigmas = np.interp(_timesteps(config, steps, spacing), np.arange(T), table)
+    if shape := _shape(config, grid):
+        ends = table[[-1, 0]] if config.class_name == DPM_SOLVER else sigmas[[0, -1]]
+        sigma_max = config.option("sigma_max", None) or ends[0]
+        sigma_min = config.option("sigma_min", None) or ends[1]
+        sigmas = shape(steps, sigma_min, sigma_max)
+    return np.append(sigmas, _final_sigma(config, table)).astype(np.float32)
+
+
+def _shape(config: SchedulerConfig, grid: str | None) -> Callable | None:
+    """The formula that spreads the sigmas between their ends, where the timesteps do not."""
+    if grid == "karras" or (grid is None and config.option("use_karras_sigmas", False)):
+        return karras
+    if grid == "exponential" or (grid is None and config.option("use_exponential_sigmas", False)):
+        return exponential
+    return None
+
+
+def _timesteps(config: SchedulerConfig, steps: int, spacing: str) -> np.ndarray:
+    """The training timesteps to sample at, (steps,), falling (Lin et al. 2023, table 2).
+
+    One step starts at the noisiest timestep whatever the rounding, where numpy's linspace would give the
+    cleanest. DPM-Solver counts the end of its last step as one more point of linspace and leading.
+    """
+    T, multistep = config.num_train_timesteps, config.class_name == DPM_SOLVER
+    points = steps + 1 if multistep else steps
+    if spacing == "linspace":
+        t = np.linspace(T - 1, 0, points)[:steps]
+        t = t if config.rules.family == "ve" else np.round(t)
+    elif spacing == "leading":
+        t = np.arange(points)[::-1][:steps] * max(T // points, 1) + config.steps_offset
+    else:
+        t = np.round(T - np.arange(steps) * (T / steps)) - 1
+    return np.clip(t, 0, T - 1)
+
+
+def _final_sigma(config: SchedulerConfig, table: np.ndarray) -> float:
+    """Where the last step ends: 0, or the smallest sigma of training."""
+    alpha_to_one = config.option("set_alpha_to_one", True)
+    if alpha_to_one is None:  # the originals' own defaults
+        alpha_to_one = config.class_name == "DDIMScheduler"
+    return 0.0 if alpha_to_one and config.option("final_sigmas_type", "zero") == "zero" else table[0]
+
+
+def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:
+    """Karras et al. 2022, equation 5, (steps,) float64."""
+    ramp = np.linspace(0, 1, steps)
+    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+
+
+def exponential(steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
+    """Evenly spaced in log sigma, (steps,) float64."""
+    return np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), steps))
+
+
+def initial_scale(config: SchedulerConfig, sigmas: np.ndarray) -> float:
+    """x = initial_scale * unit noise starts a sample: the sigma, or the spread of x, that the class takes."""
+    sigma = float(np.max(sigmas))
+    family = config.rules.family
+    if family == "flow":
+        return 1 + sigma
+    return sigma if family == "ve" and config.spacing != "leading" else (1 + sigma**2) ** 0.5
+
+
+def final_scale(config: SchedulerConfig, sigmas: np.ndarray) -> float:
+    """latents = final_scale * x ends a sample: 1, unless a variance-preserving grid stops above sigma 0."""
+    return (1 + float(sigmas[-1]) ** 2) ** -0.5 if config.rules.family == "vp" else 1.0
