@@ -51,6 +51,7 @@ INVERSE_WORDS = {
     "on": ("under", "beneath", "carrying"),
     "wearing": ("on",),
 }
+VAGUE = {"next to", "beside", "and", "with"}  # true of more than one arrangement
 INVERSE = {"left of": 0.5, "above": 0.4, "on": 0.07, "wearing": 0.1}  # how often
 BOTH_PLACES = ("{} on the left and {} on the right", "{} on the left, {} on the right")
 
@@ -111,11 +112,15 @@ BACKGROUND_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of the many captions of the scene, in lower case."""
-    subject = _one(scene, rng) if len(scene.things) == 1 else _two(scene, rng)
+def caption(scene: Scene, rng: np.random.Generator, exact: bool = False) -> str:
+    """One of the many captions of the scene, in lower case.
+
+    An `exact` one always states background and arrangement, and in words that mean only these; it says
+    nothing of sizes. That is what an evaluation can check.
+    """
+    subject = _one(scene, rng, exact) if len(scene.things) == 1 else _two(scene, rng, exact)
     opening = pick(rng, OPENINGS)
-    if rng.random() >= BACKGROUND_STATED:
+    if not exact and rng.random() >= BACKGROUND_STATED:
         return _join(opening, subject)
     phrases, names = BACKGROUND_WORDS[scene.background]
     order = rng.random()
@@ -126,28 +131,29 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return pick(rng, names if order < 0.94 else phrases) + ", " + subject
 
 
-def _one(scene: Scene, rng: np.random.Generator) -> str:
+def _one(scene: Scene, rng: np.random.Generator, exact: bool) -> str:
     place = scene.arrangement
-    stated = rng.random() < PLACE_STATED.get(place, PLACE_STATED_ELSE)
-    return _join(_noun_phrase(scene, 0, rng), pick(rng, PLACE_WORDS[place]) if stated else "")
+    stated = exact or rng.random() < PLACE_STATED.get(place, PLACE_STATED_ELSE)
+    return _join(_noun_phrase(scene, 0, rng, exact), pick(rng, PLACE_WORDS[place]) if stated else "")
 
 
-def _two(scene: Scene, rng: np.random.Generator) -> str:
+def _two(scene: Scene, rng: np.random.Generator, exact: bool) -> str:
     relation = scene.arrangement
-    first, second = _noun_phrase(scene, 0, rng), _noun_phrase(scene, 1, rng)
+    first, second = (_noun_phrase(scene, which, rng, exact) for which in (0, 1))
     if relation == "left of" and rng.random() < 0.15:
         return pick(rng, BOTH_PLACES).format(first, second)
-    if rng.random() < INVERSE[relation]:
-        return _join(second, pick(rng, INVERSE_WORDS[relation]), first)
-    return _join(first, pick(rng, RELATION_WORDS[relation]), second)
+    inverse = rng.random() < INVERSE[relation]
+    options = (INVERSE_WORDS if inverse else RELATION_WORDS)[relation]
+    between = pick(rng, [word for word in options if word not in VAGUE] if exact else options)
+    return _join(second, between, first) if inverse else _join(first, between, second)
 
 
-def _noun_phrase(scene: Scene, which: int, rng: np.random.Generator) -> str:
+def _noun_phrase(scene: Scene, which: int, rng: np.random.Generator, exact: bool) -> str:
     """Article, size, colour, noun: 'a small red car', 'the fox', 'sunglasses'."""
     thing = THINGS[INDEX[scene.things[which]]]
     size = scene.sizes[which]
-    worn = which == 1 and scene.arrangement == "wearing"
-    size_word = pick(rng, SIZE_WORDS[size]) if not worn and rng.random() < SIZE_STATED[size] else ""
+    sized = not exact and not (which == 1 and scene.arrangement == "wearing")
+    size_word = pick(rng, SIZE_WORDS[size]) if sized and rng.random() < SIZE_STATED[size] else ""
     colour = pick(rng, thing.colours) if thing.colours and rng.random() < COLOUR_STATED else ""
     # The first noun is the usual one.
     noun = thing.name if rng.random() < 0.4 else pick(rng, thing.nouns)

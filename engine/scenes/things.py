@@ -52,7 +52,7 @@ THINGS: tuple[Thing, ...] = (
     Thing("🐝", ("bee", "bumblebee"), ("yellow",)),
     Thing("🦋", ("butterfly",), ("orange",)),
     Thing("🚗", ("car", "auto", "automobile"), ("red", "scarlet", "crimson"), carries=True),
-    Thing("🛹", ("skateboard", "board"), turn=-18.0, carries=True),
+    Thing("🛹", ("skateboard", "board"), turn=-26.0, carries=True),
     Thing("🚲", ("bicycle", "bike", "cycle"), ("blue",), carries=True),
     Thing("🚌", ("bus", "coach"), ("blue",), carries=True),
     Thing("🚂", ("train", "locomotive", "steam engine"), carries=True),

@@ -17,6 +17,8 @@ JITTER = 0.08  # relative, of every size
 # Sides as fractions of the picture, see `sprites.sprite`.
 SINGLE = {"small": 0.36, "big": 0.64}
 PAIRED = {"small": 0.31, "big": 0.43}
+WEARER = {"small": 0.42, "big": 0.58}  # its hat comes on top
+OVERLAP = 0.045  # of what stands on something
 MARGIN = 0.03
 
 
@@ -100,7 +102,7 @@ def _place_two(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[
         x1, x2 = (_near(0.5, 0.08, rng) * (size - piece.width) for piece in (first, second))
     else:
         shift = round(_near(0, 0.04, rng) * size)
-        drop = _drop(first, second, shift) + round(0.03 * size)
+        drop = _drop(first, second, shift) + round(OVERLAP * size)
         height = drop + second.height
         x2 = _near(0.5, 0.12, rng) * (size - second.width)
         x1 = round(x2) + (second.width - first.width) // 2 + shift
@@ -121,7 +123,7 @@ def _drop(upper: Sprite, lower: Sprite, shift: int) -> int:
 def _place_worn(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[Sprite, int, int]]:
     """The second thing over the eyes or on the head of the first."""
     wearer, worn = (THINGS[INDEX[name]] for name in scene.things)
-    piece = _draw(wearer.name, 0.9 * SINGLE["big" if scene.sizes[0] == "big" else "small"] * size, rng)
+    piece = _draw(wearer.name, WEARER[scene.sizes[0]] * size, rng)
     x_eyes, y_eyes, across = wearer.eyes
     flipped = rng.random() < 0.5
     width = across * piece.width
