@@ -1,0 +1,149 @@
+"""The diffusers folder of a Stable Diffusion model, read and written.
+
+    model_index.json            which class each part is
+    unet/ vae/ text_encoder/    config.json and safetensors: engine.weights.component
+    tokenizer/                  vocab.json and merges.txt, or tokenizer.json
+    scheduler/                  scheduler_config.json: the noise schedule and the sampler it was made for
+
+`safety_checker` and `feature_extractor`, which the folders of Stable Diffusion 1 carry, are not read: no
+picture depends on them, and a folder without them is complete.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from engine.config import nearest
+from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.text.tokenizer import Tokenizer
+from engine.types import UserError
+from engine.weights.component import (
+    DIFFUSERS_VERSION,
+    KINDS,
+    MAX_SHARD_SIZE,
+    Component,
+    Place,
+    load_component,
+    write_component,
+)
+from engine.weights.files import new_folder, read_json, write_json
+
+PIPELINE = "StableDiffusionPipeline"
+INDEX = "model_index.json"
+NOT_READ = ("safety_checker", "feature_extractor", "requires_safety_checker")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Everything in a folder."""
+
+    unet: Component
+    vae: Component
+    text_encoder: Component
+    tokenizer: Tokenizer
+    scheduler: SchedulerConfig
+
+
+def load_folder(
+    path: str | Path,
+    dtype: DTypeLike = jnp.float32,
+    variant: str | None = None,
+    place: Place | None = None,
+) -> Model:
+    """Reads a whole model; `dtype`, `variant`, `place` as in `load_component`.
+
+    Raises:
+      UserError: no such folder, or anything in it is missing, broken or of a kind that the engine lacks.
+    """
+    folder = Path(path).expanduser()
+    scheduler_class = read_index(folder)["scheduler"]
+    scheduler_file = folder / "scheduler" / "scheduler_config.json"
+    # The index decides on the class, as in diffusers.
+    options = read_json(scheduler_file) | {"_class_name": scheduler_class}
+    scheduler = SchedulerConfig.from_json(options, str(scheduler_file))
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    parts = {kind: load_component(folder / kind, kind, dtype, variant, place) for kind in KINDS}
+    return Model(**parts, tokenizer=tokenizer, scheduler=scheduler)
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Part -> class name, from model_index.json; UserError for a part or class that the engine lacks."""
+    _check_is_model(folder)
+    where = folder / INDEX
+    index = read_json(where)
+    if index.get("_class_name") != PIPELINE:
+        raise UserError(f"{where} describes a {index.get('_class_name')}; the engine reads {PIPELINE}")
+    wanted = {kind: {spec.class_name} for kind, spec in KINDS.items()}
+    wanted |= {"tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"}, "scheduler": None}
+    found = {}
+    for name, value in index.items():
+        if name.startswith("_") or name in NOT_READ or value in (None, [None, None]):
+            continue
+        if name not in wanted:
+            raise UserError(f"{where}: unknown part {name!r}{nearest(name, wanted)}")
+        if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)):
+            raise UserError(f"{where}: {name} is {value!r}, not [library, class]")
+        if wanted[name] is not None and value[1] not in wanted[name]:
+            raise UserError(f"{where}: {name} is a {value[1]}; the engine has {' and '.join(wanted[name])}")
+        found[name] = value[1]
+    if wanted.keys() - found.keys():
+        raise UserError(f"{where} names no {', '.join(sorted(wanted.keys() - found.keys()))}")
+    return found
+
+
+def _check_is_model(folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: a model is a folder with {INDEX}, unet/, vae/, text_encoder/")
+    if not folder.is_dir():
+        known_online = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
+        hint = " (nothing is fetched by name: download it first)" if known_online else ""
+        raise UserError(f"no folder {folder}: a model is a folder on this disk, with {INDEX} in it{hint}")
+    if not (folder / INDEX).is_file():
+        present = ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "nothing"
+        parts = ", ".join(f"{name}/" for name in (*KINDS, "tokenizer", "scheduler"))
+        raise UserError(f"{folder} is no model: looked for {INDEX} beside {parts}; it holds {present}")
+
+
+def save_folder(
+    path: str | Path,
+    model: Model,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model that `load_folder` and PyTorch's `StableDiffusionPipeline.from_pretrained` load.
+
+    The folder appears whole or not at all. `dtype`, `max_shard_size`, `overwrite` as in `save_component`.
+
+    Raises:
+      UserError: the folder exists, or a value does not fit into float16.
+      OSError: no space left, or the place cannot be written.
+    """
+    with new_folder(Path(path), INDEX, overwrite) as new:
+        for kind in KINDS:
+            (new / kind).mkdir()
+            write_component(new / kind, getattr(model, kind), dtype, max_shard_size)
+        write_rest(new, model.tokenizer, model.scheduler)
+
+
+def write_rest(folder: Path, tokenizer: Tokenizer, scheduler: SchedulerConfig) -> None:
+    """What is no network: tokenizer/, scheduler/ and model_index.json."""
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(folder / "tokenizer")
+    options = scheduler.to_json()
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", options)
+    index = {
+        "_class_name": PIPELINE,
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", options["_class_name"]],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    parts = {kind: [spec.library, spec.class_name] for kind, spec in KINDS.items()}
+    write_json(folder / INDEX, index | parts)

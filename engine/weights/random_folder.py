@@ -1,0 +1,151 @@
+"""Folders of known architectures with random weights: benchmarks and tests that need no download."""
+
+import string
+import zlib
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from engine.config import nearest
+from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.models.autoencoder import AutoencoderConfig
+from engine.models.clip import CLIPTextConfig
+from engine.models.unet import UNetConfig
+from engine.text.tokenizer import BOS, BYTES, END_OF_WORD, EOS, Merges, Tokenizer
+from engine.types import UserError
+from engine.weights import names
+from engine.weights.component import KINDS, abstract, write_config, write_weights
+from engine.weights.files import new_folder
+from engine.weights.folder import INDEX, write_rest
+from engine.weights.safetensors_io import as_dtype, cast
+
+
+class Architecture(NamedTuple):
+    """The configs of a folder."""
+
+    unet: UNetConfig
+    vae: AutoencoderConfig
+    text_encoder: CLIPTextConfig
+    scheduler: dict[str, Any]  # scheduler_config.json
+
+
+_VAE = AutoencoderConfig(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    sample_size=512,
+)
+_BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+_SPACING = {"steps_offset": 1, "set_alpha_to_one": False}
+
+ARCHITECTURES = {
+    "sd15": Architecture(
+        UNetConfig(sample_size=64, cross_attention_dim=768),
+        _VAE,
+        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
+        {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **_BETAS, **_SPACING},
+    ),
+    "sd21": Architecture(
+        UNetConfig(
+            sample_size=96,
+            cross_attention_dim=1024,
+            attention_head_dim=(5, 10, 20, 20),
+            use_linear_projection=True,
+            upcast_attention=True,
+        ),
+        _VAE,
+        CLIPTextConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=23,
+            num_attention_heads=16,
+            hidden_act="gelu",
+        ),
+        {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", **_BETAS, **_SPACING},
+    ),
+}
+
+
+def random_folder(
+    path: str | Path,
+    architecture: str | Architecture,
+    dtype: DTypeLike = np.float16,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that loads like a real one and draws noise. Memory: one tensor at a time.
+
+    Kernels are normal with variance 1 / fan-in, embeddings with 0.02^2; biases 0, norms 1.
+
+    Args:
+      architecture: a name in ARCHITECTURES, or configs of your own.
+      dtype: of the weights on disk: float32, float16 or bfloat16.
+      seed: the same seed writes the same bytes.
+
+    Raises:
+      UserError: an unknown name, or the folder exists.
+    """
+    if isinstance(architecture, str):
+        if architecture not in ARCHITECTURES:
+            raise UserError(
+                f"unknown architecture {architecture!r}{nearest(architecture, ARCHITECTURES)}; "
+                f"known: {', '.join(ARCHITECTURES)}"
+            )
+        architecture = ARCHITECTURES[architecture]
+    dtype = as_dtype(dtype)
+    scheduler = SchedulerConfig.from_json(architecture.scheduler, "scheduler")
+    with new_folder(Path(path), INDEX, overwrite) as new:
+        for kind in KINDS:
+            (new / kind).mkdir()
+            _write_component(new / kind, kind, getattr(architecture, kind), dtype, seed)
+        write_rest(new, _tokenizer(architecture.text_encoder), scheduler)
+
+
+def _write_component(folder: Path, kind: str, config: Any, dtype: np.dtype, seed: int) -> None:
+    _, shapes = abstract(kind, config)
+    paths = names.keys(shapes)
+
+    def tensor(key: str) -> np.ndarray:
+        path = paths[key]
+        rng = np.random.default_rng([seed, zlib.crc32(f"{kind}.{key}".encode())])
+        values = _values(path[-1], names.torch_shape(path, shapes[path].shape), rng)
+        return cast(values, dtype, f"{kind}: {key}")
+
+    write_config(folder, kind, config)
+    write_weights(folder, kind, shapes, dict.fromkeys(paths, dtype), tensor)
+
+
+def _values(leaf: str | int, shape: names.Shape, rng: np.random.Generator) -> np.ndarray:
+    if leaf in ("bias", "scale"):
+        return np.full(shape, leaf == "scale", np.float32)
+    values = rng.standard_normal(shape, np.float32)
+    values *= np.float32(0.02 if leaf == "embedding" else np.prod(shape[1:]) ** -0.5)
+    return values
+
+
+def _tokenizer(config: CLIPTextConfig) -> Tokenizer:
+    """A tokenizer of `vocab_size` ids, whose words are letters in every order: aa, ab, ..., aaa, ..."""
+    symbols = [*BYTES, *(byte + END_OF_WORD for byte in BYTES)]
+    merges: Merges = []
+    room = config.vocab_size - len(symbols) - 2
+    if room < 0:
+        raise UserError(f"vocab_size={config.vocab_size} is too small: write at least {len(symbols) + 2}")
+    heads = deque(string.ascii_lowercase)
+    while len(merges) < room:
+        head = heads.popleft()
+        for letter in string.ascii_lowercase:
+            merges += [(head, letter), (head, letter + END_OF_WORD)]
+            heads.append(head + letter)
+    merges = merges[:room]
+    symbols += [left + right for left, right in merges]
+    vocab = {symbol: i for i, symbol in enumerate([*symbols, BOS, EOS])}
+    return Tokenizer(vocab, merges, config.max_position_embeddings)
