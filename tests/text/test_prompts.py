@@ -90,8 +90,8 @@ def test_unknown_words_are_named_once_for_all_prompts(tokenizer):
 def test_long_prompts_show_where_they_are_cut(tokenizer):
     caption = "a red fox at sunset "  # five tokens; ten fit
     assert unread([caption * 2000] * 3, tokenizer) == [
-        "prompt too long: the model reads 10 tokens; cut at | in "
-        f'"...at sunset a red fox at sunset |a red fox at sunset a red fox ..." ({1998 * 20} characters dropped)'
+        'prompt too long: the model reads 10 tokens; cut at | in "...at sunset a red fox at sunset '
+        f'|a red fox at sunset a red fox ..." ({1998 * len(caption)} characters dropped)'
     ]
 
 
