@@ -2,6 +2,10 @@
 
 import dataclasses
 import difflib
+import json
+import math
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -9,11 +13,45 @@ from engine.types import UserError
 
 T = TypeVar("T")
 
+# What JSON calls the types of our annotations.
+IN_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    type(None): "null",
+}
+
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """' (did you mean X?)' for the closest of `words`, or '' if none is close."""
     close = difflib.get_close_matches(word, list(words), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _alternatives(annotation: Any) -> tuple:
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _is_a(value: Any, annotation: Any) -> bool:
+    """Whether a value from JSON has the annotated type. A whole number is a number; true is neither."""
+    if len(alternatives := _alternatives(annotation)) > 1:
+        return any(_is_a(value, one) for one in alternatives)
+    if typing.get_origin(annotation) is tuple:
+        return isinstance(value, tuple) and all(_is_a(v, typing.get_args(annotation)[0]) for v in value)
+    if annotation in (int, float):
+        number = isinstance(value, (int, annotation)) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    return annotation is Any or isinstance(value, annotation)
+
+
+def _in_words(annotation: Any) -> str:
+    if len(alternatives := _alternatives(annotation)) > 1:
+        return " or ".join(map(_in_words, alternatives))
+    if typing.get_origin(annotation) is tuple:
+        return f"a list, each {_in_words(typing.get_args(annotation)[0])}"
+    return IN_WORDS.get(annotation, "a list")
 
 
 def from_json(
@@ -28,15 +66,18 @@ def from_json(
         values. They are checked, not stored.
 
     Raises:
-      UserError: an unknown option, or a fixed one with a value that the engine does not implement.
+      UserError: an unknown option, a value of another type than the field's, or a fixed option with a
+        value that the engine does not implement.
     """
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = typing.get_type_hints(cls)
     kept = {}
     for name, value in options.items():
         if name.startswith("_"):
             continue
         if name in known:
             kept[name] = tuple(value) if isinstance(value, list) else value
+            if not _is_a(kept[name], known[name]):
+                raise UserError(f"{where}: {name}={json.dumps(value)}: write {_in_words(known[name])}")
         elif name in (fixed or {}):
             allowed = fixed[name]
             if (list(value) if isinstance(value, tuple) else value) not in allowed:

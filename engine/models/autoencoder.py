@@ -11,7 +11,15 @@ from jaxtyping import Array, Float, Key
 
 from engine.config import from_json
 from engine.models.attention import SpatialAttention
-from engine.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, activation, conv
+from engine.models.layers import (
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    Upsample2D,
+    activation,
+    check_positive,
+    conv,
+)
 from engine.types import UserError
 
 EPSILON = 1e-6
@@ -59,6 +67,11 @@ class AutoencoderConfig:
                     f"{name} has {len(kinds)} entries for {len(self.block_out_channels)} block_out_channels"
                 )
         activation(self.act_fn, "act_fn")
+        check_positive(
+            self,
+            *("in_channels", "out_channels", "block_out_channels", "layers_per_block"),
+            *("latent_channels", "norm_num_groups"),
+        )
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise UserError(f"norm_num_groups={self.norm_num_groups} does not divide {channels} channels")

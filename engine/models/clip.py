@@ -10,17 +10,23 @@ from jaxtyping import Array, Float, Int
 
 from engine.config import from_json
 from engine.models.attention import attend, layer_norm
-from engine.models.layers import activation
+from engine.models.layers import activation, check_positive
 from engine.types import UserError
 
-# What transformers writes into every config and what no forward pass reads.
 FIXED = {
-    "architectures": (None, ["CLIPTextModel"], ["CLIPTextModelWithProjection"]),
+    "architectures": (None, ["CLIPTextModel"]),
     "model_type": ("clip_text_model",),
     "attention_dropout": (0.0,),
     "dropout": (0.0,),
+    "is_encoder_decoder": (False,),
+    "chunk_size_feed_forward": (0,),
 }
-UNREAD = ("torch_dtype", "dtype", "transformers_version", "initializer_factor", "initializer_range")
+# The keys of any config of transformers that the arithmetic of an encoder never reads: who wrote it and in
+# which dtype, how training began, the names of classes, and which outputs a call returns.
+UNREAD = (
+    *("transformers_version", "torch_dtype", "dtype", "initializer_factor", "initializer_range"),
+    *("id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,11 @@ class CLIPTextConfig:
 
     def __post_init__(self):
         activation(self.hidden_act, "hidden_act")
+        check_positive(
+            self,
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            "max_position_embeddings",
+        )
         if self.hidden_size % self.num_attention_heads:
             heads, width = self.num_attention_heads, self.hidden_size
             raise UserError(f"num_attention_heads={heads} does not divide hidden_size={width}")

@@ -1,6 +1,7 @@
 """The small parts that the U-Net and the autoencoder share. Channels last, attributes named as in PyTorch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,14 @@ def activation(name: str, where: str) -> Callable[[Array], Array]:
     if name not in ACTIVATIONS:
         raise UserError(f"{where}: unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises UserError for an option, one number or a list, that is below 1 or empty."""
+    for name in names:
+        value = getattr(config, name)
+        if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+            raise UserError(f"{name}={value!r}: write whole numbers from 1")
 
 
 class Identity(nnx.Module):

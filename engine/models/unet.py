@@ -19,6 +19,7 @@ from engine.models.layers import (
     TimestepEmbedding,
     Upsample2D,
     activation,
+    check_positive,
     conv,
     sinusoidal_embedding,
 )
@@ -106,6 +107,11 @@ class UNetConfig:
         check("resnet_time_scale_shift", ("default", "scale_shift"))
         check("downsample_padding", (0, 1))
         activation(self.act_fn, "act_fn")
+        check_positive(
+            self,
+            *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups"),
+            *("attention_head_dim", "cross_attention_dim", "transformer_layers_per_block"),
+        )
         for name in ("block_out_channels", "up_block_types"):
             if len(getattr(self, name)) != len(self.down_block_types):
                 raise UserError(
@@ -124,7 +130,7 @@ class UNetConfig:
         ):
             if channels % heads:
                 raise UserError(f"attention_head_dim: {heads} heads do not divide {channels} channels")
-            if not self.norm_num_groups or channels % self.norm_num_groups:
+            if channels % self.norm_num_groups:
                 raise UserError(f"norm_num_groups={self.norm_num_groups} does not divide {channels} channels")
 
     def per_block(self, name: str) -> tuple:
@@ -338,7 +344,7 @@ class UNet2DConditionModel(nnx.Module):
         if config.mid_block_type is not None:
             x = self.mid_block(x, temb, context)
         for block in self.up_blocks:
-            # An odd size on the way down was rounded up: go back to the size of the next skip.
+            # An odd size was rounded on the way down: go back to the size of the next skip.
             next_skip = len(skips) - len(block.resnets) - 1
             x = block(x, skips, temb, context, skips[next_skip].shape[1:3] if next_skip >= 0 else None)
         return self.conv_out(self.act(self.conv_norm_out(x)))
