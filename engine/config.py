@@ -96,3 +96,81 @@ def to_json(config: Any, class_name: str) -> dict[str, Any]:
     """The JSON object that `from_json` reads back: `_class_name` first, then every option."""
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     return {"_class_name": class_name, **options}
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) with a warm-up, a flat stretch and a linear way down to zero.
+
+    The flat stretch leaves the length of a run open: the way down is the last `decay_steps` of it.
+    """
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 200
+    decay_steps: int = 1000
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.01  # of matrices and kernels, not of norms and biases
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass
+class StageConfig:
+    """One training run of one set of parameters."""
+
+    steps: int = 1000
+    batch_size: int = 32  # of all devices together
+    ema_decay: float = 0.999
+    checkpoint_every: int = 500
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+
+
+@dataclasses.dataclass
+class AutoencoderStage(StageConfig):
+    """Pictures to latents and back: absolute error plus a small pull towards the unit Gaussian."""
+
+    kl_weight: float = 1e-4  # of the KL divergence, in nats per latent value
+
+
+@dataclasses.dataclass
+class DiffusionStage(StageConfig):
+    """U-Net and text encoder together."""
+
+    time_sampling: str = "logit_normal"
+    time_mean: float = 0.0  # of log sigma
+    time_std: float = 1.0
+    caption_dropout: float = 0.1  # so that guidance has an unconditional model to steer away from
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """A model from scratch: first its autoencoder, then U-Net and text encoder together.
+
+    `vae`, `unet`, `text_encoder` and `scheduler` are the options of the folder's config files; what
+    follows from the tokenizer or from the other parts is filled in.
+    """
+
+    seed: int = 0
+    image_size: int = 64
+    vocab_size: int = 1024
+    max_tokens: int = 32
+    vae: dict = dataclasses.field(default_factory=dict)
+    unet: dict = dataclasses.field(default_factory=dict)
+    text_encoder: dict = dataclasses.field(default_factory=dict)
+    scheduler: dict = dataclasses.field(default_factory=dict)
+    autoencoder: AutoencoderStage = dataclasses.field(default_factory=AutoencoderStage)
+    diffusion: DiffusionStage = dataclasses.field(default_factory=DiffusionStage)
+
+    def validate(self) -> None:
+        """Raises UserError, saying what to write instead, before anything is compiled."""
+        for name in ("autoencoder", "diffusion"):
+            stage = getattr(self, name)
+            for field in ("steps", "batch_size", "checkpoint_every"):
+                if getattr(stage, field) < 1:
+                    raise UserError(f"{name}.{field}={getattr(stage, field)}: write a number from 1")
+            if not 0 <= stage.ema_decay < 1:
+                raise UserError(f"{name}.ema_decay={stage.ema_decay}: write a number from 0 to below 1")
+            if stage.optim.learning_rate <= 0:
+                raise UserError(f"{name}.optim.learning_rate={stage.optim.learning_rate}: write one above 0")
+        if not 0 <= self.diffusion.caption_dropout <= 1:
+            raise UserError(f"diffusion.caption_dropout={self.diffusion.caption_dropout}: write 0 to 1")

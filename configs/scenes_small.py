@@ -1,0 +1,65 @@
+"""The model in the package: 64 px scenes of emoji.
+
+python -m launch.train --config=configs/scenes_small.py --workdir=runs/scenes_small
+"""
+
+from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    """Autoencoder of 16 x 16 x 8 latents, U-Net of 13 M parameters, text encoder of 2 M."""
+    return TrainConfig(
+        seed=0,
+        image_size=64,
+        vocab_size=1024,
+        max_tokens=32,
+        vae={
+            "block_out_channels": (24, 64, 128),
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+            "layers_per_block": 1,
+            "latent_channels": 8,
+            "norm_num_groups": 8,
+            "mid_block_add_attention": False,
+            "scaling_factor": 1.0,
+            "force_upcast": False,
+        },
+        unet={
+            "block_out_channels": (96, 192, 192),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": (3, 6, 6),
+            "use_linear_projection": True,
+        },
+        text_encoder={
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "projection_dim": 192,
+        },
+        scheduler={
+            "_class_name": "DPMSolverMultistepScheduler",
+            "beta_schedule": "squaredcos_cap_v2",
+            "prediction_type": "v_prediction",
+            "timestep_spacing": "leading",
+            "steps_offset": 1,
+        },
+        autoencoder=AutoencoderStage(
+            steps=2500,
+            batch_size=8,
+            ema_decay=0.998,
+            checkpoint_every=250,
+            kl_weight=1e-4,
+            optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, decay_steps=1000, weight_decay=0.0),
+        ),
+        diffusion=DiffusionStage(
+            steps=2500,
+            batch_size=32,
+            ema_decay=0.999,
+            checkpoint_every=200,
+            time_std=1.2,
+            optim=OptimConfig(learning_rate=5e-4, warmup_steps=200, decay_steps=1000, weight_decay=0.01),
+        ),
+    )
