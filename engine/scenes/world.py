@@ -15,11 +15,13 @@ VARIANTS = 256  # painted versions of each background, doubled by mirroring
 JITTER = 0.08  # relative, of every size
 
 # Sides as fractions of the picture, see `sprites.sprite`.
-SINGLE = {"small": 0.36, "big": 0.64}
+MIDDLE = {"small": 0.36, "big": 0.64}
+ASIDE = {"small": 0.36, "big": 0.54}  # leaves room to be clearly left or right
 PAIRED = {"small": 0.31, "big": 0.43}
 WEARER = {"small": 0.42, "big": 0.58}  # its hat comes on top
 OVERLAP = 0.045  # of what stands on something
-MARGIN = 0.03
+FREE = 0.16  # of the picture, at least, between and around two things
+MARGIN = 0.06
 
 
 def example(seed: int, index: int, size: int = 64) -> tuple[UInt8[np.ndarray, "S S 3"], str, Scene]:
@@ -59,8 +61,11 @@ def _background(name: str, variant: int, size: int) -> np.ndarray:
 
 
 def _draw(name: str, side: float, rng: np.random.Generator) -> Sprite:
-    jittered = side * (1 + JITTER * (2 * rng.random() - 1))
-    return sprite(INDEX[name], round(jittered), bool(rng.random() < 0.5))
+    return sprite(INDEX[name], round(_jittered(side, rng)), bool(rng.random() < 0.5))
+
+
+def _jittered(side: float, rng: np.random.Generator) -> float:
+    return side * _near(1.0, JITTER, rng)
 
 
 def _near(value: float, spread: float, rng: np.random.Generator) -> float:
@@ -68,19 +73,20 @@ def _near(value: float, spread: float, rng: np.random.Generator) -> float:
 
 
 def _place_one(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[Sprite, int, int]]:
-    piece = _draw(scene.things[0], SINGLE[scene.sizes[0]] * size, rng)
-    margin = MARGIN * size * 2 * rng.random()
+    sides = MIDDLE if scene.arrangement == "middle" else ASIDE
+    piece = _draw(scene.things[0], sides[scene.sizes[0]] * size, rng)
+    margin = MARGIN * size * rng.random()
     room_x, room_y = size - piece.width, size - piece.height
     x, y = _near(0.5, 0.04, rng) * room_x, _near(0.5, 0.04, rng) * room_y
     match scene.arrangement:
         case "left":
-            x = min(margin, room_x / 4)
+            x = min(margin, room_x / 6)
         case "right":
-            x = room_x - min(margin, room_x / 4)
+            x = room_x - min(margin, room_x / 6)
         case "top":
-            y = min(margin, room_y / 4)
+            y = min(margin, room_y / 6)
         case "bottom":
-            y = room_y - min(margin, room_y / 4)
+            y = room_y - min(margin, room_y / 6)
     return [(piece, round(x), round(y))]
 
 
@@ -88,27 +94,35 @@ def _place_two(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[
     """Sprites with their corners, in the order of drawing."""
     if scene.arrangement == "wearing":
         return _place_worn(scene, size, rng)
-    first, second = (
-        _draw(name, PAIRED[s] * size, rng) for name, s in zip(scene.things, scene.sizes, strict=True)
-    )
-    if scene.arrangement == "left of":
-        gap = (size - first.width - second.width) / 3
-        x1, x2 = _near(gap, 0.02 * size, rng), size - second.width - _near(gap, 0.02 * size, rng)
+    beside, on = scene.arrangement == "left of", scene.arrangement == "on"
+    indices = [INDEX[name] for name in scene.things]
+    sides = [_jittered(PAIRED[s], rng) * size for s in scene.sizes]
+    flips = [bool(rng.random() < 0.5) for _ in indices]
+    first, second = map(sprite, indices, map(round, sides), flips)
+    extent = first.width + second.width if beside else first.height + second.height
+    if extent > (room := size if on else (1 - FREE) * size):
+        first, second = map(sprite, indices, (int(side * room / extent) for side in sides), flips)
+    if on:
+        shift = round(_near(0.0, 0.04, rng) * size)
+        drop = _drop(first, second, shift) - round(OVERLAP * size)
+        x2 = round(_near(0.5, 0.12, rng) * (size - second.width))
+        x1 = x2 + (second.width - first.width) // 2 + shift
+        y1 = round(_near(0.55, 0.1, rng) * (size - drop - second.height))
+        return [(second, x2, y1 + drop), (first, x1, y1)]
+    if beside:
+        x1, x2 = _apart(first.width, second.width, size, rng)
         foot = _near(0.68, 0.05, rng) * size
-        y1, y2 = foot - first.height, foot - second.height
-    elif scene.arrangement == "above":
-        gap = (size - first.height - second.height) / 3
-        y1, y2 = _near(gap, 0.02 * size, rng), size - second.height - _near(gap, 0.02 * size, rng)
-        x1, x2 = (_near(0.5, 0.08, rng) * (size - piece.width) for piece in (first, second))
+        y1, y2 = round(foot - first.height), round(foot - second.height)
     else:
-        shift = round(_near(0, 0.04, rng) * size)
-        drop = _drop(first, second, shift) + round(OVERLAP * size)
-        height = drop + second.height
-        x2 = _near(0.5, 0.12, rng) * (size - second.width)
-        x1 = round(x2) + (second.width - first.width) // 2 + shift
-        y1 = _near(0.55, 0.1, rng) * (size - height)
-        y2 = round(y1) + drop
-    return [(second, round(x2), round(y2)), (first, round(x1), round(y1))]
+        y1, y2 = _apart(first.height, second.height, size, rng)
+        x1, x2 = (round(_near(0.5, 0.08, rng) * (size - piece.width)) for piece in (first, second))
+    return [(second, x2, y2), (first, x1, y1)]
+
+
+def _apart(first: int, second: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Where two extents start: of what they leave free, 0.25 to 0.65 lies between them."""
+    free = size - first - second
+    return round(_near(0.275, 0.1, rng) * free), size - second - round(_near(0.275, 0.1, rng) * free)
 
 
 def _drop(upper: Sprite, lower: Sprite, shift: int) -> int:
@@ -125,10 +139,9 @@ def _place_worn(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple
     wearer, worn = (THINGS[INDEX[name]] for name in scene.things)
     piece = _draw(wearer.name, WEARER[scene.sizes[0]] * size, rng)
     x_eyes, y_eyes, across = wearer.eyes
-    flipped = rng.random() < 0.5
-    width = across * piece.width
     on_eyes = worn.worn == "eyes"
-    worn_piece = sprite(INDEX[worn.name], round(width * (0.8 if on_eyes else 0.9)), bool(flipped))
+    side = across * piece.width * (0.8 if on_eyes else 0.9)
+    worn_piece = sprite(INDEX[worn.name], round(side), bool(rng.random() < 0.5))
     dx = x_eyes * piece.width - worn_piece.width / 2
     dy = y_eyes * piece.height - worn_piece.height / 2 if on_eyes else 0.12 * piece.height - worn_piece.height
     above = max(0.0, -dy)
