@@ -1,0 +1,255 @@
+"""From the decoder's output to files: uint8, checks, names, PNG with its settings inside, sheets, WebP.
+
+Every file is written whole or not at all: to a temporary name in the same folder, flushed to the disk,
+then moved to its place in one step.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import pathlib
+import re
+import secrets
+import tempfile
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Shaped, UInt8
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from engine.types import UserError
+
+SETTINGS_KEY = "fogsculpt"  # the JSON that makes the picture again
+READABLE_KEY = "parameters"  # the same for people, under the key that picture viewers show
+SETTINGS_LIMIT = 16 * 2**20  # characters of JSON
+FILE_LIMIT = 2**30  # bytes of a PNG that we are asked to read
+
+PAPER, INK = (255, 255, 255), (60, 60, 60)  # of contact sheets
+LABEL_SIZE = 12  # px
+
+Picture = UInt8[np.ndarray, "H W 3"]
+Larger = UInt8[np.ndarray, "H2 W2 3"]
+Pictures = UInt8[np.ndarray, "B H W 3"]
+Path = str | os.PathLike
+
+
+def to_uint8(
+    x: Float[jax.Array, "B H W C"] | Float[np.ndarray, "B H W C"],
+) -> UInt8[jax.Array, "B H W C"] | UInt8[np.ndarray, "B H W C"]:
+    """[-1, 1] -> uint8 0..255, rounded to nearest; what lies outside is clipped. Works under jit too."""
+    xp = x.__array_namespace__()
+    unit = xp.clip(x.astype(np.float32) / 2 + 0.5, 0.0, 1.0)
+    return xp.round(unit * 255).astype(np.uint8)
+
+
+def check_finite(x: Shaped[jax.Array, "B ..."] | Shaped[np.ndarray, "B ..."]) -> list[int]:
+    """Indices along the batch of the latents or images that hold a NaN or an infinity."""
+    finite = x.__array_namespace__().isfinite(x.reshape(len(x), math.prod(x.shape[1:])))
+    return np.flatnonzero(~np.asarray(finite.all(axis=1))).tolist()
+
+
+def upscale(image: Picture, factor: int) -> Larger:
+    """The picture `factor` times as wide and high, with Lanczos's filter."""
+    if factor < 1:
+        raise UserError(f"upscale={factor}: write a whole number from 1")
+    height, width, _ = image.shape
+    larger = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.LANCZOS)
+    return np.asarray(larger)
+
+
+def contact_sheet(
+    images: Pictures, columns: int | None = None, gap: int = 4, labels: Sequence[str] | None = None
+) -> Larger:
+    """All pictures on one sheet, row by row on white paper, `gap` px apart and from the edge.
+
+    Args:
+      columns: None makes the sheet about square.
+      labels: a line under each picture, shortened to its width.
+    """
+    count, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    below = LABEL_SIZE + 4 if labels is not None else 0
+    cell_height, cell_width = height + below + gap, width + gap
+    sheet = np.full((rows * cell_height + gap, columns * cell_width + gap, 3), PAPER, np.uint8)
+    corners = [(gap + i // columns * cell_height, gap + i % columns * cell_width) for i in range(count)]
+    for image, (top, left) in zip(images, corners, strict=True):
+        sheet[top : top + height, left : left + width] = image
+    if labels is None:
+        return sheet
+    page = Image.fromarray(sheet)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(LABEL_SIZE)
+    for label, (top, left) in zip(labels, corners, strict=True):
+        draw.text((left, top + height), _fitting(label, font, width), fill=INK, font=font)
+    return np.asarray(page)
+
+
+def strip(frames: Pictures, predictions: Pictures | None = None, gap: int = 4) -> Larger:
+    """One row from static to picture; with `predictions`, the denoised guess under each noisy frame."""
+    both = frames if predictions is None else np.concatenate([frames, predictions])
+    return contact_sheet(both, columns=len(frames), gap=gap)
+
+
+def slug(prompt: str, limit: int = 60) -> str:
+    """The prompt for a file name: at most `limit` of [a-z0-9-], never empty ('picture' stands in)."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    if len(words) > limit:
+        cut = words[: limit + 1].rpartition("-")[0]  # between words, where there is a place
+        words = cut or words[:limit]
+    return words or "picture"
+
+
+def picture_name(index: int, prompt: str) -> str:
+    """00007-a-fox-on-a-skateboard.png"""
+    return f"{index:05d}-{slug(prompt)}.png"
+
+
+def prepare_folder(path: Path) -> pathlib.Path:
+    """Makes the folder and proves, before any work is done, that files can be written there.
+
+    Raises:
+      UserError: it cannot be made or written to.
+    """
+    folder = pathlib.Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(bytes(4096))
+    except (OSError, ValueError) as error:
+        raise _unwritable(folder, error) from None
+    return folder
+
+
+def write_png(path: Path, image: Picture, settings: dict[str, Any]) -> None:
+    """Writes the picture with its settings (anything JSON can say) inside. Equal input gives equal bytes.
+
+    Raises:
+      UserError: the file cannot be written. Nothing half-written is left.
+    """
+    # ASCII JSON escapes what PNG text may not hold: NUL, and lone surrogates.
+    text = json.dumps(settings, ensure_ascii=True, allow_nan=False)
+    if len(text) > SETTINGS_LIMIT:
+        raise UserError(f"{path}: settings of {len(text)} characters do not fit; write a shorter prompt")
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(SETTINGS_KEY, text)
+    info.add_itxt(READABLE_KEY, _readable(settings))
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, format="PNG", pnginfo=info)
+    _write(path, data.getvalue())
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings inside a PNG that `write_png` wrote.
+
+    Raises:
+      UserError: no such file, not a whole PNG, or one without settings.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; write the path of a PNG made by fogsculpt")
+    if path.stat().st_size > FILE_LIMIT:
+        raise UserError(
+            f"{path}: more than {FILE_LIMIT // 2**20} MiB; write the path of a PNG made by fogsculpt"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=["PNG"]) as image:
+                text = image.info.get(SETTINGS_KEY)
+                image.verify()  # every chunk's checksum, up to the end
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"{path}: the picture is too large to be one of fogsculpt's") from None
+    except Exception as error:  # Pillow raises half a dozen types for broken files
+        reason = "it is damaged or no PNG" if not isinstance(error, PermissionError) else "permission denied"
+        raise UserError(f"{path}: {reason}; write the path of a PNG made by fogsculpt") from None
+    if text is None:
+        raise UserError(f"{path}: no settings inside; write the path of a PNG made by fogsculpt")
+    try:
+        settings = json.loads(text) if len(text) <= SETTINGS_LIMIT else None
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: its settings are damaged; write the path of a PNG made by fogsculpt")
+    return settings
+
+
+def write_animation(path: Path, frames: Pictures, duration: int = 120, linger: int = 2000) -> None:
+    """An animated WebP that repeats for ever: `duration` ms a frame, `linger` ms for the last one.
+
+    Raises:
+      UserError: the file cannot be written. Nothing half-written is left.
+    """
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    durations = [duration] * len(rest) + [linger]
+    data = io.BytesIO()
+    first.save(data, "WEBP", save_all=True, append_images=rest, duration=durations, loop=0, quality=90)
+    _write(path, data.getvalue())
+
+
+def _write(path: Path, data: bytes) -> None:
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+    except BaseException as error:  # Ctrl-C included
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _unwritable(path, error) from None
+        raise
+
+
+def _fsync_folder(folder: pathlib.Path) -> None:
+    """Makes the move itself survive a power cut. Windows and some network folders have no such thing."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _unwritable(path: pathlib.Path, error: OSError | ValueError) -> UserError:
+    code = getattr(error, "errno", None)
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        advice = "free some space, or choose another folder with --out"
+    elif code in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        advice = "something else has that name; choose another folder with --out"
+    else:
+        advice = "choose a folder that you may write to with --out"
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(f"{path}: cannot be written: {reason}; {advice}")
+
+
+def _readable(settings: dict[str, Any]) -> str:
+    """Prompt, negative prompt, then 'name: value, ...' on a line, without what PNG text may not hold."""
+    rest = {k: v for k, v in settings.items() if k not in ("prompt", "negative_prompt")}
+    lines = [str(settings.get("prompt", ""))]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    lines.append(", ".join(f"{k.replace('_', ' ').capitalize()}: {v}" for k, v in rest.items()))
+    text = "\n".join(lines).replace("\0", "\N{REPLACEMENT CHARACTER}")
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _fitting(label: str, font: Any, width: int) -> str:
+    """The longest start of the label, on one line, that is no wider than `width` px."""
+    label = "".join(c if c.isprintable() else " " for c in label[:width])  # a letter is a pixel or wider
+    if font.getlength(label) <= width:
+        return label
+    while label and font.getlength(label + "...") > width:
+        label = label[:-1]
+    return label + "..."
