@@ -71,7 +71,7 @@ def contact_sheet(
 
     Args:
       columns: None makes the sheet about square.
-      labels: a line under each picture, shortened to its width.
+      labels: a line under each picture, shortened to its width, in ASCII: Pillow's own font has no more.
     """
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -99,8 +99,7 @@ def strip(frames: Pictures, predictions: Pictures | None = None, gap: int = 4) -
 
 def slug(prompt: str, limit: int = 60) -> str:
     """The prompt for a file name: at most `limit` of [a-z0-9-], never empty ('picture' stands in)."""
-    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    words = re.sub(r"[^a-z0-9]+", "-", _ascii(prompt).lower()).strip("-")
     if len(words) > limit:
         cut = words[: limit + 1].rpartition("-")[0]  # between words, where there is a place
         words = cut or words[:limit]
@@ -245,9 +244,15 @@ def _readable(settings: dict[str, Any]) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _fitting(label: str, font: Any, width: int) -> str:
+def _ascii(text: str) -> str:
+    """Letters without their accents; what has no ASCII form is left out."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+
+
+def _fitting(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """The longest start of the label, on one line, that is no wider than `width` px."""
-    label = "".join(c if c.isprintable() else " " for c in label[:width])  # a letter is a pixel or wider
+    label = " ".join(_ascii(label[: 2 * width]).split())  # no letter is narrower than half a pixel
+    label = "".join(c for c in label if c.isprintable())
     if font.getlength(label) <= width:
         return label
     while label and font.getlength(label + "...") > width:

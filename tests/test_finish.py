@@ -264,7 +264,7 @@ def test_contact_sheet_holds_every_picture():
 
 def test_labels_stay_under_their_picture():
     images = np.full((4, 40, 50, 3), 128, np.uint8)
-    labels = ["a fox", "a very long label that cannot fit\nat all", "", "\u202e\0 مرحبا"]
+    labels = ["a fox", "a very long label that cannot fit\nat all", "", "caf\u00e9\0 \u202e مرحبا"]
     sheet = finish.contact_sheet(images, columns=2, gap=3, labels=labels)
     height, width = (sheet.shape[0] - 3) // 2, (sheet.shape[1] - 3) // 2
     for i in range(4):
