@@ -10,7 +10,7 @@ from engine.scenes.backgrounds import BACKGROUNDS
 from engine.scenes.captions import all_captions, caption, vocabulary, words
 from engine.scenes.scene import ARRANGEMENTS, PLACES, RELATIONS, SIZES, Labels, Scene, labels, sample_scene
 from engine.scenes.things import THINGS, Thing
-from engine.scenes.world import batch, example, render
+from engine.scenes.world import batch, draw, example, render
 
 __all__ = [
     "ARRANGEMENTS",
@@ -25,6 +25,7 @@ __all__ = [
     "all_captions",
     "batch",
     "caption",
+    "draw",
     "example",
     "labels",
     "render",

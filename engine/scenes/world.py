@@ -47,11 +47,20 @@ def batch(
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "S S 3"]:
     """Draws the scene at size x size pixels; `rng` decides what the scene leaves open."""
+    return draw(scene, size, rng)[0]
+
+
+def draw(
+    scene: Scene, size: int, rng: np.random.Generator
+) -> tuple[UInt8[np.ndarray, "S S 3"], list[tuple[int, int, int, int]]]:
+    """The picture, and for each thing its box in pixels: left, top, right, bottom."""
     image = _background(scene.background, int(rng.random() * VARIANTS), size)
     image = image[:, ::-1].copy() if rng.random() < 0.5 else image.copy()
-    for piece, x, y in (_place_one if len(scene.things) == 1 else _place_two)(scene, size, rng):
+    placed = place(scene, size, rng)
+    # What is worn lies over its wearer; else the first thing lies over what it stands on.
+    for piece, x, y in placed if scene.arrangement == "wearing" else placed[::-1]:
         paste(image, piece, x, y)
-    return image
+    return image, [(x, y, x + piece.width, y + piece.height) for piece, x, y in placed]
 
 
 @functools.cache
@@ -60,7 +69,7 @@ def _background(name: str, variant: int, size: int) -> np.ndarray:
     return paint(name, size, np.random.default_rng(seed))
 
 
-def _draw(name: str, side: float, rng: np.random.Generator) -> Sprite:
+def _sprite(name: str, side: float, rng: np.random.Generator) -> Sprite:
     return sprite(INDEX[name], round(_jittered(side, rng)), bool(rng.random() < 0.5))
 
 
@@ -72,9 +81,18 @@ def _near(value: float, spread: float, rng: np.random.Generator) -> float:
     return value + spread * (2 * rng.random() - 1)
 
 
-def _place_one(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[Sprite, int, int]]:
+def place(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[Sprite, int, int]]:
+    """The sprite of each thing with the x and y of its top left corner, in pixels."""
+    if len(scene.things) == 1:
+        return [_place_one(scene, size, rng)]
+    if scene.arrangement == "wearing":
+        return _place_worn(scene, size, rng)
+    return _place_two(scene, size, rng)
+
+
+def _place_one(scene: Scene, size: int, rng: np.random.Generator) -> tuple[Sprite, int, int]:
     sides = MIDDLE if scene.arrangement == "middle" else ASIDE
-    piece = _draw(scene.things[0], sides[scene.sizes[0]] * size, rng)
+    piece = _sprite(scene.things[0], sides[scene.sizes[0]] * size, rng)
     margin = MARGIN * size * rng.random()
     room_x, room_y = size - piece.width, size - piece.height
     x, y = _near(0.5, 0.04, rng) * room_x, _near(0.5, 0.04, rng) * room_y
@@ -87,13 +105,11 @@ def _place_one(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[
             y = min(margin, room_y / 6)
         case "bottom":
             y = room_y - min(margin, room_y / 6)
-    return [(piece, round(x), round(y))]
+    return piece, round(x), round(y)
 
 
 def _place_two(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[Sprite, int, int]]:
-    """Sprites with their corners, in the order of drawing."""
-    if scene.arrangement == "wearing":
-        return _place_worn(scene, size, rng)
+    """Two things side by side, one above the other, or the first standing on the second."""
     beside, on = scene.arrangement == "left of", scene.arrangement == "on"
     indices = [INDEX[name] for name in scene.things]
     sides = [_jittered(PAIRED[s], rng) * size for s in scene.sizes]
@@ -108,7 +124,7 @@ def _place_two(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[
         x2 = round(_near(0.5, 0.12, rng) * (size - second.width))
         x1 = x2 + (second.width - first.width) // 2 + shift
         y1 = round(_near(0.55, 0.1, rng) * (size - drop - second.height))
-        return [(second, x2, y1 + drop), (first, x1, y1)]
+        return [(first, x1, y1), (second, x2, y1 + drop)]
     if beside:
         x1, x2 = _apart(first.width, second.width, size, rng)
         foot = _near(0.68, 0.05, rng) * size
@@ -116,7 +132,7 @@ def _place_two(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[
     else:
         y1, y2 = _apart(first.height, second.height, size, rng)
         x1, x2 = (round(_near(0.5, 0.08, rng) * (size - piece.width)) for piece in (first, second))
-    return [(second, x2, y2), (first, x1, y1)]
+    return [(first, x1, y1), (second, x2, y2)]
 
 
 def _apart(first: int, second: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -137,7 +153,7 @@ def _drop(upper: Sprite, lower: Sprite, shift: int) -> int:
 def _place_worn(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[Sprite, int, int]]:
     """The second thing over the eyes or on the head of the first."""
     wearer, worn = (THINGS[INDEX[name]] for name in scene.things)
-    piece = _draw(wearer.name, WEARER[scene.sizes[0]] * size, rng)
+    piece = _sprite(wearer.name, WEARER[scene.sizes[0]] * size, rng)
     x_eyes, y_eyes, across = wearer.eyes
     on_eyes = worn.worn == "eyes"
     side = across * piece.width * (0.8 if on_eyes else 0.9)

@@ -52,10 +52,8 @@ def test_composing_is_the_over_operator():
 
 def _boxes(scene: Scene, seed: int, size: int = 64):
     """(left, right, top, bottom) of each thing, in the scene's order."""
-    place = world._place_one if len(scene.things) == 1 else world._place_two
-    placed = place(scene, size, np.random.default_rng(seed))
-    boxes = [(x, x + piece.width, y, y + piece.height) for piece, x, y in placed]
-    return boxes if scene.arrangement == "wearing" else boxes[::-1]
+    boxes = world.draw(scene, size, np.random.default_rng(seed))[1]
+    return [(left, right, top, bottom) for left, top, right, bottom in boxes]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -97,7 +95,7 @@ def test_what_stands_on_something_touches_it():
         if thing.name == "fox":
             continue
         scene = Scene(("fox", thing.name), ("big", "small"), "on", "sky")
-        (lower, x2, y2), (upper, x1, y1) = world._place_two(scene, 64, rng)
+        (upper, x1, y1), (lower, x2, y2) = world.place(scene, 64, rng)
         masks = np.zeros((2, 96, 96), bool)
         for mask, piece, x, y in ((masks[0], lower, x2, y2), (masks[1], upper, x1, y1)):
             mask[16 + y :, 16 + x :][: piece.height, : piece.width] = piece.inverse_alpha[..., 0] < 128
