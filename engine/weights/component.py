@@ -5,9 +5,11 @@ they are read, each cast and placed before the next: the peak is the model plus 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -75,11 +77,12 @@ class Component:
     params: Params
 
 
-def abstract(kind: str, config: Any) -> tuple[nnx.GraphDef, dict[names.Path, jax.ShapeDtypeStruct]]:
+@functools.lru_cache(maxsize=8)
+def abstract(kind: str, config: Any) -> tuple[nnx.GraphDef, Mapping[names.Path, jax.ShapeDtypeStruct]]:
     """The structure of a model and the shape of each parameter, without allocating any."""
     model = nnx.eval_shape(lambda: KINDS[kind].module(config, nnx.Rngs(0)))
     graphdef, params = nnx.split(model, nnx.Param)
-    return graphdef, traverse_util.flatten_dict(nnx.to_pure_dict(params))
+    return graphdef, MappingProxyType(traverse_util.flatten_dict(nnx.to_pure_dict(params)))
 
 
 def load_component(
@@ -165,16 +168,16 @@ def read_headers(weights: Path) -> dict[Path, dict[str, Tensor]]:
     shards = read_json(weights).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
         raise UserError(f"{weights} has no weight_map of tensor names to files")
-    headers = {}
-    for shard in sorted(set(shards.values())):
+    for shard in shards.values():
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise UserError(f"{weights} names {shard!r}, which is not a safetensors file beside it")
-        file = weights.parent / shard
-        header = read_header(file)
-        differing = header.keys() ^ {key for key, where in shards.items() if where == shard}
+    headers = {
+        file: read_header(file) for file in sorted({weights.parent / name for name in shards.values()})
+    }
+    for file, header in headers.items():
+        differing = header.keys() ^ {key for key, shard in shards.items() if shard == file.name}
         if differing:
             raise UserError(f"{weights} and {file.name} disagree on {_listed(sorted(differing))}")
-        headers[file] = header
     return headers
 
 

@@ -66,7 +66,29 @@ def load_folder(
     scheduler = SchedulerConfig.from_json(options, str(scheduler_file))
     tokenizer = Tokenizer.load(folder / "tokenizer")
     parts = {kind: load_component(folder / kind, kind, dtype, variant, place) for kind in KINDS}
-    return Model(**parts, tokenizer=tokenizer, scheduler=scheduler)
+    model = Model(**parts, tokenizer=tokenizer, scheduler=scheduler)
+    _check_parts_fit(model, folder)
+    return model
+
+
+def _check_parts_fit(model: Model, folder: Path) -> None:
+    """UserError where a part of one model stands in the folder of another."""
+    unet, text = model.unet.config, model.text_encoder.config
+    for width in set(unet.per_block("cross_attention_dim")) - {text.hidden_size}:
+        raise UserError(
+            f"{folder}: the parts are of different models: unet/config.json has cross_attention_dim {width}, "
+            f"text_encoder/config.json hidden_size {text.hidden_size}"
+        )
+    if unet.out_channels != model.vae.config.latent_channels:
+        raise UserError(
+            f"{folder}: the parts are of different models: unet/config.json has out_channels "
+            f"{unet.out_channels}, vae/config.json latent_channels {model.vae.config.latent_channels}"
+        )
+    if model.tokenizer.vocab_size > text.vocab_size:
+        raise UserError(
+            f"{folder}: the parts are of different models: tokenizer/ has {model.tokenizer.vocab_size} ids, "
+            f"text_encoder/config.json vocab_size {text.vocab_size}"
+        )
 
 
 def read_index(folder: Path) -> dict[str, str]:
