@@ -1,3 +1,25 @@
-"""fogsculpt: words become vectors, noise is drawn, a U-Net takes away what does not belong."""
+"""fogsculpt: words become vectors, noise is drawn, a U-Net takes away what does not belong.
+
+import engine
+pipe = engine.load()                                  # the model in the package
+images = pipe.generate(["a fox on a skateboard"], seed=7)   # uint8 (B, H, W, 3)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from engine.types import UserError
+
+if TYPE_CHECKING:
+    from engine.pipeline import Pipeline, load
 
 __version__ = "0.1.0"
+__all__ = ["Pipeline", "UserError", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load` and `Pipeline` bring JAX with them: only when they are asked for."""
+    if name in ("load", "Pipeline"):
+        from engine import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'engine' has no attribute {name!r}")

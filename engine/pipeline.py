@@ -1,0 +1,377 @@
+"""The whole way of one picture: words, noise, steps, picture.
+
+Three compiled stages (and two lines that draw the noise), each mapped over all devices:
+
+  text     ids -> context vectors, once for each distinct prompt
+  sampler  noise -> latents, a scan over the steps, run in segments so that one can see how far it is
+  decoder  latents -> uint8 pictures
+
+Params, contexts, keys, guidance scale and sigmas are arguments: another prompt, seed or scale compiles
+nothing. Sizes, the number of steps, the sampler and whether there is guidance at all are static.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import platformdirs
+from flax import nnx
+from jaxtyping import Float, UInt8
+
+from engine.config import nearest
+from engine.diffusion import guidance, noise, samplers, schedules
+from engine.diffusion.parameterization import denoiser
+from engine.diffusion.scheduler_config import for_sampler, sampler_name
+from engine.finish import to_uint8
+from engine.parallel import Devices, pad
+from engine.text.prompts import check_negative_prompts, check_prompts
+from engine.types import Denoise, UserError
+from engine.weights.component import Component
+from engine.weights.folder import Model, load_folder
+
+SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-64"
+SHIPPED_NAME = "shipped"  # what pictures say of the model in the package
+DTYPES = ("float32", "bfloat16")
+MAX_SIDE = 16384
+DEFAULT_STEPS = 30
+DEFAULT_GUIDANCE = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to draw, checked and complete."""
+
+    steps: int
+    sampler: str
+    guidance_scale: float
+    height: int
+    width: int
+    batch_size: int  # pictures a device
+
+
+class Frames(NamedTuple):
+    """Stages on the way of each picture, decoded, from static to picture."""
+
+    noisy: UInt8[np.ndarray, "B N H W 3"]  # the latent at that stage, at unit variance
+    denoised: UInt8[np.ndarray, "B N H W 3"]  # what the model makes of it
+
+
+class Batch(NamedTuple):
+    """Pictures that are done."""
+
+    first: int  # position of the first in the list of prompts
+    images: UInt8[np.ndarray, "B H W 3"]
+    spoilt: list[int]  # positions in this batch that met a NaN or an infinity
+    frames: Frames | None
+
+
+def load(
+    model: str | os.PathLike | None = None, dtype: str = "float32", parallel: str | Devices = "shard_map"
+) -> "Pipeline":
+    """Loads a model onto the devices.
+
+    Args:
+      model: a folder in the diffusers layout; None for the model in the package.
+      dtype: float32 or bfloat16, of params and activations. The sampler is float32 in any case.
+      parallel: "shard_map", "jit" or "pmap" over all local devices, or `Devices` of your own.
+
+    Raises:
+      UserError: the folder or an argument is wrong; the message says what to write instead.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}; write {' or '.join(DTYPES)}")
+    devices = Devices(parallel) if isinstance(parallel, str) else parallel
+    use_compilation_cache()
+    folder = SHIPPED if model is None else pathlib.Path(model)
+    loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=devices.place)
+    return Pipeline(loaded, devices, SHIPPED_NAME if model is None else str(model), dtype)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was already told where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("fogsculpt"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def module(part: Component, params: Any) -> nnx.Module:
+    """The module of a part of the model around (traced) params."""
+    return nnx.merge(part.graphdef, nnx.State(params))
+
+
+class Pipeline:
+    """A loaded model, ready to draw. Stages are compiled when they are first needed, and kept."""
+
+    def __init__(self, model: Model, devices: Devices, name: str, dtype: str):
+        self.model, self.devices, self.name, self.dtype = model, devices, name, dtype
+        self._text = devices.map(self._encode)
+        self._decoder = devices.map(self._decode)
+        self._begin = functools.cache(self._build_begin)
+        self._segment = functools.cache(self._build_segment)
+        self._noise = functools.cache(self._build_noise)
+
+    # ---- what people call
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        first_index: int = 0,
+        steps: int = DEFAULT_STEPS,
+        sampler: str | None = None,
+        guidance_scale: float = DEFAULT_GUIDANCE,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Float[np.ndarray, "B h w C"] | None = None,
+        batch_size: int | None = None,
+    ) -> UInt8[np.ndarray, "B H W 3"]:
+        """One picture for each prompt.
+
+        Args:
+          negative_prompts: what to steer away from: one for all, or one for each.
+          seed: with `first_index` it addresses the noise: picture i has the index first_index + i, and
+            looks the same however many are drawn beside it. None draws a fresh seed.
+          sampler: a name of engine.diffusion.samplers.SAMPLERS; None: the one that the model's folder names.
+          guidance_scale: 1 leaves out the unconditional pass.
+          height, width: in pixels; None: the size that the model was trained for.
+          latents: start noise of unit variance, in place of the seed's.
+          batch_size: pictures a device draws at once; None: all of them.
+
+        Raises:
+          UserError: an argument is wrong.
+          FloatingPointError: a NaN struck a picture; it says which.
+        """
+        settings = self.settings(
+            steps, sampler, guidance_scale, height, width, batch_size or self.share_of(len(prompts))
+        )
+        seed = noise.fresh_seed() if seed is None else seed
+        images = []
+        for batch in self.stream(
+            prompts, negative_prompts, settings, seed=seed, first_index=first_index, latents=latents
+        ):
+            if batch.spoilt:
+                struck = [first_index + batch.first + i for i in batch.spoilt]
+                raise FloatingPointError(f"NaN or infinity in the latents of index {struck} of seed {seed}")
+            images.append(batch.images)
+        return np.concatenate(images)
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: str | Sequence[str] | None,
+        settings: Settings,
+        *,
+        seed: int,
+        first_index: int = 0,
+        latents: Float[np.ndarray, "B h w C"] | None = None,
+        frames: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[Batch]:
+        """The same, batch by batch as they are done.
+
+        Args:
+          frames: how many stages from static to picture to keep of each picture.
+          progress: called after each segment with the number of sampling steps it took.
+        """
+        prompts = check_prompts(prompts)
+        negatives = check_negative_prompts(negative_prompts, len(prompts))
+        latents = self._check_latents(latents, len(prompts), settings)
+        contexts = self._contexts([*prompts, *negatives], settings.batch_size)
+        size = settings.batch_size * self.devices.count
+        for first in range(0, len(prompts), size):
+            rows = slice(first, first + size)
+            count = len(prompts[rows])
+            batched = {
+                "cond": np.stack([contexts[p] for p in prompts[rows]]),
+                "uncond": np.stack([contexts[p] for p in negatives[rows]]),
+            }
+            batched = {name: pad(array, size) for name, array in batched.items()}
+            indices = first_index + np.minimum(np.arange(size), count - 1) + first
+            given = None if latents is None else pad(latents[rows], size)
+            images, finite, kept = self._draw(batched, seed, indices, given, settings, frames, progress)
+            spoilt = np.flatnonzero(~finite[:count]).tolist()
+            if kept is not None:
+                kept = Frames(kept.noisy[:count], kept.denoised[:count])
+            yield Batch(first, images[:count], spoilt, kept)
+
+    def settings(
+        self,
+        steps: int = DEFAULT_STEPS,
+        sampler: str | None = None,
+        guidance_scale: float = DEFAULT_GUIDANCE,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+    ) -> Settings:
+        """Checks settings, and fills in what the model knows; raises UserError before anything compiles."""
+        default_height, default_width = self.default_size
+        settings = Settings(
+            steps,
+            sampler or sampler_name(self.model.scheduler),
+            float(guidance_scale),
+            default_height if height is None else height,
+            default_width if width is None else width,
+            batch_size,
+        )
+        samplers.find(settings.sampler)
+        schedules.sigmas_for(for_sampler(self.model.scheduler, settings.sampler), steps)
+        if not np.isfinite(settings.guidance_scale):
+            raise UserError(f"guidance_scale={guidance_scale} is no number; 1 is none, 5 to 8 are usual")
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: write 1 or more")
+        scale = self.model.vae.config.scale
+        for name, side in (("height", settings.height), ("width", settings.width)):
+            if side % scale or not scale <= side <= MAX_SIDE:
+                good = min(max(round(side / scale), 1) * scale, MAX_SIDE)
+                raise UserError(f"{name}={side}: this model makes multiples of {scale}; write {good}")
+        return settings
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width, in pixels, that the model was trained for."""
+        size = self.model.unet.config.sample_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        scale = self.model.vae.config.scale
+        return height * scale, width * scale
+
+    def share_of(self, count: int) -> int:
+        """Pictures a device where `count` are spread over all devices at once."""
+        return max(1, -(-count // self.devices.count))
+
+    # ---- the stages, on all devices; (shared, batched) -> batched
+
+    def _encode(self, params: Any, ids: Any) -> Any:
+        return module(self.model.text_encoder, params).context(ids)
+
+    def _decode(self, params: Any, latents: Any) -> Any:
+        scaled = latents / self.model.vae.config.scaling_factor
+        image = module(self.model.vae, params).decode(scaled)
+        axes = (1, 2, 3)
+        finite = jnp.isfinite(latents).all(axes) & jnp.isfinite(image).all(axes)
+        return to_uint8(jnp.nan_to_num(image)), finite
+
+    def _build_noise(self, shape: tuple[int, ...]) -> Callable:
+        return self.devices.map(lambda shared, keys: noise.initial_noise(keys, shape))
+
+    def _denoise(self, sampler: str, guided: bool, shared: Any, batched: Any) -> Denoise:
+        """The model as the samplers see it: D(x, sigma)."""
+        config = for_sampler(self.model.scheduler, sampler)
+        unet = module(self.model.unet, shared["unet"])
+        apply = guidance.guided(
+            unet, batched["cond"], batched["uncond"], shared["guidance_scale"], run_uncond=guided
+        )
+        return denoiser(apply, config.prediction_type, schedules.schedule_for(config))
+
+    def _build_begin(self, sampler: str, guided: bool) -> Callable:
+        def begin(shared, batched):
+            denoise = self._denoise(sampler, guided, shared, batched)
+            x = batched["noise"] * shared["initial_scale"]
+            return samplers.start(sampler, denoise, x, shared["sigmas"], batched["keys"])
+
+        return self.devices.map(begin)
+
+    def _build_segment(self, sampler: str, guided: bool, steps: int, traced: bool) -> Callable:
+        def segment(shared, batched):
+            carry, trace = samplers.sample_segment(
+                sampler,
+                self._denoise(sampler, guided, shared, batched),
+                batched["carry"],
+                shared["sigmas"],
+                batched["keys"],
+                shared["first"],
+                steps,
+            )
+            # the batch comes first in everything that leaves a device
+            return carry, jax.tree.map(lambda a: a.swapaxes(0, 1), trace) if traced else None
+
+        return self.devices.map(segment)
+
+    # ---- the way through them
+
+    def _contexts(self, prompts: Sequence[str], batch_size: int) -> dict[str, np.ndarray]:
+        """The context of each distinct prompt, computed in batches of one size."""
+        distinct = list(dict.fromkeys(prompts))
+        ids = self.model.tokenizer.encode(distinct)
+        size, found = batch_size * self.devices.count, []
+        for first in range(0, len(ids), size):
+            rows = self.devices.shard_batch(pad(ids[first : first + size], size))
+            found.append(np.asarray(self._text(self.model.text_encoder.params, rows)))
+        return dict(zip(distinct, np.concatenate(found), strict=False))
+
+    def _draw(self, batched, seed, indices, latents, settings, frames, progress):
+        """One batch through sampler and decoder: images, which of them are finite, frames."""
+        config = for_sampler(self.model.scheduler, settings.sampler)
+        sigmas = schedules.sigmas_for(config, settings.steps)
+        guided = settings.guidance_scale != 1.0
+        keys = self.devices.shard_batch(noise.image_keys(seed, indices.tolist()))
+        batched = self.devices.shard_batch(batched) | {"keys": keys}
+        small = {
+            "sigmas": jnp.asarray(sigmas),
+            "guidance_scale": jnp.float32(settings.guidance_scale),
+            "initial_scale": jnp.float32(schedules.initial_scale(config, sigmas)),
+        }
+        shared = self.devices.share(small) | {"unet": self.model.unet.params}
+        if latents is None:
+            start = self._noise(self._latent_shape(settings))(shared["sigmas"], keys)
+        else:
+            start = self.devices.shard_batch(latents)
+        carry = self._begin(settings.sampler, guided)(shared, batched | {"noise": start})
+
+        total = samplers.find(settings.sampler).steps(settings.steps)
+        length = segment_length(total)
+        segment = self._segment(settings.sampler, guided, length, frames > 0)
+        traces = []
+        for first in range(0, total, length):
+            shared["first"] = self.devices.share(jnp.int32(first))
+            carry, trace = segment(shared, batched | {"carry": carry})
+            traces.append(trace)
+            if progress:
+                jax.block_until_ready(carry.x)
+                progress(length)
+        final = carry.x * schedules.final_scale(config, sigmas)
+        images, finite = self._decoder(self.model.vae.params, final)
+        kept = self._frames(traces, start, final, frames) if frames else None
+        return np.asarray(images), np.asarray(finite), kept
+
+    def _frames(self, traces, start, final, count: int) -> Frames:
+        """`count` stages, evenly spaced over the steps: the first is the static, the last the picture."""
+        x = np.concatenate([np.asarray(t.x) for t in traces], axis=1)
+        noisy = np.concatenate([np.asarray(start)[:, None], x[:, :-1], np.asarray(final)[:, None]], axis=1)
+        denoised = np.concatenate([np.asarray(t.denoised) for t in traces], axis=1)
+        denoised = np.concatenate([denoised, np.asarray(final)[:, None]], axis=1)
+        chosen = np.linspace(0, noisy.shape[1] - 1, count).round().astype(int)
+        spread = np.maximum(noisy.std(axis=(2, 3, 4), keepdims=True), 1.0)
+        spread[:, [0, -1]] = 1.0
+
+        def decode(stages: np.ndarray) -> np.ndarray:
+            pictures = [
+                self._decoder(self.model.vae.params, self.devices.shard_batch(stages[:, i]))[0]
+                for i in chosen
+            ]
+            return np.stack([np.asarray(p) for p in pictures], axis=1)
+
+        return Frames(decode(noisy / spread), decode(denoised))
+
+    def _latent_shape(self, settings: Settings) -> tuple[int, int, int]:
+        config = self.model.vae.config
+        return settings.height // config.scale, settings.width // config.scale, config.latent_channels
+
+    def _check_latents(self, latents, count: int, settings: Settings) -> np.ndarray | None:
+        if latents is None:
+            return None
+        latents, wanted = np.asarray(latents, np.float32), (count, *self._latent_shape(settings))
+        if latents.shape != wanted:
+            raise UserError(f"latents have the shape {latents.shape}; these prompts and sizes need {wanted}")
+        return latents
+
+
+def segment_length(steps: int) -> int:
+    """Steps in one compiled segment: a divisor of `steps` that leaves eight segments or more, or one step."""
+    return max(n for n in range(1, steps + 1) if steps % n == 0 and (n == 1 or steps // n >= 8))
