@@ -1,0 +1,107 @@
+"""A tiny Stable Diffusion with random weights: 16 px pictures, 8 x 8 x 4 latents, all that a real one has.
+
+Every weight is random, the biases, the scales of norms and the last convolution of the U-Net included, so
+that no zero hides a mistake. It draws noise, but not the same noise for other words.
+"""
+
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.text.tokenizer import Tokenizer, train_tokenizer
+from engine.weights.component import KINDS, Component, abstract
+from engine.weights.folder import Model, save_folder
+
+CAPTIONS = ["a red fox at night", "a blue car on grass", "a cat above a dog at sunset", "two green trees"]
+MAX_TOKENS = 16
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 24,
+    "norm_num_groups": 8,
+}
+VAE = {
+    "sample_size": 16,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "scaling_factor": 0.5,
+}
+TEXT_ENCODER = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "projection_dim": 24,
+}
+SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A real tokenizer, trained on a few captions."""
+    return train_tokenizer(CAPTIONS, 560, MAX_TOKENS, CAPTIONS)
+
+
+def tiny_model(seed: int = 0, **overrides: Mapping[str, Any]) -> Model:
+    """The model, its params on the default device.
+
+    Args:
+      overrides: `unet`, `vae`, `text_encoder`: options of their configs beside or in place of the ones
+        above; `scheduler`: a whole scheduler config, in place of the one above.
+    """
+    tokenizer = tiny_tokenizer()
+    marks = {
+        "vocab_size": tokenizer.vocab_size,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    options = {"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER | marks}
+    scheduler = SchedulerConfig.from_json(overrides.pop("scheduler", SCHEDULER), "tiny scheduler")
+    if unknown := overrides.keys() - options.keys():
+        raise TypeError(f"tiny_model has no {sorted(unknown)}")
+    parts = {kind: _component(kind, {**options[kind], **overrides.get(kind, {})}, seed) for kind in options}
+    return Model(**parts, tokenizer=tokenizer, scheduler=scheduler)
+
+
+def tiny_folder(path: str | os.PathLike, seed: int = 0, **overrides: Mapping[str, Any]) -> pathlib.Path:
+    """Writes `tiny_model(seed, **overrides)` as a diffusers folder, float32, and returns its path."""
+    save_folder(pathlib.Path(path), tiny_model(seed, **overrides))
+    return pathlib.Path(path)
+
+
+def _component(kind: str, options: Mapping[str, Any], seed: int) -> Component:
+    config = KINDS[kind].config.from_json(options, f"tiny {kind}")
+    graphdef, shapes = abstract(kind, config)
+    flat = {path: jnp.asarray(_random(kind, path, leaf.shape, seed)) for path, leaf in shapes.items()}
+    return Component(kind, config, graphdef, traverse_util.unflatten_dict(flat))
+
+
+def _random(kind: str, path: tuple, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Normal, such that activations keep their scale; each parameter from its own seed."""
+    rng = np.random.default_rng([seed, zlib.crc32(".".join(map(str, (kind, *path))).encode())])
+    values = rng.standard_normal(shape, np.float32)
+    if path[-1] == "embedding":
+        return values
+    if len(shape) > 1:
+        return values / np.float32(np.prod(shape[:-1]) ** 0.5)
+    return np.float32(0.2) * values + (path[-1] == "scale")
