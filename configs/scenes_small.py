@@ -47,7 +47,7 @@ def get_config() -> TrainConfig:
             "steps_offset": 1,
         },
         autoencoder=AutoencoderStage(
-            steps=2500,
+            steps=1800,
             batch_size=8,
             ema_decay=0.998,
             checkpoint_every=250,

@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from engine.types import UserError
@@ -14,6 +14,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics
 
 def main(_: list[str]) -> None:
     from engine.train import stages  # after the flags: --help should be quick
+
+    logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell much
 
     try:
         folder = stages.train(_CONFIG.value, pathlib.Path(_WORKDIR.value))

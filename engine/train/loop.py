@@ -13,10 +13,11 @@ import jax
 import optax
 
 from engine.config import StageConfig
+from engine.parallel import Devices
 from engine.train import step as steps
 from engine.train.checkpoint import Checkpoints
 from engine.train.data import scene_batches
-from engine.types import Params
+from engine.types import Params, UserError
 
 REPORT_SECONDS = 10.0
 
@@ -81,8 +82,14 @@ def fit(
     Returns:
       The averaged params, or None when a signal stopped the run (the checkpoint is then saved).
     """
+    devices = Devices("jit")  # the compiler adds the sum of the gradients over the devices
+    if config.batch_size % devices.count:
+        raise UserError(
+            f"{name}.batch_size={config.batch_size}: write a multiple of the {devices.count} devices here"
+        )
     checkpoints = Checkpoints(workdir / name)
-    state = steps.init(params, optimizer)
+    state = devices.share(steps.init(params, optimizer))
+    frozen = devices.share(frozen)
     base_key = jax.random.key(seed, impl="threefry2x32")
     if checkpoints.latest() is not None:
         state, _ = checkpoints.restore(state)
@@ -100,7 +107,7 @@ def fit(
     try:
         with stop_signals() as stop, contextlib.closing(batches):
             for i in range(first, config.steps):
-                state, metrics = step(state, frozen, next(batches), base_key)
+                state, metrics = step(state, frozen, devices.shard_batch(next(batches)), base_key)
                 progress.report(i + 1, metrics, force=i + 1 == config.steps)
                 if stop.is_set() or (i + 1) % config.checkpoint_every == 0 or i + 1 == config.steps:
                     save(i + 1)
