@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from engine import config as reader
 from engine.types import UserError
@@ -82,7 +82,7 @@ class SchedulerConfig:
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
-    trained_betas: tuple | None = None  # in place of the three above
+    trained_betas: tuple[float, ...] | None = None  # in place of the three above
     prediction_type: str = "epsilon"
     timestep_spacing: str | None = None
     steps_offset: int = 0  # added to leading timesteps
@@ -118,9 +118,8 @@ class SchedulerConfig:
             defaults["prediction_type"] = "flow_prediction"
         if name == "HeunDiscreteScheduler":
             defaults |= {"beta_start": 0.00085, "beta_end": 0.012}
-        options = defaults | {key: value for key, value in options.items() if key not in INERT}
-        config = reader.from_json(cls, options | {"class_name": name}, where, FIXED)
-        return _typed(config, where).validate(where)
+        options = {key: value for key, value in options.items() if key not in INERT}
+        return reader.from_json(cls, defaults | _floats(options) | {"class_name": name}, where, FIXED)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` and diffusers read: what the class reads, and any leftovers."""
@@ -136,10 +135,11 @@ class SchedulerConfig:
         }
         return kept | ({"clip_sample": False} if self.rules.sampler in ("ddim", "ddpm") else {})
 
-    def validate(self, where: str = "scheduler config") -> "SchedulerConfig":
-        """Itself, if every option has a value that the engine implements."""
+    def __post_init__(self):
+        """Refuses, with a UserError, values that the engine does not implement."""
         predictions = ("flow_prediction",) if self.is_flow else ("epsilon", "v_prediction", "sample")
         choices: dict[str, tuple] = {
+            "class_name": tuple(RULES),
             "beta_schedule": BETA_SCHEDULES,
             "prediction_type": predictions,
             "timestep_spacing": (None, *SPACINGS),
@@ -154,17 +154,18 @@ class SchedulerConfig:
             choices |= {"lower_order_final": (True,), "euler_at_final": (False,)}
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
+                supported = ", ".join(map(repr, allowed))
                 raise UserError(
-                    f"{where}: {name}={value!r} is not supported by {self.class_name}; "
-                    f"supported: {', '.join(map(repr, allowed))}"
+                    f"{name}={value!r} is not supported by {self.class_name}; supported: {supported}"
                 )
-        if self.num_train_timesteps < 2 or not 0 < self.shift < float("inf"):
-            raise UserError(f"{where}: num_train_timesteps must be at least 2, and shift above 0")
+        if self.num_train_timesteps < 2 or self.shift <= 0:
+            raise UserError("num_train_timesteps must be at least 2, and shift above 0")
+        if not all(0 < beta < 1 for beta in self.trained_betas or (self.beta_start, self.beta_end)):
+            raise UserError("beta_start, beta_end and trained_betas must lie between 0 and 1")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise UserError(
-                f"{where}: {len(self.trained_betas)} trained_betas for {self.num_train_timesteps} timesteps"
+                f"{len(self.trained_betas)} trained_betas for {self.num_train_timesteps} timesteps"
             )
-        return self
 
     @property
     def rules(self) -> Rules:
@@ -183,16 +184,11 @@ class SchedulerConfig:
         return getattr(self, name) if name in self.rules.reads else inert
 
 
-def _typed(config: SchedulerConfig, where: str) -> SchedulerConfig:
-    """The config with JSON's integers made floats where floats are meant; any other type is refused."""
-    changed = {}
-    for field in dataclasses.fields(config):
-        value, types = getattr(config, field.name), get_args(field.type) or (field.type,)
-        if float in types and type(value) is int:
-            changed[field.name] = float(value)
-        elif not isinstance(value, types):
-            raise UserError(f"{where}: {field.name}={value!r} is not of type {types[0].__name__}")
-    return dataclasses.replace(config, **changed)
+def _floats(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with whole numbers, as JSON may write them, made floats where the field is one."""
+    floats = {field.name for field in dataclasses.fields(SchedulerConfig) if "float" in str(field.type)}
+    whole = {name: float(value) for name, value in options.items() if name in floats and type(value) is int}
+    return {**options, **whole}
 
 
 def sampler_name(config: SchedulerConfig) -> str:
@@ -206,12 +202,12 @@ def for_sampler(config: SchedulerConfig, sampler: str) -> SchedulerConfig:
 
     A flow model keeps its config: its grid does not depend on the sampler.
     """
-    if config.is_flow or sampler == sampler_name(config):
-        return config
     if sampler not in CLASSES:
         near = reader.nearest(sampler, CLASSES)
         raise UserError(f"sampler={sampler!r} is unknown{near}; write one of {', '.join(CLASSES)}")
+    if config.is_flow or sampler == sampler_name(config):
+        return config
     algorithm = "sde-dpmsolver++" if sampler == "dpmpp_2m_sde" else "dpmsolver++"
     return dataclasses.replace(
         config, class_name=CLASSES[sampler], algorithm_type=algorithm, skip_prk_steps=True
-    ).validate()
+    )

@@ -195,7 +195,7 @@ def _timesteps(config: SchedulerConfig, steps: int, spacing: str) -> np.ndarray:
     T, multistep = config.num_train_timesteps, config.class_name == DPM_SOLVER
     points = steps + 1 if multistep else steps
     if spacing == "linspace":
-        t = np.linspace(T - 1, 0, points)[:steps]
+        t = np.linspace(0, T - 1, max(points, 2))[::-1][:steps]
         t = t if config.rules.family == "ve" else np.round(t)
     elif spacing == "leading":
         t = np.arange(points)[::-1][:steps] * max(T // points, 1) + config.steps_offset
