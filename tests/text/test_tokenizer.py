@@ -135,7 +135,8 @@ def folder(request, trained, tmp_path):
         config, special = older(EOS)
         special["additional_special_tokens"] = ["<my-cat>"]
         write_pair(tmp_path, config, special, trained)
-        (tmp_path / "added_tokens.json").write_text(json.dumps({"skate": trained.vocab_size}))
+        added = {"ollie": trained.vocab_size + 1, "skate": trained.vocab_size}  # not in the order of ids
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     else:
         source = tmp_path / "source"
         source.mkdir()
@@ -147,7 +148,7 @@ def folder(request, trained, tmp_path):
 
 def test_ids_equal_those_of_transformers(folder):
     ours, original = Tokenizer.load(folder), CLIPTokenizer.from_pretrained(folder)
-    prompts = [*NASTY, *random_prompts(400), "my <my-cat> can skate"]
+    prompts = [*NASTY, *random_prompts(400), "my <my-cat> can skate and ollie"]
     theirs = original(
         prompts,
         padding="max_length",
@@ -171,7 +172,7 @@ def test_saving_what_was_loaded_changes_no_id(folder, tmp_path_factory):
     first = Tokenizer.load(folder)
     copy = tmp_path_factory.mktemp("copy")
     first.save(copy)
-    prompts = [*NASTY, *random_prompts(100), "my <my-cat> can skate"]
+    prompts = [*NASTY, *random_prompts(100), "my <my-cat> can skate and ollie"]
     both = [Tokenizer.load(copy)]
     for name in ("tokenizer.json", "special_tokens_map.json"):
         (copy / name).unlink()
