@@ -2,4 +2,5 @@
 
 from jaxtyping import install_import_hook
 
-install_import_hook("engine", "beartype.beartype")
+# PEP 484: where a float is asked for, an int will do.
+install_import_hook("engine", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

@@ -269,7 +269,7 @@ class UNet2DConditionModel(nnx.Module):
         only = self.config.per_block("only_cross_attention")[block]
         return self._transformer(block, rngs, only_cross_attention=only)
 
-    def _way_down(self, resnet, rngs) -> tuple[nnx.List, list[int]]:
+    def _way_down(self, resnet, rngs):
         config = self.config
         blocks, width = [], config.block_out_channels[0]
         skip_channels = [width]  # conv_in's output is the first skip
@@ -292,7 +292,7 @@ class UNet2DConditionModel(nnx.Module):
             width = out
         return nnx.List(blocks), skip_channels
 
-    def _way_up(self, resnet, skip_channels, rngs) -> nnx.List:
+    def _way_up(self, resnet, skip_channels, rngs):
         config = self.config
         blocks, width = [], config.block_out_channels[-1]
         for i, kind in enumerate(config.up_block_types):
