@@ -62,4 +62,12 @@ def get_config() -> TrainConfig:
             time_std=1.2,
             optim=OptimConfig(learning_rate=5e-4, warmup_steps=200, decay_steps=1000, weight_decay=0.01),
         ),
+        decoder=AutoencoderStage(
+            steps=1200,
+            batch_size=8,
+            ema_decay=0.998,
+            checkpoint_every=200,
+            kl_weight=0.0,
+            optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, decay_steps=900, weight_decay=0.0),
+        ),
     )

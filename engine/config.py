@@ -144,7 +144,9 @@ class DiffusionStage(StageConfig):
 
 @dataclasses.dataclass
 class TrainConfig:
-    """A model from scratch: first its autoencoder, then U-Net and text encoder together.
+    """A model from scratch: its autoencoder, then U-Net and text encoder together, then its decoder again.
+
+    The last stage sharpens pictures without moving the latents that the U-Net learned; 0 steps leave it out.
 
     `vae`, `unet`, `text_encoder` and `scheduler` are the options of the folder's config files; what
     follows from the tokenizer or from the other parts is filled in.
@@ -160,14 +162,16 @@ class TrainConfig:
     scheduler: dict = dataclasses.field(default_factory=dict)
     autoencoder: AutoencoderStage = dataclasses.field(default_factory=AutoencoderStage)
     diffusion: DiffusionStage = dataclasses.field(default_factory=DiffusionStage)
+    decoder: AutoencoderStage = dataclasses.field(default_factory=lambda: AutoencoderStage(steps=0))
 
     def validate(self) -> None:
         """Raises UserError, saying what to write instead, before anything is compiled."""
-        for name in ("autoencoder", "diffusion"):
+        for name in ("autoencoder", "diffusion", "decoder"):
             stage = getattr(self, name)
             for field in ("steps", "batch_size", "checkpoint_every"):
-                if getattr(stage, field) < 1:
-                    raise UserError(f"{name}.{field}={getattr(stage, field)}: write a number from 1")
+                least = 0 if (name, field) == ("decoder", "steps") else 1
+                if getattr(stage, field) < least:
+                    raise UserError(f"{name}.{field}={getattr(stage, field)}: write a number from {least}")
             if not 0 <= stage.ema_decay < 1:
                 raise UserError(f"{name}.ema_decay={stage.ema_decay}: write a number from 0 to below 1")
             if stage.optim.learning_rate <= 0:

@@ -7,7 +7,6 @@ import jax
 import orbax.checkpoint as ocp
 
 from engine.train.step import TrainState
-from engine.types import Params
 
 
 class Checkpoints:
@@ -53,12 +52,6 @@ class Checkpoints:
         position = items.position
         step = jax.numpy.asarray(position["step"], like.step.dtype)
         return TrainState(step, items.params, items.ema_params, items.opt_state), position
-
-    def restore_ema(self, like: Params) -> Params:
-        """The averaged parameters alone."""
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(ema_params=ocp.args.StandardRestore(like))
-        return self._manager.restore(self.latest(), args=args).ema_params
 
     def close(self) -> None:
         """Waits until the last checkpoint is whole."""

@@ -24,11 +24,14 @@ def applier(graphdef: nnx.GraphDef) -> Callable:
 
 
 def autoencoder_loss(graphdef: nnx.GraphDef, config: AutoencoderStage) -> Loss:
-    """|x - D(z)|, z ~ E(x), plus kl_weight times the KL divergence per latent value."""
+    """|x - D(z)|, z ~ E(x), plus kl_weight times the KL divergence per latent value.
+
+    params and frozen are dicts of the autoencoder's parts: together they are the whole of it.
+    """
     build = applier(graphdef)
 
     def loss(params, frozen, batch, key):
-        vae, x = build(params), to_float(batch["image"])
+        vae, x = build({**params, **frozen}), to_float(batch["image"])
         posterior = vae.encode(x)
         reconstruction = vae.decode(posterior.sample(key))
         kl = posterior.kl().mean() / posterior.mean[0].size

@@ -1,4 +1,4 @@
-"""A text-to-image model from scratch: tokenizer, autoencoder, U-Net with text encoder, export."""
+"""A text-to-image model from scratch: tokenizer, autoencoder, U-Net with text encoder, decoder, export."""
 
 import dataclasses
 import json
@@ -19,7 +19,6 @@ from engine.models.clip import CLIPTextConfig
 from engine.models.unet import UNetConfig
 from engine.text.tokenizer import Tokenizer, train_tokenizer
 from engine.train import loop, objectives, optim
-from engine.train.checkpoint import Checkpoints
 from engine.train.data import scene_batch
 from engine.types import Params, UserError
 from engine.weights.component import KINDS, Component
@@ -52,7 +51,10 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path | None:
     trained = train_diffusion(config, parts, tokenizer, workdir)
     if trained is None:
         return None
-    return export(config, parts, trained, tokenizer, workdir)
+    sharper = train_decoder(config, parts["vae"], workdir)
+    if sharper is None:
+        return None
+    return export(config, parts | {"vae": sharper}, trained, tokenizer, workdir)
 
 
 def train_autoencoder(config: TrainConfig, vae: Component, workdir: pathlib.Path) -> Component | None:
@@ -62,7 +64,7 @@ def train_autoencoder(config: TrainConfig, vae: Component, workdir: pathlib.Path
         "autoencoder",
         objectives.autoencoder_loss(vae.graphdef, stage),
         vae.params,
-        None,
+        {},
         optim.optimizer(stage.optim, stage.steps),
         stage,
         seed=config.seed,
@@ -73,6 +75,26 @@ def train_autoencoder(config: TrainConfig, vae: Component, workdir: pathlib.Path
         return None
     images = scene_batch(WHITENING_SEED, 0, WHITENING_IMAGES, config.image_size, None)["image"]
     return dataclasses.replace(vae, params=whiten(vae, params, images))
+
+
+def train_decoder(config: TrainConfig, vae: Component, workdir: pathlib.Path) -> Component | None:
+    """The autoencoder with a decoder trained further. The encoder stays: the U-Net knows its latents."""
+    stage = config.decoder
+    if stage.steps == 0:
+        return vae
+    decoding = {name: vae.params[name] for name in ("decoder", "post_quant_conv")}
+    params = loop.fit(
+        "decoder",
+        objectives.autoencoder_loss(vae.graphdef, stage),
+        decoding,
+        {name: part for name, part in vae.params.items() if name not in decoding},
+        optim.optimizer(stage.optim, stage.steps),
+        stage,
+        seed=config.seed + 2,
+        data={"seed": config.seed + 2, "size": config.image_size},
+        workdir=workdir,
+    )
+    return None if params is None else dataclasses.replace(vae, params={**vae.params, **params})
 
 
 def whiten(vae: Component, params: Params, images: np.ndarray) -> Params:
@@ -143,20 +165,6 @@ def export(
     model = Model(**parts, tokenizer=tokenizer, scheduler=_scheduler(config))
     save_folder(folder, model, dtype=jnp.float16, overwrite=True)
     return folder
-
-
-def export_latest(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path:
-    """Exports the newest checkpoint of a run that has not ended, to look at."""
-    tokenizer = _tokenizer(config, workdir)
-    parts = _components(config, tokenizer)
-    vae = train_autoencoder(config, parts["vae"], workdir)
-    assert vae is not None
-    parts["vae"] = vae
-    checkpoints = Checkpoints(workdir / "diffusion")
-    if checkpoints.latest() is None:
-        raise UserError(f"{workdir}/diffusion holds no checkpoint yet")
-    trained = checkpoints.restore_ema({kind: parts[kind].params for kind in ("unet", "text_encoder")})
-    return export(config, parts, trained, tokenizer, workdir)
 
 
 def _scheduler(config: TrainConfig) -> SchedulerConfig:
