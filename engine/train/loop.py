@@ -104,10 +104,14 @@ def fit(
             state, {"seed": seed, "data": {"seed": data["seed"], "next": at * config.batch_size}}
         )
 
+    before = None
     try:
         with stop_signals() as stop, contextlib.closing(batches):
             for i in range(first, config.steps):
                 state, metrics = step(state, frozen, devices.shard_batch(next(batches)), base_key)
+                # One step may be under way while the next is prepared, not dozens: a signal waits for them.
+                jax.block_until_ready(before)
+                before = metrics
                 progress.report(i + 1, metrics, force=i + 1 == config.steps)
                 if stop.is_set() or (i + 1) % config.checkpoint_every == 0 or i + 1 == config.steps:
                     save(i + 1)
