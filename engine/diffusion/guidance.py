@@ -28,7 +28,8 @@ def guided(
 ) -> Apply:
     """A network steered by `cond` and away from `uncond`: (x_in, t) -> F, float32.
 
-    Both predictions come from one call with twice the batch.
+    Both predictions come from one call with twice the batch. The two of an image stand side by side in it, so
+    that they are on one device wherever the batch is split.
 
     Args:
       cond, uncond: contexts of the prompts and of the negative prompts.
@@ -42,14 +43,19 @@ def guided(
         return lambda x, t: at_least_float32(apply(x, t, cond))
 
     def apply_guided(x: Latents, t: Float[Array, "B"]) -> Latents:
-        F = apply(jnp.concatenate([x, x]), jnp.concatenate([t, t]), jnp.concatenate([uncond, cond]))
-        F_uncond, F_cond = jnp.split(at_least_float32(F), 2)
+        F = at_least_float32(apply(_pairs(x, x), _pairs(t, t), _pairs(uncond, cond)))
+        F_uncond, F_cond = F[0::2], F[1::2]
         F = F_uncond + guidance_scale * (F_cond - F_uncond)
         if isinstance(guidance_rescale, float) and guidance_rescale == 0:
             return F
         return rescaled(F, F_cond, guidance_rescale)
 
     return apply_guided
+
+
+def _pairs(a: Float[Array, "B *S"], b: Float[Array, "B *S"]) -> Float[Array, "two_B *S"]:
+    """a[0], b[0], a[1], b[1], ..."""
+    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
 
 def rescaled(F: Latents, F_cond: Latents, guidance_rescale: float | Float[Array, ""]) -> Latents:

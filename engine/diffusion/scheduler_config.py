@@ -119,7 +119,7 @@ class SchedulerConfig:
         if name == "HeunDiscreteScheduler":
             defaults |= {"beta_start": 0.00085, "beta_end": 0.012}
         options = {key: value for key, value in options.items() if key not in INERT}
-        return reader.from_json(cls, defaults | _floats(options) | {"class_name": name}, where, FIXED)
+        return reader.from_json(cls, defaults | options | {"class_name": name}, where, FIXED)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` and diffusers read: what the class reads, and any leftovers."""
@@ -182,13 +182,6 @@ class SchedulerConfig:
     def option(self, name: str, inert: Any) -> Any:
         """The option's value, or `inert` where the class does not read it."""
         return getattr(self, name) if name in self.rules.reads else inert
-
-
-def _floats(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with whole numbers, as JSON may write them, made floats where the field is one."""
-    floats = {field.name for field in dataclasses.fields(SchedulerConfig) if "float" in str(field.type)}
-    whole = {name: float(value) for name, value in options.items() if name in floats and type(value) is int}
-    return {**options, **whole}
 
 
 def sampler_name(config: SchedulerConfig) -> str:
