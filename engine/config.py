@@ -13,6 +13,10 @@ from engine.types import UserError
 
 T = TypeVar("T")
 
+MAX_PICTURES = 100_000  # of one run
+MAX_BATCH_SIZE = 4096
+MAX_UPSCALE = 16
+
 # What JSON calls the types of our annotations.
 IN_WORDS = {
     int: "a whole number",
@@ -96,6 +100,52 @@ def to_json(config: Any, class_name: str) -> dict[str, Any]:
     """The JSON object that `from_json` reads back: `_class_name` first, then every option."""
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     return {"_class_name": class_name, **options}
+
+
+@dataclasses.dataclass
+class GenerateConfig:
+    """Pictures to draw into a folder. What is None is known when the model is loaded."""
+
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    num_images: int = 1  # of each prompt
+    seed: int | None = None  # None: a fresh one
+    first_index: int = 0  # of the first picture; seed and index address its noise
+    model: str = "shipped"  # a folder, or this word for the one in the package
+    sampler: str | None = None  # None: the one that the model's folder names
+    steps: int = 30
+    guidance_scale: float = 5.0
+    height: int | None = None  # pixels; None: the size that the model was trained for
+    width: int | None = None
+    dtype: str = "float32"
+    parallel: str = "shard_map"
+    batch_size: int | None = None  # pictures that a device draws at once
+    out: str = "out"
+    upscale: int = 1
+    frames: int | None = None  # stages from static to picture, in a strip
+    animate: bool = False
+
+    def validate(self) -> None:
+        """Raises UserError for what is wrong with any model; the rest is checked when it is loaded."""
+        if not self.prompts:
+            raise UserError("no prompt: write what to draw, such as 'a fox on a skateboard at sunset'")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise UserError(f"seed={self.seed} is out of range; write 0 to {2**64 - 1}")
+        ranges = {
+            "num_images": (1, MAX_PICTURES),
+            "first_index": (0, 2**32 - MAX_PICTURES),
+            "batch_size": (1, MAX_BATCH_SIZE),
+            "upscale": (1, MAX_UPSCALE),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name}={value} is out of range; write {low} to {high}")
+        if len(self.prompts) * self.num_images > MAX_PICTURES:
+            raise UserError(
+                f"{len(self.prompts)} prompts with num_images={self.num_images}: "
+                f"write at most {MAX_PICTURES} pictures a run"
+            )
 
 
 @dataclasses.dataclass

@@ -24,7 +24,7 @@ import platformdirs
 from flax import nnx
 from jaxtyping import Float, UInt8
 
-from engine.config import nearest
+from engine.config import GenerateConfig, nearest
 from engine.diffusion import guidance, noise, samplers, schedules
 from engine.diffusion.parameterization import denoiser
 from engine.diffusion.scheduler_config import for_sampler, sampler_name
@@ -36,11 +36,11 @@ from engine.weights.component import Component
 from engine.weights.folder import Model, load_folder
 
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-64"
-SHIPPED_NAME = "shipped"  # what pictures say of the model in the package
+SHIPPED_NAME = GenerateConfig.model  # what pictures say of the model in the package
 DTYPES = ("float32", "bfloat16")
 MAX_SIDE = 16384
-DEFAULT_STEPS = 30
-DEFAULT_GUIDANCE = 5.0
+DEFAULT_STEPS = GenerateConfig.steps
+DEFAULT_GUIDANCE = GenerateConfig.guidance_scale
 
 
 @dataclasses.dataclass(frozen=True)

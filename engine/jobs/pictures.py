@@ -1,0 +1,198 @@
+"""Pictures into a folder: numbered, named after their prompts, each with the settings that make it again."""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import engine
+from engine import finish
+from engine.config import GenerateConfig, from_json
+from engine.diffusion import samplers
+from engine.diffusion.noise import fresh_seed
+from engine.pipeline import Frames, Pipeline, Settings
+from engine.text.prompts import check_prompt, check_prompts
+from engine.types import UserError
+
+BATCH_IMAGES = 16  # pictures a device draws at once, unless told: so that the first are soon there,
+BATCH_PIXELS = 8 * 512 * 512  # and all fit into its memory
+ANIMATED_FRAMES = 24
+SHEET_IMAGES = 256  # at most, on one contact sheet
+
+# What a picture remembers beside prompt, index and version, all under the names of GenerateConfig.
+REMEMBERED = (
+    *("negative_prompt", "seed", "sampler", "steps", "guidance_scale", "height", "width"),
+    *("model", "dtype", "parallel", "batch_size", "upscale"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run, checked against its model and complete."""
+
+    config: GenerateConfig  # seed and all that depends on the model filled in
+    prompts: tuple[str, ...]  # one for each picture
+    settings: Settings
+    stages: int  # of each picture, for strip and animation; 0: none
+    folder: pathlib.Path
+
+
+class Drawn(NamedTuple):
+    """A picture of the run."""
+
+    index: int
+    prompt: str
+    image: finish.Picture
+    files: tuple[pathlib.Path, ...]  # the picture, then its strip and animation. None of them: a NaN or
+    # an infinity struck it, and nothing was written
+
+
+def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
+    """Checks everything before anything is compiled, and makes the folder.
+
+    Without a batch size the pictures are spread over the devices, as many at once as seems wise.
+
+    Raises:
+      UserError: a setting is wrong for this model, or the folder cannot be written.
+    """
+    config.validate()
+    prompts = tuple(p for p in check_prompts(config.prompts) for _ in range(config.num_images))
+    check_prompt(config.negative_prompt)
+    settings = pipe.settings(config.steps, config.sampler, config.guidance_scale, config.height, config.width)
+    room = max(1, BATCH_PIXELS // (settings.height * settings.width))
+    batch_size = config.batch_size or min(pipe.share_of(len(prompts)), room, BATCH_IMAGES)
+    settings = dataclasses.replace(settings, batch_size=batch_size)
+    known = dataclasses.asdict(settings) | {"dtype": pipe.dtype, "parallel": pipe.devices.mode}
+    seed = fresh_seed() if config.seed is None else config.seed
+    stages = _stages(config, samplers.find(settings.sampler).steps(settings.steps) + 1)
+    folder = finish.prepare_folder(os.path.expanduser(config.out))
+    return Plan(dataclasses.replace(config, seed=seed, **known), prompts, settings, stages, folder)
+
+
+def _stages(config: GenerateConfig, most: int) -> int:
+    if config.frames is None:
+        return min(ANIMATED_FRAMES, most) if config.animate else 0
+    if not 2 <= config.frames <= most:
+        raise UserError(f"frames={config.frames} is out of range; these steps have stages: write 2 to {most}")
+    return config.frames
+
+
+def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = None) -> Iterator[Drawn]:
+    """Draws and writes the pictures, one after another in the order of their index.
+
+    Args:
+      progress: called with the number of sampling steps that a batch has gone on.
+
+    Raises:
+      UserError: a file cannot be written. Those before it stay.
+    """
+    config = plan.config
+    batches = pipe.stream(
+        plan.prompts,
+        config.negative_prompt,
+        plan.settings,
+        seed=config.seed,
+        first_index=config.first_index,
+        frames=plan.stages,
+        progress=progress,
+    )
+    for batch in batches:
+        for i, image in enumerate(batch.images):
+            prompt, index = plan.prompts[batch.first + i], config.first_index + batch.first + i
+            if i in batch.spoilt:
+                yield Drawn(index, prompt, image, ())
+                continue
+            image = finish.upscale(image, config.upscale)
+            settings = remember(config, prompt, index)
+            path = free_path(plan.folder / finish.picture_name(index, prompt), settings)
+            finish.write_png(path, image, settings)
+            files = [path]
+            if batch.frames is not None:
+                files += _write_stages(path, Frames(*(part[i] for part in batch.frames)), settings, config)
+            yield Drawn(index, prompt, image, tuple(files))
+
+
+def _write_stages(
+    path: pathlib.Path, stages: Frames, settings: dict[str, Any], config: GenerateConfig
+) -> list[pathlib.Path]:
+    """A strip, the denoised prediction under the noisy latent; an animation of the noisy ones."""
+    noisy, denoised = (np.stack([finish.upscale(x, config.upscale) for x in part]) for part in stages)
+    files = []
+    if config.frames is not None:
+        files.append(path.with_suffix(".strip.png"))
+        finish.write_png(files[-1], finish.strip(noisy, denoised), settings | {"frames": config.frames})
+    if config.animate:
+        files.append(path.with_suffix(".webp"))
+        finish.write_animation(files[-1], noisy)
+    return files
+
+
+def write_sheet(plan: Plan, drawn: Sequence[Drawn]) -> pathlib.Path:
+    """All pictures on one sheet, sheet-SEED.png; of very many, the first SHEET_IMAGES."""
+    shown = drawn[:SHEET_IMAGES]
+    labels = [f"{picture.index} {picture.prompt}" for picture in shown]
+    sheet = finish.contact_sheet(np.stack([picture.image for picture in shown]), labels=labels)
+    settings = {
+        "sheet": [picture.files[0].name for picture in shown],
+        "seed": plan.config.seed,
+        "version": engine.__version__,
+    }
+    path = free_path(plan.folder / f"sheet-{plan.config.seed}.png", settings)
+    finish.write_png(path, sheet, settings)
+    return path
+
+
+# ---- what pictures remember
+
+
+def remember(config: GenerateConfig, prompt: str, index: int) -> dict[str, Any]:
+    """What a picture says of itself: enough to make it again."""
+    settings = {name: getattr(config, name) for name in REMEMBERED}
+    return {"prompt": prompt, "index": index, **settings, "version": engine.__version__}
+
+
+def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
+    """The options of GenerateConfig that draw this picture again, and the version that drew it.
+
+    A strip's number of frames is among them.
+
+    Raises:
+      UserError: no picture with settings, or settings that this version cannot follow.
+    """
+    settings = finish.read_settings(path)
+    if "sheet" in settings:
+        raise UserError(f"{path} is a contact sheet; write the path of one of its pictures")
+    version = settings.pop("version", None)
+    names = {name: name for name in REMEMBERED} | {"prompt": "prompts", "index": "first_index"}
+    if missing := names.keys() - settings.keys():
+        raise UserError(f"{path} does not say its {', '.join(sorted(missing))}; write the settings as flags")
+    if unknown := settings.keys() - names.keys() - {"frames"}:
+        raise UserError(
+            f"{path}, drawn by fogsculpt {version}, has settings unknown to this version: "
+            f"{', '.join(sorted(unknown))}; install fogsculpt {version}"
+        )
+    settings["prompt"] = [settings["prompt"]]
+    options = {names.get(name, name): value for name, value in settings.items()}
+    config = from_json(GenerateConfig, options, str(path))
+    return {name: getattr(config, name) for name in options}, str(version)
+
+
+def free_path(path: pathlib.Path, settings: Mapping[str, Any]) -> pathlib.Path:
+    """The path, or its name with -2, -3, ...: the first that no picture of other settings has.
+
+    So nothing is lost when runs share a folder, and the same run twice leaves one set of pictures.
+    """
+    others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    names = itertools.chain([path], others)
+    return next(name for name in names if not os.path.lexists(name) or _settings_of(name) == settings)
+
+
+def _settings_of(path: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        return finish.read_settings(path)
+    except UserError:
+        return None

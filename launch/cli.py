@@ -1,0 +1,128 @@
+"""What entry points share: flags that fill a config, help worth reading, and one line for each mistake."""
+
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from absl import flags
+from tqdm import tqdm
+
+from engine.config import IN_WORDS, nearest
+from engine.types import UserError
+
+# Exit codes, as shells and schedulers read them.
+DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130
+
+# heading -> flag -> (what stands for its value, what it does)
+Groups = Mapping[str, Mapping[str, tuple[str, str]]]
+Job = Callable[[Sequence[str]], int]  # arguments without the program's name -> exit code
+
+
+def main(job: Job) -> NoReturn:
+    """Runs an entry point on the command line's arguments, and exits with its code."""
+    # A path may hold any bytes; print them as they are.
+    sys.stdout.reconfigure(errors="surrogateescape")
+    code = exit_code(job, sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at the end
+    sys.exit(code)
+
+
+def exit_code(job: Job, argv: Sequence[str]) -> int:
+    """Runs an entry point. A user's mistake, and Ctrl-C, are one line on stderr and an exit code."""
+    # Before JAX is imported: XLA's notes on its own start-up help nobody. Errors still show.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return job(argv)
+    except UserError as error:
+        tell(f"error: {error}")
+        return MISTAKE
+    except KeyboardInterrupt as stop:
+        tell(f"stopped{f': {stop}' if str(stop) else ''}")
+        return STOPPED
+    except BrokenPipeError:  # whoever read our stdout has gone, as in `... | head -1`
+        return FAILED
+
+
+def say(text: str) -> None:
+    """One line on stdout, above a progress bar if there is one: what other programs may read."""
+    tqdm.write(text, file=sys.stdout)
+
+
+def tell(text: str) -> None:
+    """One line on stderr, above a progress bar if there is one."""
+    tqdm.write(one_line(text), file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """The text with what could move the cursor, colour it or turn the writing direction escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
+def parse(argv: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]] | None:
+    """Reads flags, anywhere between the other arguments; `--` ends them.
+
+    Args:
+      kinds: flag -> the type of its value, as `typing.get_type_hints` gives it for a config's fields.
+
+    Returns:
+      The other arguments, and the flags that were given with their values; None where --help is among them.
+
+    Raises:
+      UserError: an unknown flag, or a value of another type.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    for name, kind in {**kinds, "help": bool, "h": bool}.items():
+        (kind,) = set(typing.get_args(kind) or (kind,)) - {types.NoneType}
+        flags.DEFINE_flag(flags.Flag(_Parser(kind), None, name, None, "", boolean=kind is bool), values)
+    try:
+        _, *others = values(["", *argv])
+    except flags.UnrecognizedFlagError as error:
+        near = nearest(f"--{error.flagname}", [f"--{name}" for name in kinds])
+        raise UserError(f"unknown flag --{error.flagname}{near}; --help lists them all") from None
+    except (flags.Error, ValueError) as error:
+        raise UserError(str(error).removeprefix("flag ")) from None
+    if values["help"].value or values["h"].value:
+        return None
+    return others, {name: values[name].value for name in kinds if values[name].present}
+
+
+READERS = {str: str, int: int, float: float, bool: {"true": True, "false": False}.__getitem__}
+
+
+class _Parser(flags.ArgumentParser):
+    """Reads a flag's value, or says what to write."""
+
+    def __init__(self, kind: type):
+        self.kind = kind
+
+    def parse(self, argument: Any) -> Any:
+        try:
+            return READERS[self.kind](argument)
+        except (ValueError, KeyError):
+            raise ValueError(f"write {IN_WORDS[self.kind]}") from None
+
+
+def help_text(about: str, groups: Groups, defaults: Mapping[str, Any]) -> str:
+    """The page that --help prints: `about`, then the flags under their headings, with their defaults."""
+    lines = [about.strip()]
+    described = [(flag, *rest) for group in groups.values() for flag, rest in group.items()]
+    width = max(len(flag) + len(value) for flag, value, _ in described) + 3
+    for heading, group in groups.items():
+        lines += ["", f"{heading}:"]
+        for flag, (value, what) in group.items():
+            default = defaults.get(flag)
+            shown = f" (default {default})" if default not in (None, "", False) else ""
+            left = f"--{flag} {value}"
+            first, *more = what.split("\n")
+            lines.append(f"  {left:{width}}  {first}{'' if more else shown}")
+            lines += [f"  {'':{width}}  {line}{shown * (line is more[-1])}" for line in more]
+    return "\n".join(lines)

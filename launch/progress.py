@@ -1,0 +1,60 @@
+"""How far a run is: a bar where a person watches, a line a batch elsewhere."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from launch.cli import tell
+
+BAR = "{percentage:3.0f}%|{bar}| {postfix[0]} [{elapsed}, {remaining} left, {rate_fmt}]"
+
+
+class Progress:
+    """Call `step` with each number of sampling steps that a batch has gone on."""
+
+    def __init__(self, images: int, batch: int, steps: int):
+        """Args:
+        images: of the whole run.
+        batch: how many are drawn at once, on all devices together.
+        steps: of each.
+        """
+        self.images, self.batch, self.steps = images, batch, steps
+        self.batches = -(-images // batch)
+        self._done = 0  # steps, of all batches
+        self._batch_began = time.monotonic()
+        self._bar = tqdm(
+            total=images,
+            unit=" images",
+            bar_format=BAR,
+            postfix=["starting"],
+            dynamic_ncols=True,
+            leave=False,
+            disable=None,  # where stderr is no terminal
+            file=sys.stderr,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self, count: int) -> None:
+        """`count` more steps of the batch that is being drawn."""
+        self._done += count
+        batch, step = divmod(self._done - 1, self.steps)
+        images = min(self.batch, self.images - batch * self.batch)
+        if not self._bar.disable:
+            self._bar.postfix[0] = f"batch {batch + 1}/{self.batches}, step {step + 1}/{self.steps}"
+            self._bar.update(images * count / self.steps)
+        elif step + 1 == self.steps:
+            self._tell(batch, images)
+
+    def _tell(self, batch: int, images: int) -> None:
+        now = time.monotonic()
+        rate = images / max(now - self._batch_began, 1e-9)
+        drawn = batch * self.batch + images
+        left = f", {(self.images - drawn) / rate:.0f} s left" if drawn < self.images else ""
+        tell(f"batch {batch + 1}/{self.batches}: {drawn}/{self.images} images, {rate:.2g} images/s{left}")
+        self._batch_began = now
