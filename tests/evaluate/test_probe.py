@@ -1,6 +1,7 @@
 """The probe: shapes, truth, files. How well it reads is measured by launch.evaluate, which trains it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from engine.types import UserError
 @pytest.fixture(scope="module")
 def params():
     """A probe that has seen a few hundred renders: enough to know backgrounds."""
-    return probe_training.train(steps=30, batch_size=16)
+    return probe_training.train(steps=50, batch_size=16)
 
 
 def test_it_learns(params):
@@ -21,7 +22,7 @@ def test_it_learns(params):
 
 def test_a_question_has_its_classes(params):
     images, _ = probe_training.renders(0, 0, 3)
-    logits = probe.apply(params, images)
+    logits = probe.apply(params, jnp.asarray(images))
     assert logits.first.shape == logits.second.shape == (3, len(scenes.THINGS) + 1)
     assert logits.background.shape == (3, len(scenes.BACKGROUNDS))
     assert logits.arrangement.shape == (3, len(scenes.ARRANGEMENTS))
@@ -35,11 +36,11 @@ def test_reading_does_not_depend_on_the_batch(params):
         np.testing.assert_array_equal(one, other)
 
 
-def test_larger_pictures_are_read_at_the_probe_s_size(params):
-    images, _ = probe_training.renders(0, 0, 8)
-    doubled = images.repeat(2, 1).repeat(2, 2)
-    for small, large in zip(probe.read(params, images), probe.read(params, doubled), strict=True):
-        np.testing.assert_array_equal(small, large)
+def test_pictures_of_other_sizes_are_read_at_the_probe_s_size(params):
+    colours = np.random.default_rng(0).integers(0, 256, (8, 1, 1, 3), np.uint8)
+    small, large = (np.broadcast_to(colours, (8, size, size, 3)) for size in (probe.SIZE, 160))
+    for one, other in zip(probe.read(params, small), probe.read(params, large), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_the_truth_of_renders():
@@ -61,7 +62,7 @@ def test_the_map_peaks_where_the_thing_is():
 
 def test_softening_keeps_the_picture():
     images, _ = probe_training.renders(0, 0, 4)
-    softened = np.asarray(probe_training.soften(images, jax.random.key(1)))
+    softened = np.asarray(probe_training.soften(jnp.asarray(images), jax.random.key(1)))
     assert softened.shape == images.shape
     difference = np.sqrt(((softened - images) ** 2).mean((1, 2, 3)))
     assert (difference > 0.1).all() and (difference < 40).all()
