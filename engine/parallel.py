@@ -84,10 +84,10 @@ class Devices:
         """`f`, compiled to run on every device at once.
 
         Call the result with `shared` from `place` and `share`, and with a batch that the number of devices
-        divides (see `pad`).
+        divides (see `pad`). Its `lower(shared, batched)` is that of jax.jit: the program, to look at.
         """
         if self.mode == "pmap":
-            return self._pmapped(f)
+            return Pmapped(f, self.devices)
         if self.mode == "jit":
             return jax.jit(f, out_shardings=self._split)
         specs = (PartitionSpec(), PartitionSpec("data"))
@@ -97,19 +97,23 @@ class Devices:
         )
         return jax.jit(mapped)
 
-    def _pmapped(self, f: Function) -> Function:
-        mapped = jax.pmap(f, in_axes=(None, 0), devices=self.devices)
 
-        def fold(x: Array) -> Array:
-            return x.reshape(self.count, x.shape[0] // self.count, *x.shape[1:])
+class Pmapped:
+    """A pmapped function behind the face of a jitted one: its batches come and go with one batch axis."""
 
-        def unfold(x: Array) -> Array:
-            return x.reshape(-1, *x.shape[2:])
+    def __init__(self, f: Function, devices: Sequence[jax.Device]):
+        self._mapped = jax.pmap(f, in_axes=(None, 0), devices=devices)
+        self._count = len(devices)
 
-        def run(shared: Any, batched: Any) -> Any:
-            return jax.tree.map(unfold, mapped(shared, jax.tree.map(fold, batched)))
+    def __call__(self, shared: Any, batched: Any) -> Any:
+        split = self._mapped(shared, jax.tree.map(self._split, batched))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), split)
 
-        return run
+    def lower(self, shared: Any, batched: Any) -> jax.stages.Lowered:
+        return self._mapped.lower(shared, jax.tree.map(self._split, batched))
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(self._count, x.shape[0] // self._count, *x.shape[1:])
 
 
 def spec_for(name: str, rules: Rules) -> PartitionSpec:

@@ -148,9 +148,9 @@ class Pipeline:
           UserError: an argument is wrong.
           FloatingPointError: a NaN struck a picture; it says which.
         """
-        settings = self.settings(
-            steps, sampler, guidance_scale, height, width, batch_size or self.share_of(len(prompts))
-        )
+        if batch_size is None:
+            batch_size = self.share_of(len(prompts))
+        settings = self.settings(steps, sampler, guidance_scale, height, width, batch_size)
         seed = noise.fresh_seed() if seed is None else seed
         images = []
         for batch in self.stream(
