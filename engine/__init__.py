@@ -7,7 +7,7 @@ images = pipe.generate(["a fox on a skateboard"], seed=7)   # uint8 (B, H, W, 3)
 
 from typing import TYPE_CHECKING, Any
 
-from engine.types import UserError
+from engine.errors import UserError
 
 if TYPE_CHECKING:
     from engine.pipeline import Pipeline, load

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from engine.types import UserError
+from engine.errors import UserError
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Axis glossary, array aliases and the one error that a user can cause.
+"""Axis glossary and array aliases; and, for all who import these, the one error that a user can cause.
 
 Axes: B batch, H W height and width, C channels, T image tokens, L text tokens, D width,
 N heads, K head dim. Pictures are channels-last everywhere.
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array, Float, Int, Key, UInt8
+
+from engine.errors import UserError as UserError
 
 Images = UInt8[Array, "B H W 3"]  # finished pictures, 0..255
 Latents = Float[Array, "B H W C"]  # noisy or clean latents
@@ -21,7 +23,3 @@ Params = dict[str | int, Any]
 
 # (x, sigma) -> x0: what the samplers call, whatever the model family and its parameterization.
 Denoise = Callable[[Latents, Sigma], Latents]
-
-
-class UserError(ValueError):
-    """Something a user wrote is wrong. The message is one line: what, where, and what to write instead."""

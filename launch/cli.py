@@ -11,7 +11,7 @@ from absl import flags
 from tqdm import tqdm
 
 from engine.config import IN_WORDS, nearest
-from engine.types import UserError
+from engine.errors import UserError
 
 # Exit codes, as shells and schedulers read them.
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from launch.cli import tell
 
-BAR = "{percentage:3.0f}%|{bar}| {postfix[0]} [{elapsed}, {remaining} left, {rate_fmt}]"
+BAR = "{percentage:3.0f}%|{bar}| {postfix[0]} [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
 
 
 class Progress:
@@ -47,7 +47,8 @@ class Progress:
         images = min(self.batch, self.images - batch * self.batch)
         if not self._bar.disable:
             self._bar.postfix[0] = f"batch {batch + 1}/{self.batches}, step {step + 1}/{self.steps}"
-            self._bar.update(images * count / self.steps)
+            # fractions of pictures; rounding must not lead beyond the whole
+            self._bar.update(min(images * count / self.steps, self.images - self._bar.n))
         elif step + 1 == self.steps:
             self._tell(batch, images)
 
