@@ -88,6 +88,15 @@ def test_the_module_computes_with_what_was_read(vae):
     np.testing.assert_allclose(module.post_quant_conv(pixel[None, None, None])[0, 0, 0], by_hand, rtol=1e-5)
 
 
+def test_the_outline_is_that_of_the_model(unet):
+    """What is built without memory has the structure of what is built with it."""
+    component = load_component(unet, "unet")
+    graphdef, params = nnx.split(KINDS["unet"].module(component.config, nnx.Rngs(0)), nnx.Param)
+    assert graphdef == component.graphdef
+    shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(params))
+    assert shapes == jax.tree.map(jnp.shape, component.params)
+
+
 def test_place_puts_every_leaf(unet):
     placed = {}
 
@@ -106,24 +115,23 @@ def test_place_puts_every_leaf(unet):
 
 
 @pytest.mark.parametrize("limit", [1, 20_000, 10**9])
-def test_shards(unet, tmp_path, limit):
-    component, ours = load_component(unet, "unet"), tmp_path / "ours"
+def test_shards(torch_folder, tmp_path, limit):
+    source, ours = torch_folder / "text_encoder", tmp_path / "ours"
+    component = load_component(source, "text_encoder")
     save_component(ours, component, max_shard_size=limit)
-    wanted = tensors(unet, "unet")
-    assert_same_tensors(wanted, tensors(ours, "unet"))
+    wanted = tensors(source, "text_encoder")
+    assert_same_tensors(wanted, tensors(ours, "text_encoder"))
     files = sorted(file.name for file in ours.glob("*.safetensors"))
     if limit == 10**9:
-        assert files == ["diffusion_pytorch_model.safetensors"]
+        assert files == ["model.safetensors"]
     else:
-        index = json.loads((ours / "diffusion_pytorch_model.safetensors.index.json").read_text())
+        index = json.loads((ours / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == sum(array.nbytes for array in wanted.values())
-        assert files == [
-            f"diffusion_pytorch_model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
-        ]
+        assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
         for file in files:
             sizes = [array.nbytes for array in load_file(ours / file).values()]
             assert sum(sizes) <= limit or len(sizes) == 1
-    again = load_component(ours, "unet")
+    again = load_component(ours, "text_encoder")
     assert jax.tree.all(jax.tree.map(jnp.array_equal, again.params, component.params))
 
 
