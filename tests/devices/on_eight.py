@@ -1,0 +1,208 @@
+"""The loop on eight devices, in every mode. test_eight_devices.py runs this file in a process of its own."""
+
+import collections
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import engine
+from engine.parallel import MODES, Devices
+from engine.types import UserError
+from tests.tiny import tiny_folder
+
+PROMPTS = [f"{color} {thing}" for color in ("a red", "a blue") for thing in ("fox", "car", "cat", "dog")]
+LONG = [*PROMPTS, "two green trees", "a fox at night", "grass"]
+STEPS = 3
+COLLECTIVES = re.compile(
+    r"= \S+ (all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
+)
+
+
+class Call(NamedTuple):
+    """One run of a stage: the compiled function, what it was given, and what it made of it."""
+
+    mapped: Any
+    arguments: tuple
+    result: Any
+
+    def compiled(self) -> jax.stages.Compiled:
+        return self.mapped.lower(*self.arguments).compile()
+
+
+class Watched(Devices):
+    """Devices that keep the last call of each stage, and on which a transfer inside a stage raises."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls: dict[str, Call] = {}
+
+    def map(self, f):
+        mapped = super().map(f)
+
+        def run(shared, batched):
+            # explicit transfers to and from the devices are made outside of the stages
+            with jax.transfer_guard("disallow"):
+                result = mapped(shared, batched)
+            self.calls[f.__name__] = Call(mapped, (shared, batched), result)
+            return result
+
+        return run
+
+
+COMPILATIONS: collections.Counter[str] = collections.Counter()
+
+
+def count_compilation(event: str, *_, **__) -> None:
+    if event.startswith("/jax/core/compile/"):
+        COMPILATIONS[event] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(count_compilation)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def pipelines(folder):
+    """mode -> a pipeline over all eight devices."""
+    assert jax.device_count() == 8
+    return {mode: engine.load(folder, parallel=Watched(mode)) for mode in MODES}
+
+
+@pytest.fixture(scope="session", params=MODES)
+def pipeline(request, pipelines):
+    return pipelines[request.param]
+
+
+@pytest.fixture(scope="session")
+def alone(folder):
+    """A pipeline over one of them."""
+    return engine.load(folder, parallel=Watched(devices=jax.devices()[:1]))
+
+
+def draw(pipeline, prompts=PROMPTS, **options):
+    return pipeline.generate(prompts, **{"seed": 7, "steps": STEPS, "batch_size": 1} | options)
+
+
+def latents(pipeline) -> np.ndarray:
+    """What the sampler ended with, in the last batch."""
+    return np.asarray(pipeline.devices.calls["segment"].result[0].x)
+
+
+def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def test_the_three_modes_agree_bit_for_bit(pipelines):
+    images = {mode: draw(pipeline) for mode, pipeline in pipelines.items()}
+    for mode in MODES:
+        np.testing.assert_array_equal(images[mode], images["shard_map"], err_msg=mode)
+        np.testing.assert_array_equal(latents(pipelines[mode]), latents(pipelines["shard_map"]), err_msg=mode)
+
+
+def test_one_device_and_eight_agree_bit_for_bit_with_one_batch_size(pipeline, alone):
+    np.testing.assert_array_equal(draw(pipeline), draw(alone))
+    np.testing.assert_array_equal(latents(pipeline)[-1:], latents(alone))
+
+
+def test_one_device_and_eight_agree_within_a_level_with_another_batch_size(pipelines, alone):
+    images = draw(pipelines["shard_map"])
+    assert largest_difference(draw(alone, batch_size=len(PROMPTS)), images) <= 1
+    assert latents(alone).shape[0] == len(PROMPTS)
+
+
+@pytest.mark.parametrize("count", [1, 5, 11])
+def test_uneven_batches_are_padded_and_cut(pipeline, alone, count):
+    images = draw(pipeline, LONG[:count])
+    np.testing.assert_array_equal(images, draw(alone, LONG[:count]))
+
+
+def test_a_picture_is_the_same_alone_in_company_and_in_other_places(pipeline):
+    company = draw(pipeline, LONG)
+    np.testing.assert_array_equal(draw(pipeline, LONG[4:5], first_index=4), company[4:5])
+    np.testing.assert_array_equal(draw(pipeline, LONG[3:], first_index=3), company[3:])
+    assert largest_difference(draw(pipeline, LONG[4:5], first_index=5), company[4:5]) > 8
+
+
+def test_no_stage_communicates(pipeline):
+    draw(pipeline)
+    for name, call in pipeline.devices.calls.items():
+        program = call.compiled().as_text()
+        assert COLLECTIVES.findall(program) == [], name
+        assert f"num_partitions={pipeline.devices.count}" in program or pipeline.devices.count == 1
+    assert pipeline.devices.calls.keys() == {"_encode", "<lambda>", "begin", "segment", "_decode"}
+
+
+def test_a_stage_that_communicates_would_be_seen():
+    devices = Devices("jit")
+    mapped = devices.map(lambda shared, x: x - x.mean(0))
+    program = mapped.lower(None, devices.shard_batch(np.ones((8, 2), np.float32))).compile().as_text()
+    assert COLLECTIVES.findall(program)
+
+
+def test_other_words_seeds_and_scales_compile_nothing(pipeline):
+    draw(pipeline, negative_prompts="grass")
+    COMPILATIONS.clear()
+    images = [
+        draw(
+            pipeline,
+            [f"{prompt} number {i}" for prompt in PROMPTS],
+            negative_prompts=f"not {i}",
+            seed=i + 2**40,
+            first_index=i,
+            guidance_scale=2.0 + i / 3,
+        )
+        for i in range(5)
+    ]
+    assert COMPILATIONS == {}
+    assert len({image.tobytes() for image in images}) == 5
+    draw(pipeline, steps=STEPS + 1)  # one more sigma
+    assert COMPILATIONS["/jax/core/compile/backend_compile_duration"] > 0
+
+
+def test_params_lie_whole_on_every_device_and_stay_there(pipeline):
+    """`Watched` raises when a stage moves anything: here, that it sees what is not placed."""
+    model = pipeline.model
+    for part in (model.unet, model.vae, model.text_encoder):
+        for leaf in jax.tree.leaves(part.params):
+            assert leaf.is_fully_replicated and len(leaf.sharding.device_set) == 8
+    draw(pipeline)
+    mapped, (shared, batched), _ = pipeline.devices.calls["_encode"]
+    elsewhere = jax.tree.map(np.asarray, shared)
+    with jax.transfer_guard("disallow"), pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"):
+        mapped(elsewhere, batched)
+
+
+def test_scale_one_runs_no_unconditional_pass(pipelines):
+    def flops(pipeline, scale):
+        draw(pipeline, guidance_scale=scale)
+        return pipeline.devices.calls["segment"].compiled().cost_analysis()["flops"]
+
+    pipeline = pipelines["shard_map"]
+    assert 0.45 < flops(pipeline, 1.0) / flops(pipeline, 1.5) < 0.55
+
+
+def test_split_params_draw_the_same_picture(folder, pipelines):
+    rules = [
+        (r"resnets.*conv\d\.kernel", PartitionSpec(None, None, None, "data")),
+        (r"(to_q|to_k|to_v|q_proj|fc1)\.kernel", PartitionSpec(None, "data")),
+        (r".*", PartitionSpec()),
+    ]
+    split = engine.load(folder, parallel=Watched("jit", rules=rules))
+    kernel = split.model.unet.params["mid_block"]["resnets"][0]["conv1"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape[-1] * 8 == kernel.shape[-1]
+    assert largest_difference(draw(split), draw(pipelines["jit"])) <= 1
+    assert COLLECTIVES.findall(split.devices.calls["segment"].compiled().as_text())
+
+
+def test_a_parameter_without_a_rule_stops_the_loading(folder):
+    rules = [("unet|vae", PartitionSpec())]
+    with pytest.raises(UserError, match=r"no sharding rule matches the parameter text_encoder\.text_model"):
+        engine.load(folder, parallel=Devices("jit", rules=rules))
