@@ -1,0 +1,63 @@
+"""A folder that the engine wrote draws the same picture in PyTorch diffusers, from the same start latents."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import engine
+from configs import scenes_small
+from tests.parity.common import nchw
+from tests.tiny import tiny_folder
+
+SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+LEADING = {"steps_offset": 1, "set_alpha_to_one": False}
+SCHEDULERS = {
+    "Stable Diffusion 1.5": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **SCALED, **LEADING},
+    "Stable Diffusion 2.1": {
+        "_class_name": "DDIMScheduler",
+        "prediction_type": "v_prediction",
+        "clip_sample": False,
+        **SCALED,
+        **LEADING,
+    },
+    "Euler": {"_class_name": "EulerDiscreteScheduler", **SCALED},
+    "shipped": scenes_small.get_config().scheduler,
+}
+PROMPTS = ["a red fox at night", "a cat above a dog"]
+NEGATIVES = ["a blue car", ""]
+STEPS = 10
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """In dB, of uint8 pictures."""
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-12)))
+
+
+def draw_in_pytorch(folder, latents: np.ndarray, **options) -> np.ndarray:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(PROMPTS, latents=torch.from_numpy(nchw(latents).copy()), output_type="np", **options)
+    return np.round(images.images * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_same_picture_as_pytorch(name, tmp_path):
+    folder = tiny_folder(tmp_path / "model", scheduler=SCHEDULERS[name])
+    latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4), np.float32)
+    ours = engine.load(folder).generate(PROMPTS, NEGATIVES, steps=STEPS, guidance_scale=4.0, latents=latents)
+    theirs = draw_in_pytorch(
+        folder, latents, negative_prompt=NEGATIVES, num_inference_steps=STEPS, guidance_scale=4.0
+    )
+    assert theirs.std() > 30  # a picture, not one colour
+    assert psnr(ours, theirs) >= 40
+    assert psnr(ours[::-1], theirs) < 20  # another picture is told apart
+
+
+def test_same_picture_without_guidance(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    latents = np.random.default_rng(1).standard_normal((2, 8, 8, 4), np.float32)
+    ours = engine.load(folder).generate(PROMPTS, steps=STEPS, guidance_scale=1.0, latents=latents)
+    theirs = draw_in_pytorch(folder, latents, num_inference_steps=STEPS, guidance_scale=1.0)
+    assert psnr(ours, theirs) >= 40
