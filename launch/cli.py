@@ -1,10 +1,13 @@
 """What entry points share: flags that fill a config, help worth reading, and one line for each mistake."""
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
@@ -23,13 +26,14 @@ Job = Callable[[Sequence[str]], int]  # arguments without the program's name -> 
 
 def main(job: Job) -> NoReturn:
     """Runs an entry point on the command line's arguments, and exits with its code."""
-    # A path may hold any bytes; print them as they are.
-    sys.stdout.reconfigure(errors="surrogateescape")
+    nowhere = open(os.devnull, "w")  # noqa: SIM115, stands in for closed streams to the end
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    sys.stdout.reconfigure(errors="surrogateescape")  # a path may hold any bytes; print them as they are
     code = exit_code(job, sys.argv[1:])
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at the end
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or Python complains at the end
     sys.exit(code)
 
 
@@ -38,15 +42,48 @@ def exit_code(job: Job, argv: Sequence[str]) -> int:
     # Before JAX is imported: XLA's notes on its own start-up help nobody. Errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        return job(argv)
+        with _noting_ctrl_c():
+            return job(argv)
     except UserError as error:
         tell(f"error: {error}")
         return MISTAKE
     except KeyboardInterrupt as stop:
-        tell(f"stopped{f': {stop}' if str(stop) else ''}")
+        tell(f"stopped: {stop}" if str(stop) else "stopped")
         return STOPPED
     except BrokenPipeError:  # whoever read our stdout has gone, as in `... | head -1`
         return FAILED
+
+
+_interrupts: list[int] = []  # every Ctrl-C since the entry point began
+
+
+def stop_if_asked() -> None:
+    """Raises KeyboardInterrupt after a Ctrl-C. Entry points call it often, where stopping is safe."""
+    if _interrupts:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _noting_ctrl_c() -> Iterator[None]:
+    """Ctrl-C is noted, for `stop_if_asked`; a second one ends the program at once.
+
+    Raised on the spot, as Python does, it crashes imports of modules in C, and is lost in JAX's callbacks.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not for other threads
+        return
+
+    def note(number: int, _: types.FrameType | None) -> None:
+        if _interrupts:
+            os._exit(STOPPED)
+        _interrupts.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _interrupts.clear()
 
 
 def say(text: str) -> None:

@@ -25,9 +25,11 @@ def run(given: dict[str, Any], like: str | None = None) -> int:
       given: options of GenerateConfig.
       like: a picture whose settings stand in for what is not given.
     """
+    cli.stop_if_asked()
     config = make_config(given, like)
     with advice_where_memory_runs_out(config):
         pipe = open_model(config)
+        cli.stop_if_asked()
         plan = pictures.plan(config, pipe)
         tell_what_is_chosen_or_left_out(config, plan, pipe)
         drawn = draw(plan, pipe)
@@ -87,6 +89,7 @@ def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:
                         f"error: picture {picture.index} of seed {plan.config.seed} met a NaN or an infinity "
                         "and was not written; write --dtype float32, or a smaller --guidance_scale"
                     )
+                cli.stop_if_asked()
     except KeyboardInterrupt:
         done = sum(bool(picture.files) for picture in drawn)
         where = f"{done} of {len(plan.prompts)} pictures are in {plan.folder}"

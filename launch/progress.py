@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from launch.cli import tell
+from launch.cli import stop_if_asked, tell
 
 BAR = "{percentage:3.0f}%|{bar}| {postfix[0]} [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
 
@@ -41,7 +41,8 @@ class Progress:
         self._bar.close()
 
     def step(self, count: int) -> None:
-        """`count` more steps of the batch that is being drawn."""
+        """`count` more steps of the batch that is being drawn. Here the program also stops, if asked to."""
+        stop_if_asked()
         self._done += count
         batch, step = divmod(self._done - 1, self.steps)
         images = min(self.batch, self.images - batch * self.batch)
