@@ -92,7 +92,7 @@ def random_folder(
       seed: the same seed writes the same bytes.
 
     Raises:
-      UserError: an unknown name, or the folder exists.
+      UserError: an unknown name or dtype, a negative seed, or the folder exists.
     """
     if isinstance(architecture, str):
         if architecture not in ARCHITECTURES:
@@ -101,6 +101,8 @@ def random_folder(
                 f"known: {', '.join(ARCHITECTURES)}"
             )
         architecture = ARCHITECTURES[architecture]
+    if seed < 0:
+        raise UserError(f"seed={seed}: write a number from 0")
     dtype = as_dtype(dtype)
     scheduler = SchedulerConfig.from_json(architecture.scheduler, "scheduler")
     with new_folder(Path(path), INDEX, overwrite) as new:

@@ -1,43 +1,48 @@
 """python -m launch.random_model."""
 
-import subprocess
-import sys
-
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from engine.weights import random_folder
 from engine.weights.folder import load_folder
+from launch import cli, random_model
 from tests.weights.test_random_folder import TINY
 
 
 def test_it_writes_a_model(tmp_path, monkeypatch, capsys):
-    from launch import random_model
-
-    flags.FLAGS.mark_as_parsed()
     monkeypatch.setitem(random_folder.ARCHITECTURES, "tiny", TINY)
-    with flagsaver.flagsaver(architecture="tiny", out=str(tmp_path / "model"), dtype="bfloat16", seed=3):
-        random_model.main([])
-        assert capsys.readouterr().out == f"model: {tmp_path / 'model'}\n"
-        assert load_folder(tmp_path / "model").unet.config == TINY.unet
-        with pytest.raises(SystemExit, match="2"):
-            random_model.main([])
+    out = tmp_path / "model"
+    command = ["--architecture", "tiny", "--dtype=bfloat16", "--seed=3", "--out", str(out)]
+    assert cli.exit_code(random_model.main, command) == cli.DONE
+    assert capsys.readouterr().out == f"{out}\n"
+    assert load_folder(out).unet.config == TINY.unet
+    assert b'"dtype":"BF16"' in (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert cli.exit_code(random_model.main, command) == cli.MISTAKE
     assert "model already exists" in capsys.readouterr().err
 
 
-def test_bad_input_is_one_line(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "launch.random_model",
-        "--architecture",
-        "ds15",
-        "--out",
-        tmp_path / "model",
-    ]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stdout == ""
-    assert run.stderr == "unknown architecture 'ds15' (did you mean sd15?); known: sd15, sd21\n"
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--architecture=ds15", "--out=x"], "unknown architecture 'ds15' (did you mean sd15?)"),
+        (["--dtype=float64", "--out=x"], "write float32, float16 or bfloat16"),
+        (["--seed=-1", "--out=x"], "seed=-1: write a number from 0"),
+        (["--out=/proc/x"], "/proc/x cannot be written"),
+        ([], "write --out FOLDER"),
+        (["x"], "write --out x"),
+        (["--archtecture=sd15"], "unknown flag --archtecture (did you mean --architecture?)"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, argv, told):
+    monkeypatch.chdir(tmp_path)
+    assert cli.exit_code(random_model.main, argv) == cli.MISTAKE
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_flag(capsys):
+    assert cli.exit_code(random_model.main, ["--help"]) == cli.DONE
+    text = capsys.readouterr().out
+    assert all(f"--{flag}" in text for flag in [*random_model.DEFAULTS, "out"])
