@@ -46,7 +46,7 @@ class Trace(NamedTuple):
     denoised: Latents  # the D(x, sigma) that it was made with
 
 
-Steps = tuple[Callable[[Latents], Carry], Callable[[Carry, Index], tuple[Carry, Trace]]]
+InitStep = tuple[Callable[[Latents], Carry], Callable[[Carry, Index], tuple[Carry, Trace]]]
 
 
 def _remembering(count: int) -> Callable[[Latents], Carry]:
@@ -59,7 +59,7 @@ def _remembering(count: int) -> Callable[[Latents], Carry]:
     return init
 
 
-def ddim(denoise: Denoise, sigmas: Sigmas, keys: Keys, eta: float = 0.0) -> Steps:
+def ddim(denoise: Denoise, sigmas: Sigmas, keys: Keys, eta: float = 0.0) -> InitStep:
     """Song et al. 2021 (DDIM), equations 12 and 16: eta 0 is deterministic, 1 is DDPM.
 
     Divided by sqrt(alphas_cumprod), equation 12 is x' = D + sigma_down (x - D) / sigma + sigma_up z, with
@@ -79,12 +79,12 @@ def ddim(denoise: Denoise, sigmas: Sigmas, keys: Keys, eta: float = 0.0) -> Step
     return _remembering(0), step
 
 
-def ddpm(denoise: Denoise, sigmas: Sigmas, keys: Keys) -> Steps:
+def ddpm(denoise: Denoise, sigmas: Sigmas, keys: Keys) -> InitStep:
     """Ho et al. 2020, algorithm 2, with the posterior variance of equation 7: DDIM with eta 1."""
     return ddim(denoise, sigmas, keys, eta=1.0)
 
 
-def euler_ancestral(denoise: Denoise, sigmas: Sigmas, keys: Keys, eta: float = 1.0) -> Steps:
+def euler_ancestral(denoise: Denoise, sigmas: Sigmas, keys: Keys, eta: float = 1.0) -> InitStep:
     """Euler to sigma_down, then noise up to sigma' (k-diffusion). In this scaling that is DDIM with this eta.
 
     Its grid is what sets it apart from ddpm: see `schedules.sigmas_for`.
@@ -92,7 +92,9 @@ def euler_ancestral(denoise: Denoise, sigmas: Sigmas, keys: Keys, eta: float = 1
     return ddim(denoise, sigmas, keys, eta)
 
 
-def euler(denoise: Denoise, sigmas: Sigmas, keys: Keys, s_churn: float = 0.0, s_noise: float = 1.0) -> Steps:
+def euler(
+    denoise: Denoise, sigmas: Sigmas, keys: Keys, s_churn: float = 0.0, s_noise: float = 1.0
+) -> InitStep:
     """Karras et al. 2022, algorithm 2 without its second-order correction (lines 9 to 11)."""
 
     def step(carry: Carry, i: Index) -> tuple[Carry, Trace]:
@@ -104,7 +106,9 @@ def euler(denoise: Denoise, sigmas: Sigmas, keys: Keys, s_churn: float = 0.0, s_
     return _remembering(0), step
 
 
-def heun(denoise: Denoise, sigmas: Sigmas, keys: Keys, s_churn: float = 0.0, s_noise: float = 1.0) -> Steps:
+def heun(
+    denoise: Denoise, sigmas: Sigmas, keys: Keys, s_churn: float = 0.0, s_noise: float = 1.0
+) -> InitStep:
     """Karras et al. 2022, algorithm 2, second order. Two steps an interval, one for the last (Euler's).
 
     Even steps predict x1 = D + (sigma' / sigma) (x - D), the Euler step. Odd ones evaluate D1 = D(x1, sigma')
@@ -140,7 +144,7 @@ def _churned(
     return x + sigmas[i] * (gamma * (2 + gamma)) ** 0.5 * noise, sigmas[i] * (1 + gamma)
 
 
-def dpmpp_2m(denoise: Denoise, sigmas: Sigmas, keys: Keys) -> Steps:
+def dpmpp_2m(denoise: Denoise, sigmas: Sigmas, keys: Keys) -> InitStep:
     """Lu et al. 2022 (DPM-Solver++), algorithm 2, second order, multistep.
 
     With lambda = -log sigma and h = log(sigma / sigma'), x' = exp(-h) x + (1 - exp(-h)) D_i.
@@ -156,7 +160,7 @@ def dpmpp_2m(denoise: Denoise, sigmas: Sigmas, keys: Keys) -> Steps:
     return _remembering(1), step
 
 
-def dpmpp_2m_sde(denoise: Denoise, sigmas: Sigmas, keys: Keys) -> Steps:
+def dpmpp_2m_sde(denoise: Denoise, sigmas: Sigmas, keys: Keys) -> InitStep:
     """The same for the reverse SDE: x' = exp(-2h) x + (1 - exp(-2h)) D_i + sigma' sqrt(1 - exp(-2h)) z.
 
     Lu et al. 2022, appendix: SDE-DPM-Solver++(2M); at first order it is DDPM.
@@ -197,7 +201,7 @@ PLMS = (
 )
 
 
-def pndm(denoise: Denoise, sigmas: Sigmas, keys: Keys) -> Steps:
+def pndm(denoise: Denoise, sigmas: Sigmas, keys: Keys) -> InitStep:
     """Liu et al. 2022 (PNDM), equations 9 and 12: Adams-Bashforth on eps, started without Runge-Kutta (PLMS).
 
     Equation 9, its transfer step, is x' = x + (sigma' - sigma) eps in this scaling. The first interval takes
@@ -222,7 +226,7 @@ def pndm(denoise: Denoise, sigmas: Sigmas, keys: Keys) -> Steps:
 class Sampler(NamedTuple):
     """An entry of SAMPLERS."""
 
-    make: Callable[..., Steps]  # (denoise, sigmas, keys, **options) -> init, step
+    make: Callable[..., InitStep]  # (denoise, sigmas, keys, **options) -> init, step
     steps: Callable[[int], int] = lambda n: n  # number of steps, and so of network calls, for n intervals
     stochastic: bool = False  # whether it adds noise with its default options
     options: tuple[str, ...] = ()  # keyword arguments of `make`, floats, static
