@@ -75,6 +75,7 @@ def _noting_ctrl_c() -> Iterator[None]:
 
     def note(number: int, _: types.FrameType | None) -> None:
         if _interrupts:
+            os.write(2, b"stopped\n")  # print may be at work already
             os._exit(STOPPED)
         _interrupts.append(number)
 
@@ -126,7 +127,8 @@ def parse(argv: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str], dic
         near = nearest(f"--{error.flagname}", [f"--{name}" for name in kinds])
         raise UserError(f"unknown flag --{error.flagname}{near}; --help lists them all") from None
     except (flags.Error, ValueError) as error:
-        raise UserError(str(error).removeprefix("flag ")) from None
+        what = str(error).removeprefix("flag ").replace("Missing value for flag", "write a value after")
+        raise UserError(what) from None
     if values["help"].value or values["h"].value:
         return None
     return others, {name: values[name].value for name in kinds if values[name].present}

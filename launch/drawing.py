@@ -17,6 +17,8 @@ from engine.types import UserError
 from launch import cli
 from launch.progress import Progress
 
+SHEET_IMAGES = 256  # on a contact sheet, at most
+
 
 def run(given: dict[str, Any], like: str | None = None) -> int:
     """Draws pictures; returns the exit code.
@@ -27,12 +29,10 @@ def run(given: dict[str, Any], like: str | None = None) -> int:
     """
     cli.stop_if_asked()
     config = make_config(given, like)
-    with advice_where_memory_runs_out(config):
-        pipe = open_model(config)
-        cli.stop_if_asked()
-        plan = pictures.plan(config, pipe)
-        tell_what_is_chosen_or_left_out(config, plan, pipe)
-        drawn = draw(plan, pipe)
+    pipe = open_model(config)
+    plan = pictures.plan(config, pipe)
+    tell_what_is_chosen_or_left_out(config, plan, pipe)
+    drawn = draw(plan, pipe)
     write_sheet(plan, drawn)
     return cli.DONE if all(picture.files for picture in drawn) else cli.FAILED
 
@@ -41,7 +41,7 @@ def make_config(given: dict[str, Any], like: str | None) -> GenerateConfig:
     """The config, from what is given and what the picture `like` remembers."""
     if like is None:
         return GenerateConfig(**given)
-    options, version = pictures.remembered(like)
+    options, version = pictures.remembered(os.path.expanduser(like))
     if version != engine.__version__:
         cli.tell(
             f"warning: {like} was drawn by fogsculpt {version}; "
@@ -62,7 +62,10 @@ def is_shipped(config: GenerateConfig) -> bool:
 
 def open_model(config: GenerateConfig) -> Pipeline:
     """Loads the model onto the devices."""
-    return engine.load(None if is_shipped(config) else config.model, config.dtype, config.parallel)
+    with advice_where_memory_runs_out("--dtype bfloat16"):
+        pipe = engine.load(None if is_shipped(config) else config.model, config.dtype, config.parallel)
+    cli.stop_if_asked()
+    return pipe
 
 
 def tell_what_is_chosen_or_left_out(config: GenerateConfig, plan: pictures.Plan, pipe: Pipeline) -> None:
@@ -75,20 +78,18 @@ def tell_what_is_chosen_or_left_out(config: GenerateConfig, plan: pictures.Plan,
 
 def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:
     """Draws and writes the pictures, prints the paths of the files, and tells which could not be drawn."""
-    steps = samplers.find(plan.settings.sampler).steps(plan.settings.steps)
-    at_once = plan.settings.batch_size * pipe.devices.count
+    settings = plan.settings
+    steps = samplers.find(settings.sampler).steps(settings.steps)
+    half = settings.batch_size // 2
+    smaller = f"--batch_size {half}" if half else "a smaller --height and --width"
+    progress = Progress(len(plan.prompts), settings.batch_size * pipe.devices.count, steps)
     drawn = []
     try:
-        with Progress(len(plan.prompts), at_once, steps) as progress:
+        with advice_where_memory_runs_out(f"{smaller}, or --dtype bfloat16"), progress:
             for picture in pictures.draw(plan, pipe, progress.step):
-                drawn.append(picture)
-                for file in picture.files:
-                    cli.say(str(file))
-                if not picture.files:
-                    cli.tell(
-                        f"error: picture {picture.index} of seed {plan.config.seed} met a NaN or an infinity "
-                        "and was not written; write --dtype float32, or a smaller --guidance_scale"
-                    )
+                room = len(drawn) < SHEET_IMAGES  # a long run must not keep all its pictures in memory
+                drawn.append(picture if room else picture._replace(image=None))
+                tell_of(picture, plan.config)
                 cli.stop_if_asked()
     except KeyboardInterrupt:
         done = sum(bool(picture.files) for picture in drawn)
@@ -97,20 +98,35 @@ def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:
     return drawn
 
 
+def tell_of(picture: pictures.Drawn, config: GenerateConfig) -> None:
+    """Where the picture is, or that it could not be drawn."""
+    for file in picture.files:
+        cli.say(str(file))
+    if not picture.files:
+        advice = "a smaller --guidance_scale" if config.dtype == "float32" else "--dtype float32"
+        cli.tell(
+            f"error: picture {picture.index} of seed {config.seed} met a NaN or an infinity "
+            f"and was not written; write {advice}"
+        )
+
+
 def write_sheet(plan: pictures.Plan, drawn: list[pictures.Drawn]) -> None:
     """Puts several pictures on a contact sheet, too."""
-    whole = [picture for picture in drawn if picture.files]
-    if len(whole) > 1:
-        cli.say(str(pictures.write_sheet(plan, whole)))
+    shown = [picture for picture in drawn if picture.image is not None]
+    if len(shown) < 2:
+        return
+    path = pictures.write_sheet(plan, shown)
+    cli.say(str(path))
+    if len(drawn) > SHEET_IMAGES:
+        cli.tell(f"{path.name} shows the first {SHEET_IMAGES} pictures")
 
 
 @contextlib.contextmanager
-def advice_where_memory_runs_out(config: GenerateConfig) -> Iterator[None]:
-    """Turns the devices' and the host's out-of-memory into a UserError that says what to try."""
+def advice_where_memory_runs_out(advice: str) -> Iterator[None]:
+    """Turns the devices' and the host's out-of-memory into a UserError that says what to write."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        smaller = "a smaller --batch_size" if config.batch_size != 1 else "a smaller --height and --width"
-        raise UserError(f"out of memory; write {smaller}, or --dtype bfloat16") from None
+        raise UserError(f"out of memory; write {advice}") from None

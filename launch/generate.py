@@ -40,7 +40,7 @@ FLAGS: cli.Groups = {
         "steps": ("N", "more is finer and slower"),
         "guidance_scale": (
             "G",
-            "how strictly to follow the prompt; 1 is without guidance, and twice as fast",
+            "how strictly to follow the prompt; 1 is no guidance, and twice as fast",
         ),
         "height": ("PIXELS", "without it the size that the model was trained for"),
         "width": ("PIXELS", "likewise"),

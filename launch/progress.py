@@ -27,9 +27,8 @@ class Progress:
             total=images,
             unit=" images",
             bar_format=BAR,
-            postfix=["starting"],
+            postfix=["compiling"],
             dynamic_ncols=True,
-            leave=False,
             disable=None,  # where stderr is no terminal
             file=sys.stderr,
         )

@@ -21,7 +21,6 @@ from engine.types import UserError
 BATCH_IMAGES = 16  # pictures a device draws at once, unless told: so that the first are soon there,
 BATCH_PIXELS = 8 * 512 * 512  # and all fit into its memory
 ANIMATED_FRAMES = 24
-SHEET_IMAGES = 256  # at most, on one contact sheet
 
 # What a picture remembers beside prompt, index and version, all under the names of GenerateConfig.
 REMEMBERED = (
@@ -46,9 +45,8 @@ class Drawn(NamedTuple):
 
     index: int
     prompt: str
-    image: finish.Picture
-    files: tuple[pathlib.Path, ...]  # the picture, then its strip and animation. None of them: a NaN or
-    # an infinity struck it, and nothing was written
+    image: finish.Picture | None
+    files: tuple[pathlib.Path, ...]  # the picture, its strip, its animation; none where a NaN struck it
 
 
 def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
@@ -77,7 +75,7 @@ def _stages(config: GenerateConfig, most: int) -> int:
     if config.frames is None:
         return min(ANIMATED_FRAMES, most) if config.animate else 0
     if not 2 <= config.frames <= most:
-        raise UserError(f"frames={config.frames} is out of range; these steps have stages: write 2 to {most}")
+        raise UserError(f"frames={config.frames} is out of range; from static to picture: write 2 to {most}")
     return config.frames
 
 
@@ -104,7 +102,7 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
         for i, image in enumerate(batch.images):
             prompt, index = plan.prompts[batch.first + i], config.first_index + batch.first + i
             if i in batch.spoilt:
-                yield Drawn(index, prompt, image, ())
+                yield Drawn(index, prompt, None, ())
                 continue
             image = finish.upscale(image, config.upscale)
             settings = remember(config, prompt, index)
@@ -132,12 +130,11 @@ def _write_stages(
 
 
 def write_sheet(plan: Plan, drawn: Sequence[Drawn]) -> pathlib.Path:
-    """All pictures on one sheet, sheet-SEED.png; of very many, the first SHEET_IMAGES."""
-    shown = drawn[:SHEET_IMAGES]
-    labels = [f"{picture.index} {picture.prompt}" for picture in shown]
-    sheet = finish.contact_sheet(np.stack([picture.image for picture in shown]), labels=labels)
+    """Pictures that have an image, on one sheet: sheet-SEED.png."""
+    images = np.stack([picture.image for picture in drawn])
+    sheet = finish.contact_sheet(images, labels=[f"{picture.index} {picture.prompt}" for picture in drawn])
     settings = {
-        "sheet": [picture.files[0].name for picture in shown],
+        "sheet": [picture.files[0].name for picture in drawn],
         "seed": plan.config.seed,
         "version": engine.__version__,
     }

@@ -42,7 +42,7 @@ WRONG = {
     ),
     "unknown flag like nothing": (["x", "--zzz"], "unknown flag --zzz; --help lists them all"),
     "flag of absl": (["x", "--verbosity=1"], "unknown flag --verbosity"),
-    "no value": (["x", "--steps"], "--steps"),
+    "no value": (["x", "--steps"], "write a value after --steps"),
     "no number": (["x", "--steps=many"], "--steps=many: write a whole number"),
     "no whole number": (["x", "--num_images=1.5"], "--num_images=1.5: write a whole number"),
     "number without end": (["x", "--seed", "9" * 5000], "write a whole number"),
@@ -258,7 +258,9 @@ def test_a_nan_costs_only_the_picture_that_it_strikes(run, tmp_path):
     assert [path.name for path in done.paths] == ["00000-a-red-fox.png", "00002-two-trees.png", "sheet-7.png"]
     assert sorted((tmp_path / "out").iterdir()) == done.paths
     (line,) = (line for line in done.told if "NaN" in line)
-    assert line.startswith("error: picture 1 of seed 7 ")
+    assert line.startswith("error: picture 1 of seed 7 ") and line.endswith(
+        "write a smaller --guidance_scale"
+    )
 
 
 def test_out_of_memory(draw, monkeypatch):
@@ -267,7 +269,7 @@ def test_out_of_memory(draw, monkeypatch):
 
     monkeypatch.setattr(pipeline.Pipeline, "stream", exhausted)
     done = draw("a fox", "--seed=1")
-    check_refused(done, "out of memory; write a smaller --batch_size, or --dtype bfloat16")
+    check_refused(done, "out of memory; write --batch_size 1, or --dtype bfloat16")
     assert "--height" in draw("x", "--seed=1", "--batch_size=1").told[-1]
 
 

@@ -19,7 +19,7 @@ from engine.diffusion.samplers import SAMPLERS
 from engine.jobs import pictures
 from engine.parallel import MODES
 from engine.pipeline import DTYPES, Pipeline
-from launch import cli, generate
+from launch import cli, drawing, generate
 from launch.progress import Progress
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -190,6 +190,14 @@ def test_a_file_of_someone_else_is_never_replaced(draw, tmp_path):
 
 
 # several at a glance
+
+
+def test_a_long_run_keeps_no_more_pictures_than_its_sheet_shows(draw, monkeypatch):
+    monkeypatch.setattr(drawing, "SHEET_IMAGES", 2)
+    done = draw("a red fox", "--num_images", 5, "--seed", 7)
+    assert len(done.paths) == 6
+    assert finish.read_settings(done.paths[-1])["sheet"] == ["00000-a-red-fox.png", "00001-a-red-fox.png"]
+    assert done.told[-1] == "sheet-7.png shows the first 2 pictures"
 
 
 def test_sheet_shows_all_pictures_of_the_run(draw):
