@@ -10,6 +10,7 @@ Params, contexts, keys, guidance scale and sigmas are arguments: another prompt,
 nothing. Sizes, the number of steps, the sampler and whether there is guidance at all are static.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -94,9 +95,17 @@ def load(
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was already told where."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("fogsculpt"))
+    """Keeps compiled programs in the user's cache folder, unless JAX was already told where.
+
+    Where that folder cannot be written, as in many containers, nothing is kept.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = platformdirs.user_cache_dir("fogsculpt")
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+    if os.access(folder, os.W_OK | os.X_OK):
+        jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -241,6 +241,17 @@ def test_no_space_left(draw, tmp_path, monkeypatch):
     assert [finish.read_settings(path)["index"] for path in done.paths] == [0, 1, 2]
 
 
+def test_where_no_cache_can_be_kept_nothing_is(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    jax.config.update("jax_compilation_cache_dir", None)
+    pipeline.use_compilation_cache()
+    kept = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", before)
+    assert kept is None
+
+
 # while it runs
 
 
