@@ -42,8 +42,7 @@ def exit_code(job: Job, argv: Sequence[str]) -> int:
     # Before JAX is imported: XLA's notes on its own start-up help nobody. Errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        with _noting_ctrl_c():
-            return job(argv)
+        return job(argv)
     except UserError as error:
         tell(f"error: {error}")
         return MISTAKE
@@ -54,20 +53,21 @@ def exit_code(job: Job, argv: Sequence[str]) -> int:
         return FAILED
 
 
-_interrupts: list[int] = []  # every Ctrl-C since the entry point began
+_interrupts: list[int] = []  # every Ctrl-C inside of `ctrl_c_put_off`
 
 
 def stop_if_asked() -> None:
-    """Raises KeyboardInterrupt after a Ctrl-C. Entry points call it often, where stopping is safe."""
+    """Raises KeyboardInterrupt after a Ctrl-C that was put off. To be called often, where it is safe."""
     if _interrupts:
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def _noting_ctrl_c() -> Iterator[None]:
-    """Ctrl-C is noted, for `stop_if_asked`; a second one ends the program at once.
+def ctrl_c_put_off() -> Iterator[None]:
+    """Ctrl-C waits for the next `stop_if_asked`; a second one ends the program at once.
 
-    Raised on the spot, as Python does, it crashes imports of modules in C, and is lost in JAX's callbacks.
+    For all that imports or runs JAX: raised on the spot, as Python does, KeyboardInterrupt crashes imports of
+    modules in C, is lost in JAX's callbacks, and leaves XLA at work while Python is taken down.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are not for other threads

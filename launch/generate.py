@@ -69,9 +69,10 @@ def main(argv: Sequence[str]) -> int:
     if command is None:
         print(cli.help_text(__doc__ or "", FLAGS, vars(GenerateConfig())))
         return cli.DONE
-    from launch import drawing  # JAX comes with it: help, and mistakes in flags, should be instant
+    with cli.ctrl_c_put_off():
+        from launch import drawing  # JAX comes with it: help, and mistakes in flags, should be instant
 
-    return drawing.run(*command)
+        return drawing.run(*command)
 
 
 def read_command(argv: Sequence[str]) -> tuple[dict[str, Any], str | None] | None:
