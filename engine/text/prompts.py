@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,7 +93,9 @@ def unread(prompts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
         rest = tokenizer.cut(prompt)
         if rest is not None:
             kept = prompt.removesuffix(rest)
-            unknown.update(dict.fromkeys(tokenizer.unknown_words(kept)))
+            # The stump of a word that the cut goes through is no word.
+            whole = re.sub(r"\w+$", "", kept) if re.match(r"\w", rest) else kept
+            unknown.update(dict.fromkeys(tokenizer.unknown_words(whole)))
             warnings.append(
                 f"prompt too long: the model reads {tokenizer.model_max_length - 2} tokens; cut at | in "
                 f'"{_tail(kept)}|{_head(rest)}" ({len(rest)} characters dropped)'

@@ -10,6 +10,7 @@ picture depends on them, and a folder without them is complete.
 """
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def load_folder(
     Raises:
       UserError: no such folder, or anything in it is missing, broken or of a kind that the engine lacks.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))  # unlike Path's own, silent about users that do not exist
     scheduler_class = read_index(folder)["scheduler"]
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
     # The index decides on the class, as in diffusers.

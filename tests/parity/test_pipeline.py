@@ -36,7 +36,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def draw_in_pytorch(folder, latents: np.ndarray, **options) -> np.ndarray:
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(PROMPTS, latents=torch.from_numpy(nchw(latents).copy()), output_type="np", **options)
     return np.round(images.images * 255).astype(np.uint8)

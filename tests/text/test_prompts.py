@@ -99,3 +99,8 @@ def test_warnings_are_one_printable_line(tokenizer):
     nasty = "a\nred\0fox \u202e at \x1b[31m sunset \u2028 zeb\u200fra " * 50
     for warning in unread([nasty, " ".join(f"w{chr(97 + i % 26)}{'x' * i}" for i in range(30))], tokenizer):
         assert warning.isprintable()
+
+
+def test_the_stump_of_a_word_that_is_cut_is_not_named(tokenizer):
+    (warning,) = unread(["a red fox at night " + "fox" * 40], tokenizer)
+    assert warning.startswith("prompt too long")

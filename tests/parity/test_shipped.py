@@ -1,0 +1,43 @@
+"""The model in the package: its size, its words, and the same pictures in PyTorch diffusers."""
+
+import numpy as np
+
+import engine
+from engine import scenes
+from engine.pipeline import SHIPPED, SHIPPED_NAME
+from engine.text.prompts import unread
+from tests.parity.test_pipeline import NEGATIVES, PROMPTS, draw_in_pytorch, psnr
+
+MOST_BYTES = 64 * 2**20
+STEPS = 30
+
+
+def test_it_is_small():
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*")) <= MOST_BYTES
+
+
+def test_it_knows_the_words_of_its_world():
+    tokenizer = engine.load().model.tokenizer
+    assert not unread([" ".join(sorted(scenes.words())[:10])], tokenizer)
+    assert set(tokenizer.known_words) >= {"fox", "cat", "car", "scarlet", "sunset", "skateboard"}
+    assert "zeppelin" in unread(["a zeppelin"], tokenizer)[0]
+
+
+def test_same_picture_as_pytorch():
+    pipe = engine.load()
+    assert pipe.name == SHIPPED_NAME
+    height, width = pipe.default_size
+    shape = (2, height // 4, width // 4, pipe.model.vae.config.latent_channels)
+    latents = np.random.default_rng(0).standard_normal(shape, np.float32)
+    ours = pipe.generate(PROMPTS, NEGATIVES, steps=STEPS, guidance_scale=5.0, latents=latents)
+    theirs = draw_in_pytorch(
+        SHIPPED, latents, negative_prompt=NEGATIVES, num_inference_steps=STEPS, guidance_scale=5.0
+    )
+    assert psnr(ours, theirs) >= 40
+    assert psnr(ours[::-1], theirs) < 20  # another picture is told apart
+
+
+def test_words_change_the_picture():
+    pipe = engine.load()
+    night, snow = pipe.generate(["a fox at night", "a fox in the snow"], seed=0, steps=10).mean((1, 2, 3))
+    assert night < snow - 50

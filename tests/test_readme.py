@@ -1,0 +1,69 @@
+"""What the README shows is run as it is written there."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from launch import generate
+from tests.tiny import tiny_folder
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    python -m launch.")]
+
+# What a reader fills in, and what would take hours or gigabytes: those commands have tests of their own.
+MODEL = "path/to/stable-diffusion-v1-5"
+USAGE = "PROMPT..."
+LONG = ("launch.train", "launch.evaluate", "launch.random_model")
+
+
+def test_the_readme_shows_commands():
+    assert (
+        len([command for command in COMMANDS if "launch.generate" in command and USAGE not in command]) >= 3
+    )
+
+
+def test_commands_that_draw(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny_folder(tmp_path / "tiny")
+    first = re.search(r'&& python -m (launch\.generate ".+")', README)
+    assert first, "the README begins with a command that draws"
+    for command in [first[1], *(c.removeprefix("python -m ") for c in COMMANDS)]:
+        module, *arguments = shlex.split(command)
+        if module in LONG or USAGE in arguments:
+            continue
+        arguments = [str(tmp_path / "tiny") if a == MODEL else a for a in arguments]
+        assert generate.run(arguments) == 0, command
+        for line in capsys.readouterr().out.splitlines():
+            assert pathlib.Path(line).stat().st_size > 0
+
+
+@pytest.mark.parametrize("module", LONG)
+def test_long_commands_are_read_at_least(module):
+    shown = [command for command in COMMANDS if module in command]
+    assert shown, f"the README does not show {module}"
+    flags = {flag.split("=")[0] for command in shown for flag in re.findall(r"--[\w.]+", command)}
+    page = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, env=os.environ
+    )
+    known = page.stdout + page.stderr
+    for flag in flags:
+        name = flag.removeprefix("--").split(".")[0]
+        assert re.search(rf"--(\[no\])?{name}\b", known), f"{module} --help does not know {flag}"
+
+
+def test_python_examples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        names: dict = {}
+        exec(block, names)
+        assert names["images"].shape == (2, 64, 64, 3)
+        assert names["images"].dtype == np.uint8
