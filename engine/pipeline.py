@@ -91,6 +91,12 @@ def load(
     use_compilation_cache()
     folder = SHIPPED if model is None else pathlib.Path(model)
     loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=devices.place)
+    channels, latent = loaded.unet.config.in_channels, loaded.vae.config.latent_channels
+    if channels != latent:
+        raise UserError(
+            f"{folder}: the U-Net takes {channels} channels for latents of {latent}: it edits pictures, "
+            "which this version does not; give a model that draws from text alone"
+        )
     return Pipeline(loaded, devices, SHIPPED_NAME if model is None else str(model), dtype)
 
 
