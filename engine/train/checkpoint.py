@@ -4,6 +4,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from engine.train.step import TrainState
@@ -50,7 +51,7 @@ class Checkpoints:
             ),
         )
         position = items.position
-        step = jax.numpy.asarray(position["step"], like.step.dtype)
+        step = jax.device_put(np.asarray(position["step"], like.step.dtype), like.step.sharding)
         return TrainState(step, items.params, items.ema_params, items.opt_state), position
 
     def close(self) -> None:

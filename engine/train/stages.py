@@ -22,6 +22,7 @@ from engine.train import loop, objectives, optim
 from engine.train.data import scene_batch
 from engine.types import Params, UserError
 from engine.weights.component import KINDS, Component
+from engine.weights.files import new_folder, read_json, write_json
 from engine.weights.folder import Model, save_folder
 
 CAPTIONS_FOR_TOKENIZER = 20_000
@@ -39,10 +40,11 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path | None:
       UserError: the config is wrong, or `workdir` holds the run of a model of another shape.
     """
     config.validate()
-    workdir.mkdir(parents=True, exist_ok=True)
-    _remember(config, workdir)
+    _scheduler(config)  # a mistake in it is told now, not when its stage begins
+    _check_same_run(config, workdir)
     tokenizer = _tokenizer(config, workdir)
-    parts = _components(config, tokenizer)
+    parts = components(config, tokenizer)
+    _remember(config, tokenizer, workdir)
 
     vae = train_autoencoder(config, parts["vae"], workdir)
     if vae is None:
@@ -172,19 +174,21 @@ def _scheduler(config: TrainConfig) -> SchedulerConfig:
 
 
 def _tokenizer(config: TrainConfig, workdir: pathlib.Path) -> Tokenizer:
-    folder = workdir / "tokenizer"
-    if folder.exists():
-        return Tokenizer.load(folder)
+    if (workdir / "tokenizer").exists():
+        return Tokenizer.load(workdir / "tokenizer")
     captions = scenes.all_captions(CAPTIONS_FOR_TOKENIZER)
-    tokenizer = train_tokenizer(captions, config.vocab_size, config.max_tokens, sorted(scenes.words()))
-    folder.mkdir()
-    tokenizer.save(folder)
-    return tokenizer
+    return train_tokenizer(captions, config.vocab_size, config.max_tokens, sorted(scenes.words()))
 
 
-def _components(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Component]:
-    """The three networks with fresh weights; what one part must know of another is filled in."""
+def components(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Component]:
+    """The three networks with fresh weights; what one part must know of another is filled in.
+
+    Raises:
+      UserError: an option of theirs is wrong, or they do not fit together.
+    """
     vae = AutoencoderConfig.from_json({"sample_size": config.image_size, **config.vae}, "config.vae")
+    if config.image_size < vae.scale or config.image_size % vae.scale:
+        raise UserError(f"image_size={config.image_size}: this autoencoder takes multiples of {vae.scale}")
     text = CLIPTextConfig.from_json(
         {
             **config.text_encoder,
@@ -215,16 +219,26 @@ def _fresh(kind: str, config: Any, seed: int) -> Component:
     return Component(kind, config, graphdef, nnx.to_pure_dict(params))
 
 
-def _remember(config: TrainConfig, workdir: pathlib.Path) -> None:
-    """Keeps the config beside the run, and refuses to go on with a model of another shape."""
+def _check_same_run(config: TrainConfig, workdir: pathlib.Path) -> None:
+    """Refuses to go on with a model of another shape."""
     file = workdir / "config.json"
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    if file.exists():
-        before = json.loads(file.read_text())
-        for name in ("seed", "image_size", "vocab_size", "max_tokens", "vae", "unet", "text_encoder"):
-            if before.get(name) != now[name]:
-                raise UserError(
-                    f"{workdir} holds a run with {name}={before.get(name)!r}, not {now[name]!r}: "
-                    "give another --workdir, or the config that it began with"
-                )
-    file.write_text(json.dumps(now, indent=2))
+    if not file.exists():
+        return
+    before, now = read_json(file), json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    for name in ("seed", "image_size", "vocab_size", "max_tokens", "vae", "unet", "text_encoder"):
+        if before.get(name) != now[name]:
+            raise UserError(
+                f"{workdir} holds a run with {name}={before.get(name)!r}, not {now[name]!r}: "
+                "give another --workdir, or the config that it began with"
+            )
+
+
+def _remember(config: TrainConfig, tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
+    """Keeps what the run began with beside it, now that it is known to be sound."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "tokenizer").exists():
+        with new_folder(workdir / "tokenizer", "vocab.json", overwrite=False) as new:
+            tokenizer.save(new)
+    unfinished = workdir / ".config.json"
+    write_json(unfinished, dataclasses.asdict(config))
+    unfinished.replace(workdir / "config.json")

@@ -46,7 +46,7 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: f
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = ema.update(state.ema_params, params, state.step, ema_decay)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     return step

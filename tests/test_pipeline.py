@@ -1,0 +1,275 @@
+"""The contract of `load` and `generate`, on a tiny model."""
+
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import engine
+from engine import pipeline as pipelines
+from engine.diffusion import noise, samplers
+from engine.finish import to_uint8
+from engine.pipeline import module, segment_length
+from engine.types import UserError
+from tests.tiny import tiny_folder
+
+# One level: what is tested here does not depend on the network, and half the compiler's time does.
+ONE_LEVEL = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "mid_block_type": None,
+}
+PROMPTS = ["a red fox", "a blue car", "a cat"]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("tiny") / "model", unet=ONE_LEVEL)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return engine.load(folder)
+
+
+def draw(pipe, prompts=PROMPTS, **options):
+    """Three at once, so that all calls share their compiled stages."""
+    return pipe.generate(prompts, **{"seed": 7, "steps": STEPS, "batch_size": 3} | options)
+
+
+def stream(pipe, prompts=PROMPTS, **options):
+    steps, sampler = options.pop("steps", STEPS), options.pop("sampler", None)
+    settings = pipe.settings(steps=steps, sampler=sampler, batch_size=3)
+    return list(pipe.stream(prompts, None, settings, **{"seed": 7} | options))
+
+
+def start_latents(seed: int, count: int) -> np.ndarray:
+    return np.array(noise.initial_noise(noise.image_keys(seed, range(count)), (8, 8, 4)))
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+# ---- pictures
+
+
+def test_one_picture_for_each_prompt(pipe):
+    images = draw(pipe)
+    assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8
+    assert min(image.std() for image in images) > 20
+    assert draw(pipe, PROMPTS * 2).shape == (6, 16, 16, 3)
+
+
+def test_height_and_width(pipe):
+    assert draw(pipe, height=8, width=24).shape == (3, 8, 24, 3)
+    assert pipe.default_size == (16, 16)
+    np.testing.assert_array_equal(draw(pipe, height=16, width=16), draw(pipe))
+
+
+def test_the_seed_and_the_words_decide(pipe):
+    images = draw(pipe)
+    np.testing.assert_array_equal(draw(pipe), images)
+    assert difference(draw(pipe, seed=8), images) > 8
+    others = draw(pipe, ["a dog", *PROMPTS[1:]])
+    assert difference(others[:1], images[:1]) > 8
+    np.testing.assert_array_equal(others[1:], images[1:])
+
+
+def test_without_a_seed_every_call_is_fresh(pipe):
+    assert difference(draw(pipe, seed=None), draw(pipe, seed=None)) > 8
+
+
+def test_first_index_addresses_the_noise(pipe):
+    images = draw(pipe, ["a cat"] * 3)
+    np.testing.assert_array_equal(draw(pipe, ["a cat"] * 2, first_index=1), images[1:])
+    assert difference(images[0], images[1]) > 8
+
+
+def test_latents_stand_in_for_the_noise_of_the_seed(pipe):
+    np.testing.assert_array_equal(draw(pipe, seed=3, latents=start_latents(7, 3)), draw(pipe, seed=7))
+
+
+def test_bfloat16_draws_nearly_the_same(folder, pipe):
+    half = engine.load(folder, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.model.unet.params)} == {jnp.dtype("bfloat16")}
+    error = draw(half).astype(float) - draw(pipe)
+    assert 0 < np.sqrt(np.mean(error**2)) < 10
+
+
+# ---- guidance
+
+
+def test_guidance_away_from_the_prompt_itself_is_no_guidance(pipe):
+    """D_uncond + w (D_cond - D_uncond) is D_cond where both are the same."""
+    plain = draw(pipe, guidance_scale=1.0)
+    assert difference(draw(pipe, negative_prompts=PROMPTS, guidance_scale=6.0), plain) <= 1
+
+
+def test_guidance_zero_draws_the_negative_prompts(pipe):
+    negatives = ["a dog", "grass", "a tree"]
+    drawn = draw(pipe, negative_prompts=negatives, guidance_scale=0.0)
+    assert difference(drawn, draw(pipe, negatives, guidance_scale=1.0)) <= 1
+
+
+def test_one_negative_prompt_for_all_or_one_for_each(pipe):
+    for_all = draw(pipe, negative_prompts="grass")
+    np.testing.assert_array_equal(for_all, draw(pipe, negative_prompts=["grass"] * 3))
+    none = draw(pipe)
+    np.testing.assert_array_equal(none, draw(pipe, negative_prompts=""))
+    assert difference(for_all, none) > 8
+    np.testing.assert_array_equal(draw(pipe, negative_prompts=["", "grass", ""])[[0, 2]], none[[0, 2]])
+
+
+# ---- samplers and segments
+
+
+@pytest.fixture(scope="module")
+def by_sampler(pipe):
+    return {name: draw(pipe, sampler=name) for name in samplers.SAMPLERS}
+
+
+def test_every_sampler_draws_a_picture_of_its_own(pipe, by_sampler):
+    """Euler in sigma is DDIM, with noise as without: on one grid, which `leading` gives them, they agree."""
+    assert all(images.std() > 20 for images in by_sampler.values())
+    agree = ({"ddim", "euler"}, {"ddpm", "euler_ancestral"})
+    for a, b in itertools.combinations(by_sampler, 2):
+        assert (difference(by_sampler[a], by_sampler[b]) <= 1) == ({a, b} in agree), (a, b)
+    np.testing.assert_array_equal(by_sampler["dpmpp_2m"], draw(pipe))  # the one that the folder names
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde", "pndm"])  # what there is to carry: all of it
+def test_segments_carry_on_where_the_last_one_ended(folder, by_sampler, sampler, monkeypatch):
+    monkeypatch.setattr(pipelines, "segment_length", lambda steps: steps)
+    assert difference(draw(engine.load(folder), sampler=sampler), by_sampler[sampler]) <= 1
+
+
+def test_segment_length():
+    for steps in range(1, 1001):
+        length = segment_length(steps)
+        assert steps % length == 0
+        assert length == 1 or steps // length >= 8
+        longer = (n for n in range(length + 1, steps + 1) if steps % n == 0 and steps // n >= 8)
+        assert not any(longer)
+
+
+# ---- the stream
+
+
+def test_stream_is_generate_batch_by_batch(pipe):
+    prompts = [*PROMPTS, "a dog", "grass"]
+    batches = stream(pipe, prompts)
+    assert [batch.first for batch in batches] == [0, 3]
+    assert [batch.spoilt for batch in batches] == [[], []]
+    np.testing.assert_array_equal(np.concatenate([b.images for b in batches]), draw(pipe, prompts))
+
+
+@pytest.mark.parametrize("sampler, steps, total", [("dpmpp_2m", 3, 3), ("heun", 3, 5), ("pndm", 3, 4)])
+def test_progress_adds_up_to_the_steps_of_the_sampler(pipe, sampler, steps, total):
+    told = []
+    stream(pipe, PROMPTS * 2, sampler=sampler, steps=steps, progress=told.append)
+    assert told == [1] * total * 2
+
+
+def test_frames_lead_from_static_to_picture(pipe):
+    (batch,) = stream(pipe, frames=4)
+    assert batch.frames.noisy.shape == batch.frames.denoised.shape == (3, 4, 16, 16, 3)
+    assert difference(batch.images, draw(pipe)) <= 1
+    np.testing.assert_array_equal(batch.frames.noisy[:, -1], batch.images)
+    np.testing.assert_array_equal(batch.frames.denoised[:, -1], batch.images)
+    vae = pipe.model.vae
+    static = module(vae, vae.params).decode(jnp.asarray(start_latents(7, 3)) / vae.config.scaling_factor)
+    assert difference(batch.frames.noisy[:, 0], np.asarray(to_uint8(static))) <= 1
+    for a, b in itertools.pairwise(range(4)):
+        assert difference(batch.frames.noisy[:, a], batch.frames.noisy[:, b]) > 8
+
+
+def test_a_few_of_many_frames(pipe):
+    (all_of_them,), (some,), (one,) = (stream(pipe, frames=count) for count in (4, 2, 1))
+    np.testing.assert_array_equal(some.frames.denoised, all_of_them.frames.denoised[:, [0, -1]])
+    np.testing.assert_array_equal(one.frames.noisy, all_of_them.frames.noisy[:, :1])
+
+
+def test_nan_is_told_of_the_picture_that_it_struck(pipe):
+    latents = start_latents(7, 3)
+    whole = draw(pipe, latents=latents)
+    latents[1, 2, 3, 0] = np.nan
+    (batch,) = stream(pipe, latents=latents)
+    assert batch.spoilt == [1]
+    np.testing.assert_array_equal(batch.images[[0, 2]], whole[[0, 2]])
+    with pytest.raises(FloatingPointError, match=r"index \[11\] of seed 7"):
+        draw(pipe, latents=latents, first_index=10)
+
+
+# ---- bad arguments
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompts": []}, "at least one string"),
+        ({"negative_prompts": ["a", "b"]}, "2 negative prompts for 3 prompts"),
+        ({"steps": 0}, "steps=0 is out of range; write 1 to 1000"),
+        ({"steps": 1001}, "steps=1001 is out of range"),
+        ({"sampler": "eular"}, r"sampler='eular' is unknown \(did you mean euler\?\)"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"height": 17}, "height=17: this model makes multiples of 2; write 16"),
+        ({"width": 0}, "width=0.*write 2"),
+        ({"height": 10**6}, "height=1000000.*write 16384"),
+        ({"batch_size": 0}, "batch_size=0: write 1 or more"),
+        ({"seed": -1}, "seed=-1 is out of range"),
+        ({"first_index": -1}, "image index -1 is out of range"),
+        ({"latents": np.zeros((3, 4, 4, 4), np.float32)}, r"shape \(3, 4, 4, 4\).*need \(3, 8, 8, 4\)"),
+        ({"latents": np.zeros((2, 8, 8, 4), np.float32)}, r"shape \(2, 8, 8, 4\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_bad_argument_is_named(pipe, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        draw(pipe, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dtype": "float31"}, "dtype='float31' is unknown.*write float32 or bfloat16"),
+        ({"parallel": "pmaps"}, r"parallel='pmaps' is unknown \(did you mean pmap\?\)"),
+        ({"model": "/nowhere"}, "/nowhere"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_bad_argument_of_load_is_named(folder, options, message):
+    with pytest.raises(UserError, match=message):
+        engine.load(**{"model": folder} | options)
+
+
+# ---- the compilation cache
+
+
+@pytest.fixture
+def cache_folder():
+    """jax.config's, put back afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield lambda: jax.config.jax_compilation_cache_dir
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_in_the_cache_folder_of_the_user(cache_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", None)
+    pipelines.use_compilation_cache()
+    assert pathlib.Path(cache_folder()).name == "fogsculpt"
+
+
+def test_a_cache_folder_that_was_chosen_stays(cache_folder, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    pipelines.use_compilation_cache()
+    assert cache_folder() == str(tmp_path)

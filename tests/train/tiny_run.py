@@ -1,0 +1,80 @@
+"""A run of seconds: 8 px scenes, every stage, checkpoints every third step."""
+
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, TrainConfig
+
+STEPS, EVERY = 7, 3
+# Without LLVM's optimizations: the time of these tests is the compiler's.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=2, decay_steps=3)
+
+
+def get_config() -> TrainConfig:
+    """A config like those of configs/: launch.train reads this file too."""
+    return TrainConfig(
+        image_size=8,
+        vocab_size=600,
+        max_tokens=16,
+        vae={
+            "block_out_channels": (8,),
+            "down_block_types": ("DownEncoderBlock2D",),
+            "up_block_types": ("UpDecoderBlock2D",),
+            "norm_num_groups": 4,
+            "mid_block_add_attention": False,
+            "scaling_factor": 1.0,
+        },
+        unet={
+            "block_out_channels": (16,),
+            "down_block_types": ("DownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",),
+            "mid_block_type": None,
+            "layers_per_block": 1,
+            "attention_head_dim": 2,
+            "norm_num_groups": 8,
+        },
+        text_encoder={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "projection_dim": 16,
+        },
+        scheduler={
+            "_class_name": "DPMSolverMultistepScheduler",
+            "beta_schedule": "squaredcos_cap_v2",
+            "prediction_type": "v_prediction",
+            "timestep_spacing": "leading",
+            "steps_offset": 1,
+        },
+        autoencoder=AutoencoderStage(steps=STEPS, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
+        diffusion=DiffusionStage(steps=STEPS, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
+        decoder=AutoencoderStage(steps=2, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
+    )
+
+
+def saved(folder: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, the newest by default, by its path: params, averages, optimizer state."""
+    with ocp.CheckpointManager(folder.absolute()) as manager:
+        step = manager.latest_step() if step is None else step
+        wanted = {name: ocp.args.StandardRestore() for name in ("params", "ema_params", "opt_state")}
+        items = manager.restore(step, args=ocp.args.Composite(**wanted))
+        leaves = jax.tree_util.tree_leaves_with_path({name: items[name] for name in wanted})
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def steps_in(folder: pathlib.Path) -> list[int]:
+    """The steps of the whole checkpoints in a folder."""
+    return sorted(int(file.name) for file in folder.iterdir() if file.name.isdigit())
+
+
+def assert_same_arrays(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    """Bit for bit."""
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        assert array.dtype == theirs[name].dtype and array.shape == theirs[name].shape, name
+        assert array.tobytes() == theirs[name].tobytes(), name
