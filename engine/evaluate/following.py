@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from engine import scenes
 from engine.evaluate.probe import Answers, read, truth
@@ -56,14 +57,18 @@ def score(answers: Answers, drawn: Sequence[scenes.Scene]) -> dict[str, float]:
 
 
 def evaluate(
-    pipe: Pipeline, probe: Params, kind: str, n: int, seed: int = 0, batch_size: int = 16, **settings: Any
+    pipe: Pipeline, probe: Params, kind: str, n: int, seed: int = 0, batch_size: int = 16, **how: Any
 ) -> dict[str, float]:
-    """Draws `n` prompts of a kind and scores the pictures.
+    """Draws `n` prompts of a kind, and scores the pictures. Shows its progress.
 
     Args:
       seed: of prompts and pictures both.
-      settings: of `Pipeline.generate`: steps, sampler, guidance_scale.
+      batch_size: pictures that a device draws at once.
+      how: of `Pipeline.generate`: steps, sampler, guidance_scale.
     """
     prompts, drawn = zip(*prompts_for_evaluation(kind, n, seed), strict=True)
-    images = pipe.generate(prompts, seed=seed, batch_size=batch_size, **settings)
-    return score(read(probe, images), drawn)
+    images = []
+    for first in tqdm(range(0, n, batch_size), desc=kind, unit="batch", leave=False):
+        part = prompts[first : first + batch_size]
+        images.append(pipe.generate(part, seed=seed, first_index=first, batch_size=batch_size, **how))
+    return score(read(probe, np.concatenate(images)), drawn)

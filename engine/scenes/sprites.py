@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import UInt8, UInt16
 from PIL import Image, ImageDraw, ImageFont
 
+from engine.errors import UserError
 from engine.scenes.things import THINGS
-from engine.types import UserError
 
 FONT_VARIABLE = "FOGSCULPT_EMOJI_FONT"
 FONT_PLACES = (
