@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from engine.config import to_json
 from engine.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from engine.models.clip import CLIPTextConfig, CLIPTextModel
+from engine.models.layers import host_rngs
 from engine.models.unet import UNet2DConditionModel, UNetConfig
 from engine.types import Params, UserError
 from engine.weights import names
@@ -77,27 +78,11 @@ class Component:
     params: Params
 
 
-class _SameKey(nnx.RngStream):
-    """Keys for a model whose values nobody will see.
-
-    A counting stream is traced once for each parameter, at a cost that grows with the trace: 6 of the 7
-    seconds that it took to outline the U-Net of Stable Diffusion.
-    """
-
-    def __call__(self) -> jax.Array:
-        return self.key[...]
-
-
 @functools.lru_cache(maxsize=8)
 def abstract(kind: str, config: Any) -> tuple[nnx.GraphDef, Mapping[names.Path, jax.ShapeDtypeStruct]]:
     """The structure of a model and the shape of each parameter, without allocating any."""
-
-    def build() -> nnx.Module:
-        rngs = nnx.Rngs(0)
-        rngs.default = _SameKey(0, tag="default")
-        return KINDS[kind].module(config, rngs)
-
-    graphdef, params = nnx.split(nnx.eval_shape(build), nnx.Param)
+    model = nnx.eval_shape(lambda: KINDS[kind].module(config, host_rngs()))
+    graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, MappingProxyType(traverse_util.flatten_dict(nnx.to_pure_dict(params)))
 
 
