@@ -14,7 +14,7 @@ from engine.diffusion import noise, samplers
 from engine.finish import to_uint8
 from engine.pipeline import module, segment_length
 from engine.types import UserError
-from tests.tiny import tiny_folder
+from tests.tiny import compiled_quickly, tiny_folder
 
 # One level: what is tested here does not depend on the network, and half the compiler's time does.
 ONE_LEVEL = {
@@ -25,6 +25,12 @@ ONE_LEVEL = {
 }
 PROMPTS = ["a red fox", "a blue car", "a cat"]
 STEPS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    with compiled_quickly():
+        yield
 
 
 @pytest.fixture(scope="module")

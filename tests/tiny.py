@@ -4,12 +4,14 @@ Every weight is random, the biases, the scales of norms and the last convolution
 that no zero hides a mistake. It draws noise, but not the same noise for other words.
 """
 
+import contextlib
 import os
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -53,6 +55,18 @@ SCHEDULER = {
     "timestep_spacing": "leading",
     "steps_offset": 1,
 }
+
+
+@contextlib.contextmanager
+def compiled_quickly() -> Iterator[None]:
+    """Within, JAX compiles quickly rather than well: the time of tests on tiny models is the compiler's."""
+    option = "jax_disable_most_optimizations"
+    before = jax.config.read(option)
+    jax.config.update(option, True)
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
 
 
 def tiny_tokenizer() -> Tokenizer:

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 import engine
 from configs import scenes_small
 from tests.parity.common import nchw
-from tests.tiny import tiny_folder
+from tests.tiny import compiled_quickly, tiny_folder
 
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {"steps_offset": 1, "set_alpha_to_one": False}
@@ -27,6 +27,12 @@ SCHEDULERS = {
 PROMPTS = ["a red fox at night", "a cat above a dog"]
 NEGATIVES = ["a blue car", ""]
 STEPS = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    with compiled_quickly():
+        yield
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

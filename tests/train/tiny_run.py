@@ -9,8 +9,6 @@ import orbax.checkpoint as ocp
 from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, TrainConfig
 
 STEPS, EVERY = 7, 3
-# Without LLVM's optimizations: the time of these tests is the compiler's.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=2, decay_steps=3)
 
 

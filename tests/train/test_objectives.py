@@ -1,0 +1,85 @@
+"""What is minimised: tiny networks learn a few pictures by heart."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engine.config import AutoencoderStage, DiffusionStage, OptimConfig
+from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.diffusion.schedules import schedule_for
+from engine.train import objectives, optim, stages, step
+from tests.tiny import CAPTIONS, tiny_tokenizer
+from tests.train.tiny_run import get_config
+
+KEY = jax.random.key(0, impl="threefry2x32")
+TRAINED = ("unet", "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Four pictures of large pixels, each with its caption."""
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 3), dtype=np.uint8)
+    return {"image": coarse.repeat(2, axis=1).repeat(2, axis=2), "ids": tiny_tokenizer().encode(CAPTIONS)}
+
+
+def denoising(parts, caption_dropout):
+    """The loss of U-Net and text encoder, its params and what it keeps frozen."""
+    scheduler = SchedulerConfig.from_json(get_config().scheduler, "tiny_run")
+    loss = objectives.text_to_image_loss(
+        *(parts[kind].graphdef for kind in (*TRAINED, "vae")),
+        schedule_for(scheduler),
+        scheduler.prediction_type,
+        DiffusionStage(caption_dropout=caption_dropout),
+    )
+    frozen = {"vae": parts["vae"].params, "empty_ids": tiny_tokenizer().encode([""])[0]}
+    return loss, {kind: parts[kind].params for kind in TRAINED}, frozen
+
+
+def exact(vae, images):
+    """The autoencoder with white latents of next to no variance: four pictures are four latents."""
+    params = stages.whiten(vae, vae.params, images)
+    quant = params["quant_conv"]
+    certain = jnp.repeat(jnp.array([0.0, -20.0]), vae.config.latent_channels)  # of mean and log variance
+    return dataclasses.replace(vae, params=params | {"quant_conv": quant | {"bias": quant["bias"] + certain}})
+
+
+def run(loss, params, frozen, batch, steps, learning_rate):
+    """The loss at each step (every step draws other noise), and the state after the last."""
+    optimizer = optim.optimizer(OptimConfig(learning_rate, warmup_steps=10, decay_steps=0), steps)
+    train = jax.jit(step.train_step(loss, optimizer, 0.9), donate_argnums=0)
+    state, losses = step.init(params, optimizer), []
+    for _ in range(steps):
+        state, metrics = train(state, frozen, batch, KEY)
+        losses.append(metrics["loss"])
+    return np.array(losses), state
+
+
+def test_an_autoencoder_learns_four_pictures(batch):
+    vae = stages.components(get_config(), tiny_tokenizer())["vae"]
+    loss = objectives.autoencoder_loss(vae.graphdef, AutoencoderStage(kl_weight=1e-4))
+    losses, _ = run(loss, vae.params, {}, batch, 80, 1e-2)
+    assert losses[-10:].mean() < losses[0] / 2
+
+
+def test_a_u_net_and_a_text_encoder_learn_four_pictures(batch):
+    parts = stages.components(get_config(), tiny_tokenizer())
+    parts["vae"] = exact(parts["vae"], batch["image"])
+    loss, params, frozen = denoising(parts, caption_dropout=0.1)
+    losses, state = run(loss, params, frozen, batch, 150, 1e-2)
+    assert losses[-20:].mean() < losses[:5].mean() / 1.5
+    for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+        assert not np.array_equal(before, after)  # nothing is cut off from the loss
+
+
+@pytest.mark.parametrize("caption_dropout, words_matter", [(0.0, True), (1.0, False)])
+def test_captions_are_dropped_as_the_config_says(batch, caption_dropout, words_matter):
+    parts = stages.components(get_config(), tiny_tokenizer())
+    loss, params, frozen = denoising(parts, caption_dropout)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # a new U-Net predicts 0 whatever it is told
+    loss = jax.jit(loss)
+    others = batch | {"ids": batch["ids"][::-1]}
+    values = [float(loss(params, frozen, one, KEY)[0]) for one in (batch, others)]
+    assert (values[0] != values[1]) == words_matter
