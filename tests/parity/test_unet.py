@@ -44,8 +44,10 @@ CONFIGS = {
         | {"attention_head_dim": (2, 4, 8, 8), "use_linear_projection": True, "upcast_attention": True},
         (12, 10),  # no multiples of 8
     ),
-    "time, sines first": ({"flip_sin_to_cos": False, "freq_shift": 1}, (6, 4)),
-    "centred input, wide epsilon": ({"center_input_sample": True, "norm_eps": 0.1}, (4, 6)),
+    "sines first, centred input, wide epsilon": (
+        {"flip_sin_to_cos": False, "freq_shift": 1, "center_input_sample": True, "norm_eps": 0.1},
+        (6, 4),
+    ),
     "time scales and shifts, mish": ({"resnet_time_scale_shift": "scale_shift", "act_fn": "mish"}, (6, 4)),
     "context alone": (ATTENDS | {"only_cross_attention": True, "act_fn": "gelu"}, (4, 4)),
     "context alone in one block": (
