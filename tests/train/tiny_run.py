@@ -28,8 +28,8 @@ def get_config() -> TrainConfig:
         },
         unet={
             "block_out_channels": (16,),
-            "down_block_types": ("DownBlock2D",),
-            "up_block_types": ("CrossAttnUpBlock2D",),
+            "down_block_types": ("CrossAttnDownBlock2D",),
+            "up_block_types": ("UpBlock2D",),
             "mid_block_type": None,
             "layers_per_block": 1,
             "attention_head_dim": 2,
