@@ -1,6 +1,7 @@
 """The loop on eight devices, in every mode. test_eight_devices.py runs this file in a process of its own."""
 
 import collections
+import json
 import re
 from typing import Any, NamedTuple
 
@@ -10,9 +11,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import engine
+from engine.config import AutoencoderStage, OptimConfig
 from engine.parallel import MODES, Devices
+from engine.train import loop, optim, stages, step
+from engine.train.data import scene_batch
+from engine.train.objectives import autoencoder_loss
 from engine.types import UserError
-from tests.tiny import tiny_folder
+from tests.tiny import tiny_folder, tiny_tokenizer
+from tests.train.tiny_run import get_config
 
 PROMPTS = [f"{color} {thing}" for color in ("a red", "a blue") for thing in ("fox", "car", "cat", "dog")]
 LONG = [*PROMPTS, "two green trees", "a fox at night", "grass"]
@@ -53,12 +59,12 @@ class Watched(Devices):
         return run
 
 
-COMPILATIONS: collections.Counter[str] = collections.Counter()
+COMPILED: collections.Counter[str] = collections.Counter()  # how often, by the function's name
 
 
-def count_compilation(event: str, *_, **__) -> None:
-    if event.startswith("/jax/core/compile/"):
-        COMPILATIONS[event] += 1
+def count_compilation(event: str, seconds: float, fun_name: str = "", **_) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED[fun_name] += 1
 
 
 jax.monitoring.register_event_duration_secs_listener(count_compilation)
@@ -149,7 +155,7 @@ def test_a_stage_that_communicates_would_be_seen():
 
 def test_other_words_seeds_and_scales_compile_nothing(pipeline):
     draw(pipeline, negative_prompts="grass")
-    COMPILATIONS.clear()
+    COMPILED.clear()
     images = [
         draw(
             pipeline,
@@ -161,10 +167,10 @@ def test_other_words_seeds_and_scales_compile_nothing(pipeline):
         )
         for i in range(5)
     ]
-    assert COMPILATIONS == {}
+    assert COMPILED == {}
     assert len({image.tobytes() for image in images}) == 5
     draw(pipeline, steps=STEPS + 1)  # one more sigma
-    assert COMPILATIONS["/jax/core/compile/backend_compile_duration"] > 0
+    assert COMPILED["jit(segment)"] == 1
 
 
 def test_params_lie_whole_on_every_device_and_stay_there(pipeline):
@@ -206,3 +212,31 @@ def test_a_parameter_without_a_rule_stops_the_loading(folder):
     rules = [("unet|vae", PartitionSpec())]
     with pytest.raises(UserError, match=r"no sharding rule matches the parameter text_encoder\.text_model"):
         engine.load(folder, parallel=Devices("jit", rules=rules))
+
+
+def test_training_over_eight_devices_is_training_over_one(tmp_path, capsys):
+    config = get_config()
+    stage = AutoencoderStage(steps=3, batch_size=16, optim=OptimConfig(learning_rate=1e-3, warmup_steps=0))
+    vae = stages.components(config, tiny_tokenizer())["vae"]
+    loss, optimizer = autoencoder_loss(vae.graphdef, stage), optim.optimizer(stage.optim, 5)
+    data = {"seed": 0, "size": config.image_size}
+
+    def fit():
+        COMPILED.clear()
+        params = loop.fit("vae", loss, vae.params, {}, optimizer, stage, seed=0, data=data, workdir=tmp_path)
+        assert COMPILED["jit(step)"] == 1
+        assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {8}
+
+    fit()
+    stage.steps = 5
+    fit()
+    assert "vae: goes on from step 3" in capsys.readouterr().out
+    told = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    state, key = step.init(vae.params, optimizer), jax.random.key(0, impl="threefry2x32")
+    train_step, losses = jax.jit(step.train_step(loss, optimizer, stage.ema_decay)), []
+    for i in range(5):
+        state, metrics = train_step(state, {}, scene_batch(0, i, 16, config.image_size, None), key)
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(told, [losses[2], losses[4]], rtol=1e-4)
