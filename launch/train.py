@@ -1,31 +1,90 @@
-"""Trains a text-to-image model; a stopped run goes on with the same command."""
+"""Trains a text-to-image model from scratch; a stopped run goes on with the same command.
+
+  python -m launch.train --config=configs/scenes_small.py --workdir=runs/scenes_small
+  python -m launch.train --config=configs/scenes_small.py --workdir=runs/short --config.diffusion.steps=500
+
+Autoencoder, then U-Net and text encoder together, then the decoder alone, then the export to WORKDIR/model.
+Loss, images/s and time left go to stdout and to WORKDIR/metrics.jsonl. Ctrl-C and SIGTERM save before they
+end the program; what a kill or a power cut leaves is the newest checkpoint.
+
+Exit code: 0 trained, or stopped and saved; 2 a mistake, explained in one line.
+"""
 
 import pathlib
-import sys
+from collections.abc import Sequence
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from engine.types import UserError
+from engine.config import nearest
+from engine.errors import UserError
+from launch import cli
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=False)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the exported model.")
+FLAGS: cli.Groups = {
+    "What to train": {
+        "config": ("FILE", "of Python, whose get_config() gives an engine.config.TrainConfig"),
+        "config.NAME": ("VALUE", "in place of what FILE says, as in --config.autoencoder.batch_size=16"),
+    },
+    "Where": {
+        "workdir": ("DIR", "for checkpoints, metrics and the model; another run of it goes on"),
+    },
+}
 
 
-def main(_: list[str]) -> None:
-    from engine.train import stages  # after the flags: --help should be quick
+def main(argv: Sequence[str]) -> int:
+    """From the command line to a model; returns the exit code."""
+    if {"--help", "-help", "-h"} & set(argv):
+        print(cli.help_text(__doc__ or "", FLAGS, {}))
+        return cli.DONE
+    config, workdir = parse(argv)
+    from engine.train import stages  # JAX comes with it: --help should be quick
 
-    logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell much
-
-    try:
-        folder = stages.train(_CONFIG.value, pathlib.Path(_WORKDIR.value))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells much
+    folder = stages.train(config, pathlib.Path(workdir))
     if folder is not None:
-        print(f"model: {folder}")
+        cli.say(f"model: {folder}")
+    return cli.DONE
+
+
+def parse(argv: Sequence[str]) -> tuple[Any, str]:
+    """The config, with its overrides, and the folder.
+
+    Raises:
+      UserError: for whatever of `argv` cannot be read.
+    """
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file(
+        "config", flag_values=values, lock_config=False, sys_argv=["", *argv]
+    )
+    workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+    try:
+        _, *others = values(["", *argv])
+        chosen = config.value
+        fits = hasattr(chosen, "validate")  # the first look at what could not be read raises
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname.startswith("config."):
+            raise UserError(f"--{error.flagname} overrides nothing: write --config=FILE too") from None
+        near = nearest(f"--{error.flagname}", ["--config", "--workdir"])
+        raise UserError(f"unknown flag --{error.flagname}{near}; --help lists them all") from None
+    except flags.Error as error:
+        raise UserError(str(error).removeprefix("flag ")) from None
+    except KeyError as error:  # a field of a dataclass, or a key of a dict, in the words of ml_collections
+        unknown = [a for a in argv if a.partition("=")[0].rpartition(".")[2] in str(error)]
+        raise UserError(f"the config has no such setting: {' '.join(unknown) or error}") from None
+    except (OSError, SyntaxError, AttributeError) as error:
+        raise UserError(f"--config cannot be read: {' '.join(str(error).split())}") from None
+    if others:
+        raise UserError(f"{others[0]!r} is no flag: write --config={others[0]}")
+    for flag in (config, workdir):
+        if flag.value is None:
+            raise UserError(f"write --{flag.name}; --help explains it")
+    if not fits:
+        raise UserError(
+            f"--config: get_config() gives a {type(chosen).__name__}, not an engine.config.TrainConfig"
+        )
+    return chosen, workdir.value
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    cli.main(main)

@@ -7,8 +7,8 @@ from jaxtyping import Array, Float
 
 from engine.models.layers import DEFAULT_INIT, ZEROS, GroupNorm, Identity, conv
 
-# How many scores a CPU has in memory at a time, 8 MB of them. More leave its caches, and from 32 MB on each
-# call is given fresh pages by the system, which costs three times the arithmetic.
+# How many scores a CPU has in memory at a time, 8 MB of them: more leave its caches, and with 32 MB and more
+# the whole was measured up to three times slower.
 CPU_SCORES = 2**21
 QUERY_BLOCK = 512
 

@@ -17,6 +17,7 @@ import torch
 import engine
 from engine.train import loop, stages
 from engine.types import UserError
+from launch import cli, train
 from tests.train.tiny_run import EVERY, STEPS, assert_same_arrays, get_config, saved, steps_in
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -209,17 +210,22 @@ def test_a_killed_program_goes_on_and_a_terminated_one_ends_well(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override, message",
+    "argument, message",
     [
-        ("--config.diffusion.stps=3", "stps"),
-        ("--config.diffusion.steps=many", "many"),
+        ("--config.diffusion.stps=3", "no such setting: --config.diffusion.stps=3"),
+        ("--config.unet.blocks=3", "no such setting: --config.unet.blocks=3"),
+        ("--config.diffusion.steps=many", "--config.diffusion.steps=many"),
+        ("--config=nothing.py", "nothing.py"),
+        ("--workdri=there", "unknown flag --workdri (did you mean --workdir?)"),
+        ("there", "'there' is no flag"),
         ("--config.image_size=0", "image_size"),
         ("--config.autoencoder.steps=0", "autoencoder.steps=0: write a number from 1"),
     ],
 )
-def test_a_mistake_in_an_override_is_named(tmp_path, override, message):
-    process = launch(tmp_path / "run", override)
-    _, err = process.communicate()
-    assert process.returncode != 0
+def test_a_mistake_in_an_argument_is_named(tmp_path, capsys, argument, message):
+    argv = ["--config=tests/train/tiny_run.py", f"--workdir={tmp_path / 'run'}", argument]
+    assert cli.exit_code(train.main, argv) == cli.MISTAKE
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and err.count("\n") == 1
     assert message in err
     assert not (tmp_path / "run").exists()
