@@ -61,13 +61,13 @@ def get_config() -> TrainConfig:
             optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, decay_steps=1500, weight_decay=0.0),
         ),
         diffusion=DiffusionStage(
-            steps=2800,
+            steps=1700,
             batch_size=32,
             ema_decay=0.998,
             checkpoint_every=200,
-            time_mean=1.2,
+            time_mean=0.5,
             time_std=1.4,
-            optim=OptimConfig(learning_rate=6e-4, warmup_steps=150, decay_steps=900, weight_decay=0.01),
+            optim=OptimConfig(learning_rate=7e-4, warmup_steps=100, decay_steps=550, weight_decay=0.01),
         ),
         decoder=AutoencoderStage(
             steps=1200,

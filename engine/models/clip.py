@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from engine.config import from_json
 from engine.models.attention import attend, layer_norm
-from engine.models.layers import activation, check_positive
+from engine.models.layers import ZEROS, activation, check_positive
 from engine.types import UserError
 
 FIXED = {
@@ -71,14 +71,13 @@ class TextOutput(NamedTuple):
     hidden_states: tuple[Float[Array, "B L D"], ...]  # the embeddings, then each layer, before the final norm
 
 
-def residual_init(config: CLIPTextConfig) -> nnx.Initializer:
-    """Such that all branches together add about what the words bring (Radford et al. 2019, section 2.3)."""
-    return nnx.initializers.variance_scaling(1 / (2 * config.num_hidden_layers), "fan_in", "normal")
-
-
 class CLIPTextEmbeddings(nnx.Module):
-    """Words and places. Fresh words are far apart and stay so: CLIP's own start, a deviation of 0.02, is
-    crossed in a few steps of Adam, and a small model that was trained so never learned to tell things apart.
+    """Words and places.
+
+    A fresh encoder hands on each word as it is: far from all others, and nothing added by the layers, whose
+    branches start as zero. CLIP's own start (a deviation of 0.02, random layers) mixes the words; a U-Net
+    that was trained with it from scratch took the words for things as noise on those for backgrounds, and
+    the encoder learned to drop them.
     """
 
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
@@ -102,7 +101,7 @@ class CLIPAttention(nnx.Module):
         self.q_proj = nnx.Linear(width, width, rngs=rngs)
         self.k_proj = nnx.Linear(width, width, rngs=rngs)
         self.v_proj = nnx.Linear(width, width, rngs=rngs)
-        self.out_proj = nnx.Linear(width, width, kernel_init=residual_init(config), rngs=rngs)
+        self.out_proj = nnx.Linear(width, width, kernel_init=ZEROS, rngs=rngs)
         self.heads = config.num_attention_heads
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
@@ -115,9 +114,7 @@ class CLIPAttention(nnx.Module):
 class CLIPMLP(nnx.Module):
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
         self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.fc2 = nnx.Linear(
-            config.intermediate_size, config.hidden_size, kernel_init=residual_init(config), rngs=rngs
-        )
+        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, kernel_init=ZEROS, rngs=rngs)
         self.act = activation(config.hidden_act, "hidden_act")
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:

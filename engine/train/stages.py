@@ -1,6 +1,7 @@
 """A text-to-image model from scratch: tokenizer, autoencoder, U-Net with text encoder, decoder, export."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from engine import scenes
 from engine.config import TrainConfig
@@ -26,8 +28,9 @@ from engine.weights.files import new_folder, read_json, write_json
 from engine.weights.folder import Model, save_folder
 
 CAPTIONS_FOR_TOKENIZER = 20_000
-WHITENING_IMAGES = 512
-WHITENING_SEED = 2**31  # not the training's seeds: scenes of their own
+METRIC_IMAGES = 32
+LATENT_IMAGES = 512
+LATENT_SEED = 2**31  # not the training's seeds: scenes of their own
 
 
 def train(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path | None:
@@ -60,7 +63,7 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path | None:
 
 
 def train_autoencoder(config: TrainConfig, vae: Component, workdir: pathlib.Path) -> Component | None:
-    """The autoencoder, its latents brought to zero mean and unit variance."""
+    """The autoencoder, its latents brought to a scale that suits the diffusion."""
     stage = config.autoencoder
     params = loop.fit(
         "autoencoder",
@@ -75,8 +78,8 @@ def train_autoencoder(config: TrainConfig, vae: Component, workdir: pathlib.Path
     )
     if params is None:
         return None
-    images = scene_batch(WHITENING_SEED, 0, WHITENING_IMAGES, config.image_size, None)["image"]
-    return dataclasses.replace(vae, params=whiten(vae, params, images))
+    images = scene_batch(LATENT_SEED, 0, LATENT_IMAGES, config.image_size, None)["image"]
+    return dataclasses.replace(vae, params=in_units_of_pixels(vae, params, images))
 
 
 def train_decoder(config: TrainConfig, vae: Component, workdir: pathlib.Path) -> Component | None:
@@ -99,32 +102,65 @@ def train_decoder(config: TrainConfig, vae: Component, workdir: pathlib.Path) ->
     return None if params is None else dataclasses.replace(vae, params={**vae.params, **params})
 
 
-def whiten(vae: Component, params: Params, images: np.ndarray) -> Params:
-    """The same autoencoder with latents of zero mean and unit variance in every channel.
+def in_units_of_pixels(vae: Component, params: Params, images: np.ndarray) -> Params:
+    """The same autoencoder with latents in which an error weighs what it costs in the picture.
 
-    The affine map goes into the 1x1 convolutions on both sides of the latent: z' = (z - mean) / std
-    into quant_conv, whose other half, the log variance, falls by 2 log std; its inverse into
-    post_quant_conv. The diffusion then starts from well-scaled data, and scaling_factor is 1.
+    z' = (z - mean) G^(1/2) R / s, where G = E[J^T J] with the decoder's Jacobian J, R turns to the principal
+    axes, and s makes the variance 1 on average over the channels. So the channels of colour are large and
+    those of fine texture small, and the noise of diffusion leaves the coarse for last, as it does with
+    pixels; latents of equal variance would spend most of the U-Net on texture. The map goes into the 1x1
+    convolutions on both sides of the latent; the posterior's variance becomes its mean, a constant.
     """
+    graphdef, z, variance = vae.graphdef, *_posterior(vae, params, images)
+    mean, C = z.mean((0, 1, 2)), z.shape[-1]
+    root = _root(pixel_metric(graphdef, params, z[:METRIC_IMAGES]))
+    scaled = (z - mean).reshape(-1, C) @ root
+    values, axes = np.linalg.eigh(scaled.T @ scaled / len(scaled))
+    to = root @ axes[:, ::-1] / np.sqrt(values.mean())
+    quant, post = params["quant_conv"], params["post_quant_conv"]
+    noise = np.log(np.einsum("ij,i->j", to**2, variance).mean())
+    return {
+        **params,
+        "quant_conv": {
+            "kernel": np.concatenate(
+                [quant["kernel"][..., :C] @ to, np.zeros_like(quant["kernel"][..., C:])], -1
+            ),
+            "bias": np.concatenate([(quant["bias"][:C] - mean) @ to, np.full(C, noise, np.float32)]),
+        },
+        "post_quant_conv": {
+            "kernel": np.linalg.inv(to) @ post["kernel"],
+            "bias": post["bias"] + mean @ post["kernel"][0, 0],
+        },
+    }
+
+
+def _posterior(vae: Component, params: Params, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The latents' means (N, h, w, C) and the mean variance of each channel (C,)."""
 
     @jax.jit
     def encode(batch):
-        return objectives.applier(vae.graphdef)(params).encode(objectives.to_float(batch)).mean
+        posterior = objectives.applier(vae.graphdef)(params).encode(objectives.to_float(batch))
+        return posterior.mean, jnp.exp(posterior.logvar).mean((0, 1, 2))
 
-    z = np.concatenate([np.asarray(encode(images[i : i + 32])) for i in range(0, len(images), 32)])
-    mean, std = z.mean((0, 1, 2)), z.std((0, 1, 2))
-    quant, post = params["quant_conv"], params["post_quant_conv"]
-    ones = np.ones_like(std)
-    scale = np.concatenate([1 / std, ones])
-    shift = np.concatenate([-mean / std, -2 * np.log(std)])
-    return {
-        **params,
-        "quant_conv": {"kernel": quant["kernel"] * scale, "bias": quant["bias"] * scale + shift},
-        "post_quant_conv": {
-            "kernel": post["kernel"] * std[:, None],
-            "bias": post["bias"] + jnp.einsum("hwio,i->o", post["kernel"], mean),
-        },
-    }
+    means, variances = zip(*(encode(images[i : i + 32]) for i in range(0, len(images), 32)), strict=True)
+    return np.concatenate(means), np.mean(variances, 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def pixel_metric(graphdef: nnx.GraphDef, params: Params, z: Array) -> Array:
+    """E[J^T J] (C, C): what a step in latent space costs, in squares of pixels, channel against channel."""
+    decode = objectives.applier(graphdef)(params).decode
+    # Random signs over the places make the places' cross terms vanish (Hutchinson 1989).
+    signs = jax.random.rademacher(jax.random.key(0), (*z.shape[:-1], 1), z.dtype)
+    pushed = [jax.jvp(decode, (z,), (signs * direction,))[1] for direction in jnp.eye(z.shape[-1])]
+    flat = jnp.stack(pushed).reshape(z.shape[-1], -1)
+    return flat @ flat.T / (z.size // z.shape[-1])
+
+
+def _root(matrix: Array) -> np.ndarray:
+    """The symmetric square root of a positive matrix."""
+    values, axes = np.linalg.eigh(np.asarray(matrix))
+    return axes * np.sqrt(np.maximum(values, values.max() * 1e-6)) @ axes.T
 
 
 def train_diffusion(

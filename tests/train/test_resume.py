@@ -29,7 +29,7 @@ def quick(tmp_path_factory):
     """Compiled steps are kept from run to run, and the tokenizer sees fewer captions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "CAPTIONS_FOR_TOKENIZER", 200)
-        patch.setattr(stages, "WHITENING_IMAGES", 32)
+        patch.setattr(stages, "LATENT_IMAGES", 32)
         if jax.config.jax_compilation_cache_dir is None:
             jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
         yield

@@ -1,4 +1,4 @@
-"""Whitening, and batches that are addressed by their step."""
+"""The latents' scale, and batches that are addressed by their step."""
 
 import jax
 import jax.numpy as jnp
@@ -8,34 +8,52 @@ import pytest
 from engine import scenes
 from engine.train.data import scene_batch, scene_batches
 from engine.train.objectives import applier, to_float
-from engine.train.stages import whiten
+from engine.train.stages import METRIC_IMAGES, in_units_of_pixels, pixel_metric
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
-def test_white_latents_and_the_same_pictures():
+def test_latents_in_units_of_pixels_and_the_same_pictures():
     vae = tiny_model(vae={"scaling_factor": 1.0}).vae
     images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
-    white = whiten(vae, vae.params, images)
 
     @jax.jit
     def look(params):
         module = applier(vae.graphdef)(params)
         posterior = module.encode(to_float(jnp.asarray(images)))
-        z = posterior.sample(jax.random.key(0))
-        return posterior.mean, z, module.decode(posterior.mean), module.decode(z)
+        return posterior.mean, jnp.exp(posterior.logvar), module.decode(posterior.mean)
 
-    mean, sample, *pictures = look(vae.params)
-    white_mean, white_sample, *white_pictures = look(white)
-    axes = (0, 1, 2)
-    assert np.abs(mean.std(axes) - 1).max() > 0.1  # there was something to do
-    np.testing.assert_allclose(white_mean.mean(axes), 0, atol=1e-5)
-    np.testing.assert_allclose(white_mean.std(axes), 1, rtol=1e-4)
-    # the posterior's spread moved along: what is drawn from it is the same draw, whitened
-    np.testing.assert_allclose(
-        white_sample, (sample - mean.mean(axes)) / mean.std(axes), atol=1e-4 * float(jnp.abs(sample).max())
-    )
-    for ours, theirs in zip(white_pictures, pictures, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4 * float(jnp.abs(theirs).max()))
+    params = in_units_of_pixels(vae, vae.params, images)
+    before, old_variance, pictures = look(vae.params)
+    z, variance, same_pictures = look(params)
+    np.testing.assert_allclose(same_pictures, pictures, atol=1e-4 * float(jnp.abs(pictures).max()))
+
+    C = z.shape[-1]
+    np.testing.assert_allclose(z.mean((0, 1, 2)), 0, atol=1e-4)
+    covariance = np.cov(np.asarray(z).reshape(-1, C).T, bias=True)
+    spread = np.diag(covariance)
+    np.testing.assert_allclose(covariance, np.diag(spread), atol=1e-4)
+    np.testing.assert_allclose(spread.mean(), 1, rtol=1e-4)
+    assert (np.diff(spread) < 0).all()
+
+    # the same step costs the same in every direction, which it did not before
+    old_cost = pixel_metric(vae.graphdef, vae.params, before[:METRIC_IMAGES])
+    cost = pixel_metric(vae.graphdef, params, z[:METRIC_IMAGES])
+    np.testing.assert_allclose(cost, cost[0, 0] * np.eye(C), atol=1e-3 * float(cost[0, 0]))
+    assert np.linalg.cond(old_cost) > 1.5
+    # and the posterior's variance is one number: what the old one costs, over what a step costs now
+    expected = np.trace(np.asarray(old_cost) * old_variance.mean((0, 1, 2))) / (C * cost[0, 0])
+    np.testing.assert_allclose(variance, expected, rtol=1e-3)
+
+
+def test_the_pixel_metric_is_what_a_step_costs():
+    vae = tiny_model(vae={"scaling_factor": 1.0}).vae
+    z = np.random.default_rng(0).standard_normal((64, 8, 8, 4), np.float32)
+    metric = np.asarray(pixel_metric(vae.graphdef, vae.params, z))
+    decode = jax.jit(lambda z: applier(vae.graphdef)(vae.params).decode(z))
+    direction = np.array([1.0, -2.0, 0.5, 1.0], np.float32)
+    signs = np.random.default_rng(1).choice([-1e-3, 1e-3], (64, 8, 8, 1)).astype(np.float32)
+    cost = np.square(decode(z + signs * direction) - decode(z - signs * direction)).sum() / 4e-6 / signs.size
+    np.testing.assert_allclose(direction @ metric @ direction, cost, rtol=0.15)  # two draws of signs
 
 
 def test_bytes_become_the_range_of_the_model():
