@@ -7,11 +7,12 @@ from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, TrainCo
 
 
 def get_config() -> TrainConfig:
-    """Autoencoder of 16 x 16 x 8 latents, U-Net of 13 M parameters, text encoder of 2 M.
+    """Autoencoder of 16 x 16 x 8 latents, U-Net of 13 M parameters, text encoder of 1.5 M.
 
     Two CPU cores: autoencoder 26 minutes (12 images/s), diffusion 75 minutes (20 images/s). Seen so far: the
-    autoencoder at 29 dB on fresh scenes, the first 1,800 of its steps with 8 pictures and an absolute error;
-    and that words move backgrounds, but not yet things, after 1,350 steps of the diffusion.
+    autoencoder at 29 dB on fresh scenes, the first 1,800 of its steps with 8 pictures, an absolute error and
+    kl_weight 1e-4; and that words move backgrounds, but not yet things, after 1,350 steps of the diffusion,
+    some of them on easier scenes.
 
     The model in the package is older and a sketch, made by the first version of this file (a U-Net of 15 M
     parameters, an autoencoder of 25.6 dB): README.md has its scores.

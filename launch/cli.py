@@ -7,7 +7,7 @@ import sys
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
@@ -123,15 +123,20 @@ def parse(argv: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str], dic
         flags.DEFINE_flag(flags.Flag(_Parser(kind), None, name, None, "", boolean=kind is bool), values)
     try:
         _, *others = values(["", *argv])
-    except flags.UnrecognizedFlagError as error:
-        near = nearest(f"--{error.flagname}", [f"--{name}" for name in kinds])
-        raise UserError(f"unknown flag --{error.flagname}{near}; --help lists them all") from None
     except (flags.Error, ValueError) as error:
-        what = str(error).removeprefix("flag ").replace("Missing value for flag", "write a value after")
-        raise UserError(what) from None
+        raise mistake(error, kinds) from None
     if values["help"].value or values["h"].value:
         return None
     return others, {name: values[name].value for name in kinds if values[name].present}
+
+
+def mistake(error: flags.Error | ValueError, known: Iterable[str]) -> UserError:
+    """What absl says of a command line, in one line that says what to write; `known`: the flags' names."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = nearest(f"--{error.flagname}", [f"--{name}" for name in known])
+        return UserError(f"unknown flag --{error.flagname}{near}; --help lists them all")
+    what = str(error).removeprefix("flag ").replace("Missing value for flag", "write a value after")
+    return UserError(what)
 
 
 READERS = {str: str, int: int, float: float, bool: {"true": True, "false": False}.__getitem__}

@@ -7,7 +7,8 @@ Autoencoder, then U-Net and text encoder together, then the decoder alone, then 
 Loss, images/s and time left go to stdout and to WORKDIR/metrics.jsonl. Ctrl-C and SIGTERM save before they
 end the program; what a kill or a power cut leaves is the newest checkpoint.
 
-Exit code: 0 trained, or stopped and saved; 2 a mistake, explained in one line.
+Exit code: 0 trained, or stopped and saved; 2 a mistake, explained in one line; 130 stopped with
+Ctrl-C where there was nothing to save.
 """
 
 import pathlib
@@ -17,7 +18,6 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from engine.config import nearest
 from engine.errors import UserError
 from launch import cli
 
@@ -41,7 +41,10 @@ def main(argv: Sequence[str]) -> int:
     from engine.train import stages  # JAX comes with it: --help should be quick
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells much
-    folder = stages.train(config, pathlib.Path(workdir))
+    try:
+        folder = stages.train(config, pathlib.Path(workdir))
+    except OSError as error:
+        raise UserError(f"{workdir} cannot be written: {error.strerror or error}") from None
     if folder is not None:
         cli.say(f"model: {folder}")
     return cli.DONE
@@ -62,13 +65,10 @@ def parse(argv: Sequence[str]) -> tuple[Any, str]:
         _, *others = values(["", *argv])
         chosen = config.value
         fits = hasattr(chosen, "validate")  # the first look at what could not be read raises
-    except flags.UnrecognizedFlagError as error:
-        if error.flagname.startswith("config."):
-            raise UserError(f"--{error.flagname} overrides nothing: write --config=FILE too") from None
-        near = nearest(f"--{error.flagname}", ["--config", "--workdir"])
-        raise UserError(f"unknown flag --{error.flagname}{near}; --help lists them all") from None
     except flags.Error as error:
-        raise UserError(str(error).removeprefix("flag ")) from None
+        if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
+            raise UserError(f"--{error.flagname} overrides nothing: write --config=FILE too") from None
+        raise cli.mistake(error, values) from None
     except KeyError as error:  # a field of a dataclass, or a key of a dict, in the words of ml_collections
         unknown = [a for a in argv if a.partition("=")[0].rpartition(".")[2] in str(error)]
         raise UserError(f"the config has no such setting: {' '.join(unknown) or error}") from None
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, str]:
     if others:
         raise UserError(f"{others[0]!r} is no flag: write --config={others[0]}")
     for flag in (config, workdir):
-        if flag.value is None:
+        if flag.value in (None, ""):
             raise UserError(f"write --{flag.name}; --help explains it")
     if not fits:
         raise UserError(

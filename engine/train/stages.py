@@ -111,9 +111,9 @@ def in_units_of_pixels(vae: Component, params: Params, images: np.ndarray) -> Pa
     pixels; latents of equal variance would spend most of the U-Net on texture. The map goes into the 1x1
     convolutions on both sides of the latent; the posterior's variance becomes its mean, a constant.
     """
-    graphdef, z, variance = vae.graphdef, *_posterior(vae, params, images)
+    z, variance = _posterior(vae, params, images)
     mean, C = z.mean((0, 1, 2)), z.shape[-1]
-    root = _root(pixel_metric(graphdef, params, z[:METRIC_IMAGES]))
+    root = _root(pixel_metric(vae.graphdef, params, z[:METRIC_IMAGES]))
     scaled = (z - mean).reshape(-1, C) @ root
     values, axes = np.linalg.eigh(scaled.T @ scaled / len(scaled))
     to = root @ axes[:, ::-1] / np.sqrt(values.mean())

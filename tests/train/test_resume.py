@@ -218,6 +218,8 @@ def test_a_killed_program_goes_on_and_a_terminated_one_ends_well(tmp_path):
         ("--config=nothing.py", "nothing.py"),
         ("--workdri=there", "unknown flag --workdri (did you mean --workdir?)"),
         ("there", "'there' is no flag"),
+        ("--workdir=", "write --workdir"),
+        ("--workdir=README.md/run", "README.md/run cannot be written"),
         ("--config.image_size=0", "image_size"),
         ("--config.autoencoder.steps=0", "autoencoder.steps=0: write a number from 1"),
     ],

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from configs import scenes_small
 from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, TrainConfig
 
 STEPS, EVERY = 7, 3
@@ -42,13 +43,7 @@ def get_config() -> TrainConfig:
             "num_attention_heads": 2,
             "projection_dim": 16,
         },
-        scheduler={
-            "_class_name": "DPMSolverMultistepScheduler",
-            "beta_schedule": "squaredcos_cap_v2",
-            "prediction_type": "v_prediction",
-            "timestep_spacing": "leading",
-            "steps_offset": 1,
-        },
+        scheduler=scenes_small.get_config().scheduler,
         autoencoder=AutoencoderStage(steps=STEPS, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
         diffusion=DiffusionStage(steps=STEPS, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
         decoder=AutoencoderStage(steps=2, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
