@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from engine.models.layers import DEFAULT_INIT, ZEROS, GroupNorm, Identity, conv
+from engine.models.layers import GroupNorm, Identity, conv
 
 # How many scores a CPU has in memory at a time, 8 MB of them: more leave its caches, and with 32 MB and more
 # the whole was measured up to three times slower.
@@ -194,13 +194,13 @@ class Transformer2DModel(nnx.Module):
         upcast: bool,
         rngs: nnx.Rngs,
     ):
-        def projection(init):
+        def projection():
             if use_linear_projection:
-                return nnx.Linear(channels, channels, kernel_init=init, rngs=rngs)
-            return conv(channels, channels, 1, kernel_init=init, rngs=rngs)
+                return nnx.Linear(channels, channels, rngs=rngs)
+            return conv(channels, channels, 1, rngs=rngs)
 
         self.norm = GroupNorm(groups, channels, epsilon=1e-6, rngs=rngs)
-        self.proj_in = projection(DEFAULT_INIT)
+        self.proj_in = projection()
         self.transformer_blocks = nnx.List(
             [
                 BasicTransformerBlock(
@@ -214,7 +214,7 @@ class Transformer2DModel(nnx.Module):
                 for _ in range(layers)
             ]
         )
-        self.proj_out = projection(ZEROS)
+        self.proj_out = projection()
 
     def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"]) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape

@@ -10,8 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from engine.config import from_json
 from engine.models.attention import attend, layer_norm
-from engine.models.layers import ZEROS, activation, check_positive
+from engine.models.layers import activation, check_positive
 from engine.types import UserError
+
+# A layer adds half as much as it is given.
+BRANCH_INIT = nnx.initializers.variance_scaling(0.25, "fan_in", "truncated_normal")
 
 FIXED = {
     "architectures": (None, ["CLIPTextModel"]),
@@ -74,9 +77,8 @@ class TextOutput(NamedTuple):
 class CLIPTextEmbeddings(nnx.Module):
     """Words and places.
 
-    A fresh encoder hands on each word as it is: far from all others, and nothing added by the layers, whose
-    branches start as zero. From CLIP's own start (a deviation of 0.02) Adam's steps move a word by its whole
-    length within dozens of steps.
+    Fresh words are far apart. From CLIP's own start (a deviation of 0.02) Adam's steps move a word by its
+    whole length within dozens of steps.
     """
 
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
@@ -100,7 +102,7 @@ class CLIPAttention(nnx.Module):
         self.q_proj = nnx.Linear(width, width, rngs=rngs)
         self.k_proj = nnx.Linear(width, width, rngs=rngs)
         self.v_proj = nnx.Linear(width, width, rngs=rngs)
-        self.out_proj = nnx.Linear(width, width, kernel_init=ZEROS, rngs=rngs)
+        self.out_proj = nnx.Linear(width, width, kernel_init=BRANCH_INIT, rngs=rngs)
         self.heads = config.num_attention_heads
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
@@ -113,7 +115,9 @@ class CLIPAttention(nnx.Module):
 class CLIPMLP(nnx.Module):
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
         self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, kernel_init=ZEROS, rngs=rngs)
+        self.fc2 = nnx.Linear(
+            config.intermediate_size, config.hidden_size, kernel_init=BRANCH_INIT, rngs=rngs
+        )
         self.act = activation(config.hidden_act, "hidden_act")
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:

@@ -228,7 +228,6 @@ class UNet2DConditionModel(nnx.Module):
             epsilon=config.norm_eps,
             act=act,
             time_scale_shift=config.resnet_time_scale_shift,
-            out_init=ZEROS,
             rngs=rngs,
         )
         self.conv_in = conv(config.in_channels, channels[0], 3, rngs=rngs)
