@@ -3,7 +3,7 @@
 python -m launch.train --config=configs/scenes_small.py --workdir=runs/scenes_small
 """
 
-from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, TrainConfig
+from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, TrainConfig, WordsStage
 
 
 def get_config() -> TrainConfig:
@@ -44,7 +44,7 @@ def get_config() -> TrainConfig:
         text_encoder={
             "hidden_size": 192,
             "intermediate_size": 768,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 2,
             "num_attention_heads": 6,
             "projection_dim": 192,
         },
@@ -63,14 +63,23 @@ def get_config() -> TrainConfig:
             kl_weight=1e-3,
             optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, decay_steps=1500, weight_decay=0.0),
         ),
+        words=WordsStage(
+            steps=500,
+            batch_size=256,
+            ema_decay=0.98,
+            checkpoint_every=100,
+            optim=OptimConfig(learning_rate=2e-3, warmup_steps=100, decay_steps=400),
+        ),
         diffusion=DiffusionStage(
-            steps=2800,
+            steps=3300,
             batch_size=32,
             ema_decay=0.998,
             checkpoint_every=200,
             time_mean=0.5,
             time_std=1.4,
-            optim=OptimConfig(learning_rate=7e-4, warmup_steps=100, decay_steps=900, weight_decay=0.01),
+            easy=0.7,
+            easy_steps=1500,
+            optim=OptimConfig(learning_rate=7e-4, warmup_steps=100, decay_steps=1100, weight_decay=0.01),
         ),
         decoder=AutoencoderStage(
             steps=1200,

@@ -177,24 +177,31 @@ class StageConfig:
 
 @dataclasses.dataclass
 class AutoencoderStage(StageConfig):
-    """Pictures to latents and back: absolute error plus a small pull towards the unit Gaussian."""
+    """Pictures to latents and back: squared error plus a small pull towards the unit Gaussian."""
 
     kl_weight: float = 1e-4  # of the KL divergence, in nats per latent value
 
 
 @dataclasses.dataclass
+class WordsStage(StageConfig):
+    """The text encoder, from captions alone: what does the scene show?"""
+
+
+@dataclasses.dataclass
 class DiffusionStage(StageConfig):
-    """U-Net and text encoder together."""
+    """The U-Net, between an autoencoder and a text encoder that stay as they are."""
 
     time_sampling: str = "logit_normal"
     time_mean: float = 0.0  # of log sigma
     time_std: float = 1.0
     caption_dropout: float = 0.1  # so that guidance has an unconditional model to steer away from
+    easy: float = 0.0  # the share of scenes of one big thing at the start, none after `easy_steps`
+    easy_steps: int = 0
 
 
 @dataclasses.dataclass
 class TrainConfig:
-    """A model from scratch: its autoencoder, then U-Net and text encoder together, then its decoder again.
+    """A model from scratch: its autoencoder, its text encoder, its U-Net, then its decoder again.
 
     The last stage sharpens pictures without moving the latents that the U-Net learned; 0 steps leave it out.
 
@@ -211,12 +218,13 @@ class TrainConfig:
     text_encoder: dict = dataclasses.field(default_factory=dict)
     scheduler: dict = dataclasses.field(default_factory=dict)
     autoencoder: AutoencoderStage = dataclasses.field(default_factory=AutoencoderStage)
+    words: WordsStage = dataclasses.field(default_factory=WordsStage)
     diffusion: DiffusionStage = dataclasses.field(default_factory=DiffusionStage)
     decoder: AutoencoderStage = dataclasses.field(default_factory=lambda: AutoencoderStage(steps=0))
 
     def validate(self) -> None:
         """Raises UserError, saying what to write instead, before anything is compiled."""
-        for name in ("autoencoder", "diffusion", "decoder"):
+        for name in ("autoencoder", "words", "diffusion", "decoder"):
             stage = getattr(self, name)
             for field in ("steps", "batch_size", "checkpoint_every"):
                 least = 0 if (name, field) == ("decoder", "steps") else 1
@@ -226,5 +234,6 @@ class TrainConfig:
                 raise UserError(f"{name}.ema_decay={stage.ema_decay}: write a number from 0 to below 1")
             if stage.optim.learning_rate <= 0:
                 raise UserError(f"{name}.optim.learning_rate={stage.optim.learning_rate}: write one above 0")
-        if not 0 <= self.diffusion.caption_dropout <= 1:
-            raise UserError(f"diffusion.caption_dropout={self.diffusion.caption_dropout}: write 0 to 1")
+        for field in ("caption_dropout", "easy"):
+            if not 0 <= (share := getattr(self.diffusion, field)) <= 1:
+                raise UserError(f"diffusion.{field}={share}: write 0 to 1")

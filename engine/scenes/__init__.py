@@ -7,14 +7,26 @@ needs the colour emoji font (see `sprites`); captions and words do not.
 """
 
 from engine.scenes.backgrounds import BACKGROUNDS
-from engine.scenes.captions import all_captions, caption, vocabulary, words
-from engine.scenes.scene import ARRANGEMENTS, PLACES, RELATIONS, SIZES, Labels, Scene, labels, sample_scene
+from engine.scenes.captions import caption, told, vocabulary, words
+from engine.scenes.scene import (
+    ARRANGEMENTS,
+    FACTS,
+    PLACES,
+    RELATIONS,
+    SIZES,
+    Labels,
+    Scene,
+    facts,
+    labels,
+    sample_scene,
+)
 from engine.scenes.things import THINGS, Thing
 from engine.scenes.world import batch, draw, example, render
 
 __all__ = [
     "ARRANGEMENTS",
     "BACKGROUNDS",
+    "FACTS",
     "PLACES",
     "RELATIONS",
     "SIZES",
@@ -22,14 +34,15 @@ __all__ = [
     "Labels",
     "Scene",
     "Thing",
-    "all_captions",
     "batch",
     "caption",
     "draw",
     "example",
+    "facts",
     "labels",
     "render",
     "sample_scene",
+    "told",
     "vocabulary",
     "words",
 ]

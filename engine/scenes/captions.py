@@ -171,11 +171,17 @@ def _join(*parts: str) -> str:
     return " ".join(part for part in parts if part)
 
 
-def all_captions(n: int, seed: int = 0) -> Iterable[str]:
-    """Captions of `n` random scenes, without drawing them: what a tokenizer is trained on."""
-    for index in range(n):
-        rng = np.random.Generator(np.random.Philox(key=[seed, index]))
-        yield caption(sample_scene(rng), rng)
+def tell(seed: int, index: int, easy: float = 0.0) -> tuple[str, Scene, np.random.Generator]:
+    """Caption and truth number `index` of `seed`, and the generator, which goes on to draw the picture."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
+    scene = sample_scene(rng, easy)
+    return caption(scene, rng), scene, rng
+
+
+def told(seed: int, first_index: int, n: int) -> tuple[list[str], list[Scene]]:
+    """Captions and truths first_index .. first_index + n - 1, without drawing them."""
+    captions, scenes, _ = zip(*(tell(seed, first_index + i) for i in range(n)), strict=True)
+    return list(captions), list(scenes)
 
 
 def _split(phrases: Iterable[str]) -> set[str]:

@@ -65,14 +65,51 @@ def labels(scene: Scene) -> Labels:
     return Labels(first, second, background, arrangement)
 
 
+# What a caption is asked about its scene, and how many answers there are to each question.
+SPOTS = ("left", "right", "top", "bottom", "middle", "underneath")
+FACTS: dict[str, int] = {
+    **dict.fromkeys(SPOTS, len(THINGS) + 1),  # what is there; the last answer: nothing
+    "background": len(BACKGROUNDS),
+    "arrangement": len(ARRANGEMENTS),
+    "first size": len(SIZES),
+    "second size": len(SIZES) + 1,  # the last: there is no second
+}
+_SPOTS_OF = {  # of the first thing and the second
+    "left of": ("left", "right"),
+    "above": ("top", "bottom"),
+    "on": ("middle", "underneath"),
+    "wearing": ("middle", "top"),
+}
+
+
+def facts(scene: Scene) -> tuple[int, ...]:
+    """The scene as the answers to the questions of FACTS, in their order."""
+    spots = _SPOTS_OF.get(scene.arrangement, (scene.arrangement,))
+    there = {spot: INDEX[name] for spot, name in zip(spots, scene.things, strict=True)}
+    sizes = [SIZES.index(size) for size in scene.sizes]
+    return (
+        *(there.get(spot, len(THINGS)) for spot in SPOTS),
+        BACKGROUNDS.index(scene.background),
+        ARRANGEMENTS.index(scene.arrangement),
+        *(sizes if len(sizes) == 2 else (*sizes, len(SIZES))),
+    )
+
+
 def pick(rng: np.random.Generator, options):
     """One of a sequence, uniformly. `Generator.choice` is 20 times slower."""
     return options[int(rng.random() * len(options))]
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """A random scene: 45 % show one thing, 55 % two, of those 40 % one on the other."""
+def sample_scene(rng: np.random.Generator, easy: float = 0.0) -> Scene:
+    """A random scene: 45 % show one thing, 55 % two, of those 40 % one on the other.
+
+    Args:
+      easy: the share of scenes that show one big thing in the middle instead, to begin a training with.
+    """
+    is_easy = easy > 0 and rng.random() < easy
     background = pick(rng, BACKGROUNDS)
+    if is_easy:
+        return Scene((pick(rng, THINGS).name,), ("big",), "middle", background)
     if rng.random() < 0.45:
         place = "middle" if rng.random() < 0.5 else pick(rng, PLACES[1:])
         return Scene((pick(rng, THINGS).name,), (_size(rng),), place, background)

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from engine.scenes.backgrounds import BACKGROUNDS, paint
-from engine.scenes.captions import caption
-from engine.scenes.scene import Scene, sample_scene
+from engine.scenes.captions import tell
+from engine.scenes.scene import Scene
 from engine.scenes.sprites import Sprite, paste, sprite
 from engine.scenes.things import INDEX, THINGS
 
@@ -24,22 +24,22 @@ FREE = 0.16  # of the picture, at least, between and around two things
 MARGIN = 0.06
 
 
-def example(seed: int, index: int, size: int = 64) -> tuple[UInt8[np.ndarray, "S S 3"], str, Scene]:
-    """Picture, caption and truth number `index` of `seed`: a pure function of the two."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
-    scene = sample_scene(rng)
-    text = caption(scene, rng)
+def example(
+    seed: int, index: int, size: int = 64, easy: float = 0.0
+) -> tuple[UInt8[np.ndarray, "S S 3"], str, Scene]:
+    """Picture, caption and truth number `index` of `seed`: a pure function of its arguments."""
+    text, scene, rng = tell(seed, index, easy)
     return render(scene, size, rng), text, scene
 
 
 def batch(
-    seed: int, first_index: int, n: int, size: int = 64
+    seed: int, first_index: int, n: int, size: int = 64, easy: float = 0.0
 ) -> tuple[UInt8[np.ndarray, "N S S 3"], list[str], list[Scene]]:
-    """Examples first_index .. first_index + n - 1."""
+    """Examples first_index .. first_index + n - 1; `easy`: see `sample_scene`."""
     images = np.empty((n, size, size, 3), np.uint8)
     captions, scenes = [], []
     for i in range(n):
-        images[i], text, scene = example(seed, first_index + i, size)
+        images[i], text, scene = example(seed, first_index + i, size, easy)
         captions.append(text)
         scenes.append(scene)
     return images, captions, scenes

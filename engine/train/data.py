@@ -1,39 +1,68 @@
-"""Batches of drawn scenes, addressed by step: the position of the data is the step itself."""
+"""Batches of the drawn world, addressed by step: the position of the data is the step itself."""
 
 import concurrent.futures
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from engine import scenes
 from engine.text.tokenizer import Tokenizer
 
-
-def scene_batch(
-    seed: int, step: int, batch_size: int, size: int, tokenizer: Tokenizer | None
-) -> dict[str, np.ndarray]:
-    """{"image": uint8 (B, size, size, 3)} and, with a tokenizer, "ids": int32 (B, L)."""
-    images, captions, _ = scenes.batch(seed, step * batch_size, batch_size, size)
-    if tokenizer is None:
-        return {"image": images}
-    return {"image": images, "ids": tokenizer.encode(captions)}
+Batch = dict[str, np.ndarray]
+BatchAt = Callable[[int], Batch]  # the batch of a step, a pure function
 
 
-def scene_batches(
-    seed: int, first_step: int, batch_size: int, size: int, tokenizer: Tokenizer | None = None, ahead: int = 2
-) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of first_step, first_step + 1, ..., drawn by a thread that keeps `ahead` of them ready."""
+def pictures(seed: int, batch_size: int, size: int) -> BatchAt:
+    """{"image": uint8 (B, size, size, 3)}"""
+
+    def batch_at(step: int) -> Batch:
+        return {"image": scenes.batch(seed, step * batch_size, batch_size, size)[0]}
+
+    return batch_at
+
+
+def captioned_pictures(
+    seed: int,
+    batch_size: int,
+    size: int,
+    tokenizer: Tokenizer,
+    easy: float = 0.0,
+    easy_steps: int = 0,
+) -> BatchAt:
+    """{"image": uint8 (B, size, size, 3), "ids": int32 (B, L)}
+
+    Args:
+      easy: the share of easy scenes at step 0 (see `scenes.sample_scene`); it falls in a line to none at
+        step `easy_steps`.
+    """
+
+    def batch_at(step: int) -> Batch:
+        share = easy * (1 - step / easy_steps) if step < easy_steps else 0.0
+        images, captions, _ = scenes.batch(seed, step * batch_size, batch_size, size, share)
+        return {"image": images, "ids": tokenizer.encode(captions)}
+
+    return batch_at
+
+
+def captions_with_facts(seed: int, batch_size: int, tokenizer: Tokenizer) -> BatchAt:
+    """{"ids": int32 (B, L), "facts": int32 (B, len(FACTS))}: captions and what is true of their scenes."""
+
+    def batch_at(step: int) -> Batch:
+        captions, truths = scenes.told(seed, step * batch_size, batch_size)
+        return {"ids": tokenizer.encode(captions), "facts": np.array([*map(scenes.facts, truths)], np.int32)}
+
+    return batch_at
+
+
+def batches(batch_at: BatchAt, first_step: int, ahead: int = 2) -> Iterator[Batch]:
+    """The batches of first_step, first_step + 1, ..., made by a thread that keeps `ahead` of them ready."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-
-        def draw(step: int):
-            return pool.submit(scene_batch, seed, step, batch_size, size, tokenizer)
-
-        futures = [draw(first_step + i) for i in range(ahead)]
+        futures = [pool.submit(batch_at, first_step + i) for i in range(ahead)]
         step = first_step + ahead
         try:
             while True:
                 yield futures.pop(0).result()
-                futures.append(draw(step))
+                futures.append(pool.submit(batch_at, step))
                 step += 1
         finally:
             for future in futures:

@@ -16,7 +16,7 @@ from engine.config import StageConfig
 from engine.parallel import Devices
 from engine.train import step as steps
 from engine.train.checkpoint import Checkpoints
-from engine.train.data import scene_batches
+from engine.train.data import BatchAt, batches
 from engine.types import Params, UserError
 
 REPORT_SECONDS = 10.0
@@ -71,13 +71,13 @@ def fit(
     config: StageConfig,
     *,
     seed: int,
-    data: dict[str, Any],
+    batch_at: BatchAt,
     workdir: pathlib.Path,
 ) -> Params | None:
     """Trains `params` to the end of the stage, from its newest checkpoint if there is one.
 
     Args:
-      data: keyword arguments of `scene_batches`, less the step and the batch size.
+      batch_at: the data, see `engine.train.data`.
 
     Returns:
       The averaged params, or None when a signal stopped the run (the checkpoint is then saved).
@@ -96,19 +96,17 @@ def fit(
         print(f"{name}: goes on from step {int(state.step)}", flush=True)
     step = jax.jit(steps.train_step(loss, optimizer, config.ema_decay), donate_argnums=0)
     first = int(state.step)
-    batches = scene_batches(first_step=first, batch_size=config.batch_size, **data)
+    data = batches(batch_at, first)
     progress = Progress(name, workdir / "metrics.jsonl", first, config)
 
     def save(at: int) -> None:
-        checkpoints.save(
-            state, {"seed": seed, "data": {"seed": data["seed"], "next": at * config.batch_size}}
-        )
+        checkpoints.save(state, {"seed": seed, "data": {"next": at * config.batch_size}})
 
     before = None
     try:
-        with stop_signals() as stop, contextlib.closing(batches):
+        with stop_signals() as stop, contextlib.closing(data):
             for i in range(first, config.steps):
-                state, metrics = step(state, frozen, devices.shard_batch(next(batches)), base_key)
+                state, metrics = step(state, frozen, devices.shard_batch(next(data)), base_key)
                 # One step may be under way while the next is prepared, not dozens: a signal waits for them.
                 jax.block_until_ready(before)
                 before = metrics

@@ -4,13 +4,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from engine.config import AutoencoderStage, DiffusionStage
 from engine.diffusion.losses import diffusion_loss
 from engine.diffusion.schedules import Schedule
+from engine.scenes import FACTS
 from engine.train.step import Loss
+from engine.types import Params
 
 
 def to_float(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
@@ -45,6 +48,37 @@ def autoencoder_loss(graphdef: nnx.GraphDef, config: AutoencoderStage) -> Loss:
     return loss
 
 
+def words_loss(graphdef: nnx.GraphDef) -> Loss:
+    """Tells from a caption what its scene shows: the sum over FACTS of the cross-entropies, in nats.
+
+    The text half of what CLIP (Radford et al. 2021) does for Stable Diffusion: words that mean the same come
+    to lie together, and what is rare weighs as much as what fills the picture. Each answer is a linear
+    function of the mean over the context, since a fresh U-Net attends to all words alike.
+
+    params: {"text_encoder": params, "heads": see `fresh_heads`}; frozen: nothing.
+    """
+    build = applier(graphdef)
+
+    def loss(params, frozen, batch, key):
+        mean = build(params["text_encoder"]).context(batch["ids"]).mean(1)
+        heads = [params["heads"][name] for name in FACTS]  # a dict inside jit is sorted by name
+        told = [mean @ head["kernel"] + head["bias"] for head in heads]
+        truths = batch["facts"].T
+        losses = map(optax.softmax_cross_entropy_with_integer_labels, told, truths)
+        right = jnp.stack([logits.argmax(-1) == truth for logits, truth in zip(told, truths, strict=True)])
+        return sum(each.mean() for each in losses), {"right": right.mean()}
+
+    return loss
+
+
+def fresh_heads(width: int) -> Params:
+    """A linear layer for each of FACTS: {name: {"kernel": (width, answers), "bias": (answers,)}}."""
+    return {
+        name: {"kernel": jnp.zeros((width, answers)), "bias": jnp.zeros(answers)}
+        for name, answers in FACTS.items()
+    }
+
+
 def text_to_image_loss(
     unet: nnx.GraphDef,
     text_encoder: nnx.GraphDef,
@@ -53,7 +87,10 @@ def text_to_image_loss(
     prediction_type: str,
     config: DiffusionStage,
 ) -> Loss:
-    """The denoising loss of U-Net and text encoder; frozen: {"vae": params, "empty_ids": (L,)}."""
+    """The denoising loss of the U-Net.
+
+    params: the U-Net's; frozen: {"vae": params, "text_encoder": params, "empty_ids": (L,)}.
+    """
     build_unet, build_text, build_vae = applier(unet), applier(text_encoder), applier(vae)
 
     def loss(params, frozen, batch, key):
@@ -64,8 +101,8 @@ def text_to_image_loss(
 
         drop = jax.random.bernoulli(drop_key, config.caption_dropout, batch["ids"].shape[:1])
         ids = jnp.where(drop[:, None], frozen["empty_ids"][None], batch["ids"])
-        context = build_text(params["text_encoder"]).context(ids)
-        module = build_unet(params["unet"])
+        context = jax.lax.stop_gradient(build_text(frozen["text_encoder"]).context(ids))
+        module = build_unet(params)
 
         def apply(x, t):
             return module(x, t, context)

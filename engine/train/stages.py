@@ -1,4 +1,4 @@
-"""A text-to-image model from scratch: tokenizer, autoencoder, U-Net with text encoder, decoder, export."""
+"""A text-to-image model from scratch: tokenizer, autoencoder, text encoder, U-Net, decoder, export."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from engine.models.clip import CLIPTextConfig
 from engine.models.unet import UNetConfig
 from engine.text.tokenizer import Tokenizer, train_tokenizer
 from engine.train import loop, objectives, optim
-from engine.train.data import scene_batch
+from engine.train.data import captioned_pictures, captions_with_facts, pictures
 from engine.types import Params, UserError
 from engine.weights.component import KINDS, Component
 from engine.weights.files import new_folder, read_json, write_json
@@ -49,17 +49,18 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path | None:
     parts = components(config, tokenizer)
     _remember(config, tokenizer, workdir)
 
-    vae = train_autoencoder(config, parts["vae"], workdir)
-    if vae is None:
-        return None
-    parts["vae"] = vae
-    trained = train_diffusion(config, parts, tokenizer, workdir)
-    if trained is None:
-        return None
-    sharper = train_decoder(config, parts["vae"], workdir)
-    if sharper is None:
-        return None
-    return export(config, parts | {"vae": sharper}, trained, tokenizer, workdir)
+    stages = (
+        ("vae", lambda: train_autoencoder(config, parts["vae"], workdir)),
+        ("text_encoder", lambda: train_words(config, parts["text_encoder"], tokenizer, workdir)),
+        ("unet", lambda: train_diffusion(config, parts, tokenizer, workdir)),
+        ("vae", lambda: train_decoder(config, parts["vae"], workdir)),
+    )
+    for kind, train_part in stages:
+        trained = train_part()
+        if trained is None:
+            return None
+        parts[kind] = trained
+    return export(config, parts, tokenizer, workdir)
 
 
 def train_autoencoder(config: TrainConfig, vae: Component, workdir: pathlib.Path) -> Component | None:
@@ -73,12 +74,12 @@ def train_autoencoder(config: TrainConfig, vae: Component, workdir: pathlib.Path
         optim.optimizer(stage.optim, stage.steps),
         stage,
         seed=config.seed,
-        data={"seed": config.seed, "size": config.image_size},
+        batch_at=pictures(config.seed, stage.batch_size, config.image_size),
         workdir=workdir,
     )
     if params is None:
         return None
-    images = scene_batch(LATENT_SEED, 0, LATENT_IMAGES, config.image_size, None)["image"]
+    images = pictures(LATENT_SEED, LATENT_IMAGES, config.image_size)(0)["image"]
     return dataclasses.replace(vae, params=in_units_of_pixels(vae, params, images))
 
 
@@ -96,7 +97,7 @@ def train_decoder(config: TrainConfig, vae: Component, workdir: pathlib.Path) ->
         optim.optimizer(stage.optim, stage.steps),
         stage,
         seed=config.seed + 2,
-        data={"seed": config.seed + 2, "size": config.image_size},
+        batch_at=pictures(config.seed + 2, stage.batch_size, config.image_size),
         workdir=workdir,
     )
     return None if params is None else dataclasses.replace(vae, params={**vae.params, **params})
@@ -163,10 +164,36 @@ def _root(matrix: Array) -> np.ndarray:
     return axes * np.sqrt(np.maximum(values, values.max() * 1e-6)) @ axes.T
 
 
+def train_words(
+    config: TrainConfig, text_encoder: Component, tokenizer: Tokenizer, workdir: pathlib.Path
+) -> Component | None:
+    """The text encoder, so that its vectors say what a scene shows, whatever the words and their order.
+
+    A U-Net that learned its words together with its pictures learned the backgrounds alone: a thing's name
+    is one word in ten and moves few pixels, and its trace was lost in the noise of the steps.
+    """
+    stage = config.words
+    params = loop.fit(
+        "words",
+        objectives.words_loss(text_encoder.graphdef),
+        {
+            "text_encoder": text_encoder.params,
+            "heads": objectives.fresh_heads(text_encoder.config.hidden_size),
+        },
+        {},
+        optim.optimizer(stage.optim, stage.steps),
+        stage,
+        seed=config.seed + 3,
+        batch_at=captions_with_facts(config.seed + 3, stage.batch_size, tokenizer),
+        workdir=workdir,
+    )
+    return None if params is None else dataclasses.replace(text_encoder, params=params["text_encoder"])
+
+
 def train_diffusion(
     config: TrainConfig, parts: dict[str, Component], tokenizer: Tokenizer, workdir: pathlib.Path
-) -> Params | None:
-    """{"unet": params, "text_encoder": params}, averaged."""
+) -> Component | None:
+    """The U-Net, averaged over its last steps."""
     stage, scheduler = config.diffusion, _scheduler(config)
     loss = objectives.text_to_image_loss(
         parts["unet"].graphdef,
@@ -176,29 +203,30 @@ def train_diffusion(
         scheduler.prediction_type,
         stage,
     )
-    return loop.fit(
+    params = loop.fit(
         "diffusion",
         loss,
-        {kind: parts[kind].params for kind in ("unet", "text_encoder")},
-        {"vae": parts["vae"].params, "empty_ids": tokenizer.encode([""])[0]},
+        parts["unet"].params,
+        {
+            "vae": parts["vae"].params,
+            "text_encoder": parts["text_encoder"].params,
+            "empty_ids": tokenizer.encode([""])[0],
+        },
         optim.optimizer(stage.optim, stage.steps),
         stage,
         seed=config.seed + 1,
-        data={"seed": config.seed + 1, "size": config.image_size, "tokenizer": tokenizer},
+        batch_at=captioned_pictures(
+            config.seed + 1, stage.batch_size, config.image_size, tokenizer, stage.easy, stage.easy_steps
+        ),
         workdir=workdir,
     )
+    return None if params is None else dataclasses.replace(parts["unet"], params=params)
 
 
 def export(
-    config: TrainConfig,
-    parts: dict[str, Component],
-    trained: Params,
-    tokenizer: Tokenizer,
-    workdir: pathlib.Path,
+    config: TrainConfig, parts: dict[str, Component], tokenizer: Tokenizer, workdir: pathlib.Path
 ) -> pathlib.Path:
     """Writes workdir/model in the diffusers layout, in float16."""
-    for kind, params in trained.items():
-        parts[kind] = dataclasses.replace(parts[kind], params=params)
     folder = workdir / "model"
     model = Model(**parts, tokenizer=tokenizer, scheduler=_scheduler(config))
     save_folder(folder, model, dtype=jnp.float16, overwrite=True)
@@ -212,7 +240,7 @@ def _scheduler(config: TrainConfig) -> SchedulerConfig:
 def _tokenizer(config: TrainConfig, workdir: pathlib.Path) -> Tokenizer:
     if (workdir / "tokenizer").exists():
         return Tokenizer.load(workdir / "tokenizer")
-    captions = scenes.all_captions(CAPTIONS_FOR_TOKENIZER)
+    captions, _ = scenes.told(0, 0, CAPTIONS_FOR_TOKENIZER)
     return train_tokenizer(captions, config.vocab_size, config.max_tokens, sorted(scenes.words()))
 
 

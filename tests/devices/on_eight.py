@@ -14,7 +14,7 @@ import engine
 from engine.config import AutoencoderStage, OptimConfig
 from engine.parallel import MODES, Devices
 from engine.train import loop, optim, stages, step
-from engine.train.data import scene_batch
+from engine.train.data import pictures
 from engine.train.objectives import autoencoder_loss
 from engine.types import UserError
 from tests.tiny import tiny_folder, tiny_tokenizer
@@ -219,11 +219,13 @@ def test_training_over_eight_devices_is_training_over_one(tmp_path, capsys):
     stage = AutoencoderStage(steps=3, batch_size=16, optim=OptimConfig(learning_rate=1e-3, warmup_steps=0))
     vae = stages.components(config, tiny_tokenizer())["vae"]
     loss, optimizer = autoencoder_loss(vae.graphdef, stage), optim.optimizer(stage.optim, 5)
-    data = {"seed": 0, "size": config.image_size}
+    batch_at = pictures(0, stage.batch_size, config.image_size)
 
     def fit():
         COMPILED.clear()
-        params = loop.fit("vae", loss, vae.params, {}, optimizer, stage, seed=0, data=data, workdir=tmp_path)
+        params = loop.fit(
+            "vae", loss, vae.params, {}, optimizer, stage, seed=0, batch_at=batch_at, workdir=tmp_path
+        )
         assert COMPILED["jit(step)"] == 1
         assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
         assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {8}
@@ -237,6 +239,6 @@ def test_training_over_eight_devices_is_training_over_one(tmp_path, capsys):
     state, key = step.init(vae.params, optimizer), jax.random.key(0, impl="threefry2x32")
     train_step, losses = jax.jit(step.train_step(loss, optimizer, stage.ema_decay)), []
     for i in range(5):
-        state, metrics = train_step(state, {}, scene_batch(0, i, 16, config.image_size, None), key)
+        state, metrics = train_step(state, {}, batch_at(i), key)
         losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(told, [losses[2], losses[4]], rtol=1e-4)

@@ -5,14 +5,14 @@ import re
 import numpy as np
 import pytest
 
-from engine.scenes import BACKGROUNDS, THINGS, Scene, all_captions, caption, vocabulary, words
+from engine.scenes import BACKGROUNDS, THINGS, Scene, caption, told, vocabulary, words
 from engine.scenes.captions import BACKGROUND_WORDS, with_article
 from engine.scenes.things import INDEX
 
 
 @pytest.fixture(scope="module")
 def captions():
-    return list(all_captions(20_000, seed=1))
+    return told(1, 0, 20_000)[0]
 
 
 def test_words_are_exactly_the_words_of_captions(captions):

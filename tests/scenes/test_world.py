@@ -8,15 +8,18 @@ import pytest
 from engine.scenes import (
     ARRANGEMENTS,
     BACKGROUNDS,
+    FACTS,
     PLACES,
     RELATIONS,
     THINGS,
     Scene,
     batch,
     example,
+    facts,
     labels,
     render,
     sample_scene,
+    told,
     world,
 )
 from engine.scenes import sprites as sprites_module
@@ -122,6 +125,41 @@ def test_labels_name_the_scene():
         assert tuple(THINGS[i].name for i in (first, second) if i >= 0) == scene.things
         assert BACKGROUNDS[background] == scene.background
         assert ARRANGEMENTS[arrangement] == scene.arrangement
+
+
+@pytest.mark.parametrize(
+    ("scene", "told"),
+    [
+        (Scene(("fox",), ("small",), "left", "sky"), {"left": "fox", "first size": 0, "second size": 2}),
+        (Scene(("fox", "cat"), ("big", "small"), "left of", "sky"), {"left": "fox", "right": "cat"}),
+        (Scene(("fox", "cat"), ("big", "small"), "above", "sky"), {"top": "fox", "bottom": "cat"}),
+        (Scene(("fox", "car"), ("big", "small"), "on", "sky"), {"middle": "fox", "underneath": "car"}),
+        (Scene(("fox", "crown"), ("big", "small"), "wearing", "sky"), {"middle": "fox", "top": "crown"}),
+    ],
+)
+def test_facts_say_what_is_where(scene, told):
+    found = dict(zip(FACTS, facts(scene), strict=True))
+    assert all(0 <= answer < FACTS[question] for question, answer in found.items())
+    names = [thing.name for thing in THINGS] + [None]
+    for question, answer in found.items():
+        if question in ("left", "right", "top", "bottom", "middle", "underneath"):
+            assert names[answer] == told.get(question)
+        elif question in told:
+            assert answer == told[question]
+    assert (
+        BACKGROUNDS[found["background"]] == "sky" and ARRANGEMENTS[found["arrangement"]] == scene.arrangement
+    )
+
+
+def test_easy_scenes_show_one_big_thing_in_the_middle():
+    for i in range(50):
+        scene = sample_scene(np.random.default_rng(i), easy=1.0)
+        assert (len(scene.things), scene.sizes, scene.arrangement) == (1, ("big",), "middle")
+
+
+def test_captions_without_pictures_are_those_of_the_pictures():
+    _, captions, truths = world.batch(3, 5, 4, 16)
+    assert told(3, 5, 4) == (captions, truths)
 
 
 @pytest.mark.parametrize(

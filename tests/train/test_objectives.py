@@ -6,15 +6,17 @@ import jax
 import numpy as np
 import pytest
 
+from engine import scenes
 from engine.config import AutoencoderStage, DiffusionStage, OptimConfig
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.diffusion.schedules import schedule_for
-from engine.train import objectives, optim, stages, step
+from engine.text.tokenizer import train_tokenizer
+from engine.train import data, objectives, optim, stages, step
 from tests.tiny import CAPTIONS, tiny_tokenizer
 from tests.train.tiny_run import get_config
 
 KEY = jax.random.key(0, impl="threefry2x32")
-TRAINED = ("unet", "text_encoder")
+WORDS = 150  # steps
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +27,16 @@ def batch():
 
 
 def denoising(parts, caption_dropout):
-    """The loss of U-Net and text encoder, its params and what it keeps frozen."""
+    """The loss of the U-Net, its params and what it keeps frozen."""
     scheduler = SchedulerConfig.from_json(get_config().scheduler, "tiny_run")
     loss = objectives.text_to_image_loss(
-        *(parts[kind].graphdef for kind in (*TRAINED, "vae")),
+        *(parts[kind].graphdef for kind in ("unet", "text_encoder", "vae")),
         schedule_for(scheduler),
         scheduler.prediction_type,
         DiffusionStage(caption_dropout=caption_dropout),
     )
-    frozen = {"vae": parts["vae"].params, "empty_ids": tiny_tokenizer().encode([""])[0]}
-    return loss, {kind: parts[kind].params for kind in TRAINED}, frozen
+    frozen = {kind: parts[kind].params for kind in ("vae", "text_encoder")}
+    return loss, parts["unet"].params, frozen | {"empty_ids": tiny_tokenizer().encode([""])[0]}
 
 
 def scaled(vae, images):
@@ -60,7 +62,7 @@ def test_an_autoencoder_learns_four_pictures(batch):
     assert losses[-10:].mean() < losses[0] / 2
 
 
-def test_a_u_net_and_a_text_encoder_learn_four_pictures(batch):
+def test_a_u_net_learns_four_pictures(batch):
     parts = stages.components(get_config(), tiny_tokenizer())
     parts["vae"] = scaled(parts["vae"], batch["image"])
     loss, params, frozen = denoising(parts, caption_dropout=0.1)
@@ -68,6 +70,27 @@ def test_a_u_net_and_a_text_encoder_learn_four_pictures(batch):
     assert losses[-20:].mean() < losses[:5].mean() / 1.5
     for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
         assert not np.array_equal(before, after)  # nothing is cut off from the loss
+
+
+def test_a_text_encoder_learns_what_captions_say():
+    """Of captions that it did not see."""
+    tokenizer = train_tokenizer(scenes.told(0, 0, 500)[0], 1024, 24, sorted(scenes.words()))
+    config = dataclasses.replace(get_config(), max_tokens=24)
+    config.text_encoder.update(hidden_size=32, intermediate_size=64)
+    text_encoder = stages.components(config, tokenizer)["text_encoder"]
+    params = {"text_encoder": text_encoder.params, "heads": objectives.fresh_heads(32)}
+    batch_at, loss = data.captions_with_facts(0, 64, tokenizer), objectives.words_loss(text_encoder.graphdef)
+    optimizer = optim.optimizer(OptimConfig(1e-2, warmup_steps=5, decay_steps=50), WORDS)
+    train = jax.jit(step.train_step(loss, optimizer, 0.9), donate_argnums=0)
+    state = step.init(params, optimizer)
+    for i in range(WORDS):
+        state, _ = train(state, {}, batch_at(i), KEY)
+
+    value, unseen = jax.jit(loss), batch_at(WORDS)
+    before, after = (value(p, {}, unseen, KEY)[0] for p in (params, state.ema_params))
+    np.testing.assert_allclose(before, np.log([*scenes.FACTS.values()]).sum(), rtol=1e-5)  # it knows nothing
+    wrong = value(state.ema_params, {}, unseen | {"facts": unseen["facts"][::-1]}, KEY)[0]
+    assert after < 0.92 * wrong  # more than what is usual in any scene
 
 
 @pytest.mark.parametrize("caption_dropout, words_matter", [(0.0, True), (1.0, False)])

@@ -21,7 +21,7 @@ from launch import cli, train
 from tests.train.tiny_run import EVERY, STEPS, assert_same_arrays, get_config, saved, steps_in
 
 ROOT = pathlib.Path(__file__).parents[2]
-STAGES = {"autoencoder": STEPS, "diffusion": STEPS, "decoder": 2}
+STAGES = {"autoencoder": STEPS, "words": STEPS, "diffusion": STEPS, "decoder": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,21 +46,21 @@ def uninterrupted(tmp_path_factory):
 @pytest.fixture
 def in_stage(monkeypatch):
     """Calls `happen` when `stage`, and no other, asks for the batch of `step`; once."""
-    draw, fit = loop.scene_batches, loop.fit
+    draw, fit = loop.batches, loop.fit
     running, plans = [], []
 
     def watched_fit(name, *args, **kwargs):
         running[:] = [name]
         return fit(name, *args, **kwargs)
 
-    def watched_batches(first_step, **options):
-        for i, batch in enumerate(draw(first_step=first_step, **options), first_step):
+    def watched_batches(batch_at, first_step):
+        for i, batch in enumerate(draw(batch_at, first_step), first_step):
             if plans and plans[0][:2] == (running[0], i):
                 plans.pop()[2]()
             yield batch
 
     monkeypatch.setattr(loop, "fit", watched_fit)
-    monkeypatch.setattr(loop, "scene_batches", watched_batches)
+    monkeypatch.setattr(loop, "batches", watched_batches)
     return lambda stage, step, happen: plans.append((stage, step, happen))
 
 
@@ -92,10 +92,14 @@ def test_a_run_that_was_stopped_and_died_ends_as_one_that_was_not(uninterrupted,
     assert run("autoencoder: stopped and saved at step 2; the same command goes on") is None
     assert steps_in(tmp_path / "autoencoder") == [2]
 
+    in_stage("words", EVERY, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run("autoencoder: goes on from step 2\n") is None
+    assert steps_in(tmp_path / "words") == [EVERY, EVERY + 1]
+
     in_stage("diffusion", EVERY + 1, power_cut)
     with pytest.raises(PowerCut):
         run("")
-    assert "autoencoder: goes on from step 2\n" in capsys.readouterr().out
+    assert f"words: goes on from step {EVERY + 1}\n" in capsys.readouterr().out
     assert steps_in(tmp_path / "diffusion") == [EVERY]
     # one more that was being written: Orbax gives a folder its name when all is in it
     torn = tmp_path / "diffusion" / f"{EVERY + 1}.orbax-checkpoint-tmp-0"
@@ -222,6 +226,7 @@ def test_a_killed_program_goes_on_and_a_terminated_one_ends_well(tmp_path):
         ("--workdir=README.md/run", "README.md/run cannot be written"),
         ("--config.image_size=0", "image_size"),
         ("--config.autoencoder.steps=0", "autoencoder.steps=0: write a number from 1"),
+        ("--config.diffusion.easy=2.0", "diffusion.easy=2.0: write 0 to 1"),
     ],
 )
 def test_a_mistake_in_an_argument_is_named(tmp_path, capsys, argument, message):

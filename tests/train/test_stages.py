@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine import scenes
-from engine.train.data import scene_batch, scene_batches
+from engine.train import data
 from engine.train.objectives import applier, to_float
 from engine.train.stages import METRIC_IMAGES, in_units_of_pixels, pixel_metric
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -63,26 +63,46 @@ def test_bytes_become_the_range_of_the_model():
 
 
 def test_batches_go_on_from_any_step():
-    options = {"seed": 5, "batch_size": 3, "size": 16, "tokenizer": tiny_tokenizer()}
-    whole = scene_batches(first_step=0, **options)
-    rest = scene_batches(first_step=2, **options)
+    batch_at = data.captioned_pictures(5, 3, 16, tiny_tokenizer())
+    whole, rest = data.batches(batch_at, 0), data.batches(batch_at, 2)
     first, second, third, fourth = (next(whole) for _ in range(4))
-    for name in ("image", "ids"):
-        np.testing.assert_array_equal(next(scene_batches(first_step=2, **options))[name], third[name])
-    for ours, theirs in ((next(rest), third), (next(rest), fourth)):
-        np.testing.assert_array_equal(ours["image"], theirs["image"])
+    for ours, theirs in ((next(rest), third), (next(rest), fourth), (batch_at(2), third)):
+        for name in ("image", "ids"):
+            np.testing.assert_array_equal(ours[name], theirs[name])
     assert not np.array_equal(first["image"], second["image"])
     whole.close()
     rest.close()
 
 
 def test_a_batch_is_scenes_with_their_captions():
-    images, captions, _ = scenes.batch(5, 6, 3, 16)
-    batch = scene_batch(seed=5, step=2, batch_size=3, size=16, tokenizer=tiny_tokenizer())
+    images, captions, truths = scenes.batch(5, 6, 3, 16)
+    batch = data.captioned_pictures(5, 3, 16, tiny_tokenizer())(2)
     np.testing.assert_array_equal(batch["image"], images)
     np.testing.assert_array_equal(batch["ids"], tiny_tokenizer().encode(captions))
     assert batch["image"].shape == (3, 16, 16, 3) and batch["image"].dtype == np.uint8
-    assert scene_batch(seed=5, step=2, batch_size=3, size=16, tokenizer=None).keys() == {"image"}
+
+    alone = data.pictures(5, 3, 16)(2)
+    assert alone.keys() == {"image"}
+    np.testing.assert_array_equal(alone["image"], images)
+
+    told = data.captions_with_facts(5, 3, tiny_tokenizer())(2)
+    np.testing.assert_array_equal(told["ids"], batch["ids"])
+    np.testing.assert_array_equal(told["facts"], [scenes.facts(scene) for scene in truths])
+
+
+@pytest.mark.parametrize("step, least, most", [(0, 64, 64), (5, 40, 56), (10, 2, 15), (99, 2, 15)])
+def test_easy_scenes_grow_rare(monkeypatch, step, least, most):
+    """All at step 0, half of them at step 5 of 10 (and of the rest some are easy by chance)."""
+    drawn, batch = [], scenes.batch
+
+    def watched(*args):
+        drawn.extend(found := batch(*args))
+        return found
+
+    monkeypatch.setattr(scenes, "batch", watched)
+    data.captioned_pictures(1, 64, 8, tiny_tokenizer(), easy=1.0, easy_steps=10)(step)
+    easy = [scene.sizes == ("big",) and scene.arrangement == "middle" for scene in drawn[2]]
+    assert least <= sum(easy) <= most
 
 
 def test_an_error_while_drawing_reaches_the_loop(monkeypatch):
@@ -91,4 +111,4 @@ def test_an_error_while_drawing_reaches_the_loop(monkeypatch):
 
     monkeypatch.setattr(scenes, "batch", broken)
     with pytest.raises(RuntimeError, match="no font"):
-        next(scene_batches(seed=0, first_step=0, batch_size=1, size=16))
+        next(data.batches(data.pictures(0, 1, 16), 0))

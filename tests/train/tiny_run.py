@@ -7,7 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from configs import scenes_small
-from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, TrainConfig
+from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, TrainConfig, WordsStage
 
 STEPS, EVERY = 7, 3
 OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=2, decay_steps=3)
@@ -45,7 +45,10 @@ def get_config() -> TrainConfig:
         },
         scheduler=scenes_small.get_config().scheduler,
         autoencoder=AutoencoderStage(steps=STEPS, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
-        diffusion=DiffusionStage(steps=STEPS, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
+        words=WordsStage(steps=STEPS, batch_size=4, checkpoint_every=EVERY, optim=OPTIM),
+        diffusion=DiffusionStage(
+            steps=STEPS, batch_size=2, checkpoint_every=EVERY, optim=OPTIM, easy=0.5, easy_steps=5
+        ),
         decoder=AutoencoderStage(steps=2, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
     )
 
