@@ -53,16 +53,17 @@ def words_loss(graphdef: nnx.GraphDef) -> Loss:
 
     The text half of what CLIP (Radford et al. 2021) does for Stable Diffusion: words that mean the same come
     to lie together, and what is rare weighs as much as what fills the picture. Each answer is a linear
-    function of the mean over the context, since a fresh U-Net attends to all words alike.
+    function of the sum over the context, since a fresh U-Net attends to all words alike.
 
     params: {"text_encoder": params, "heads": see `fresh_heads`}; frozen: nothing.
     """
     build = applier(graphdef)
 
     def loss(params, frozen, batch, key):
-        mean = build(params["text_encoder"]).context(batch["ids"]).mean(1)
+        context = build(params["text_encoder"]).context(batch["ids"])
+        read = context.sum(1) / context.shape[1] ** 0.5  # of unit variance for unlike words
         heads = [params["heads"][name] for name in FACTS]  # a dict inside jit is sorted by name
-        told = [mean @ head["kernel"] + head["bias"] for head in heads]
+        told = [read @ head["kernel"] + head["bias"] for head in heads]
         truths = batch["facts"].T
         losses = map(optax.softmax_cross_entropy_with_integer_labels, told, truths)
         right = jnp.stack([logits.argmax(-1) == truth for logits, truth in zip(told, truths, strict=True)])
