@@ -9,7 +9,7 @@ from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, TrainCo
 def get_config() -> TrainConfig:
     """Autoencoder of 16 x 16 x 8 latents, U-Net of 13 M parameters, text encoder of 1 M.
 
-    Two CPU cores: autoencoder 26 minutes (12 images/s), words 4 minutes (530 captions/s), U-Net 95 minutes
+    Two CPU cores: autoencoder 26 minutes (12 images/s), words 4 minutes (490 captions/s), U-Net 95 minutes
     (21 images/s). The model in the package was made so, with these differences: the first 1,800 steps of its
     autoencoder saw 8 pictures, an absolute error and kl_weight 1e-4; its words were learned by an earlier
     draft of that stage; its U-Net's rate fell from step 2,200 on, and anew from 2,788 (the end was moved).

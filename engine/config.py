@@ -237,3 +237,8 @@ class TrainConfig:
         for field in ("caption_dropout", "easy"):
             if not 0 <= (share := getattr(self.diffusion, field)) <= 1:
                 raise UserError(f"diffusion.{field}={share}: write 0 to 1")
+        if self.diffusion.easy and self.diffusion.easy_steps < 1:
+            raise UserError(
+                f"diffusion.easy={self.diffusion.easy} for {self.diffusion.easy_steps} steps: "
+                "write easy_steps from 1, or easy=0"
+            )

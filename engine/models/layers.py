@@ -19,9 +19,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
 }
 
-# For the U-Net's last convolution alone. With every residual branch at zero too, as in Dhariwal & Nichol 2021
-# (zero_module), the words took twice as long to reach the picture.
-ZEROS = nnx.initializers.zeros_init()
 DEFAULT_INIT = nnx.initializers.lecun_normal()
 
 

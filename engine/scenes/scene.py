@@ -66,7 +66,7 @@ def labels(scene: Scene) -> Labels:
 
 
 # What a caption is asked about its scene, and how many answers there are to each question.
-SPOTS = ("left", "right", "top", "bottom", "middle", "underneath")
+SPOTS = (*PLACES, "underneath")
 FACTS: dict[str, int] = {
     **dict.fromkeys(SPOTS, len(THINGS) + 1),  # what is there; the last answer: nothing
     "background": len(BACKGROUNDS),
@@ -86,11 +86,12 @@ def facts(scene: Scene) -> tuple[int, ...]:
     """The scene as the answers to the questions of FACTS, in their order."""
     spots = _SPOTS_OF.get(scene.arrangement, (scene.arrangement,))
     there = {spot: INDEX[name] for spot, name in zip(spots, scene.things, strict=True)}
+    known = labels(scene)
     sizes = [SIZES.index(size) for size in scene.sizes]
     return (
         *(there.get(spot, len(THINGS)) for spot in SPOTS),
-        BACKGROUNDS.index(scene.background),
-        ARRANGEMENTS.index(scene.arrangement),
+        known.background,
+        known.arrangement,
         *(sizes if len(sizes) == 2 else (*sizes, len(SIZES))),
     )
 

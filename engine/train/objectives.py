@@ -67,7 +67,7 @@ def words_loss(graphdef: nnx.GraphDef) -> Loss:
         truths = batch["facts"].T
         losses = map(optax.softmax_cross_entropy_with_integer_labels, told, truths)
         right = jnp.stack([logits.argmax(-1) == truth for logits, truth in zip(told, truths, strict=True)])
-        return sum(each.mean() for each in losses), {"right": right.mean()}
+        return sum(each.mean() for each in losses), {"accuracy": right.mean()}
 
     return loss
 
@@ -98,11 +98,11 @@ def text_to_image_loss(
         drop_key, loss_key = jax.random.split(key)
         vae_module = build_vae(frozen["vae"])
         latents = vae_module.encode(to_float(batch["image"])).mean  # a draw would be noise to learn
-        latents = jax.lax.stop_gradient(latents * vae_module.config.scaling_factor)
+        latents = latents * vae_module.config.scaling_factor
 
         drop = jax.random.bernoulli(drop_key, config.caption_dropout, batch["ids"].shape[:1])
         ids = jnp.where(drop[:, None], frozen["empty_ids"][None], batch["ids"])
-        context = jax.lax.stop_gradient(build_text(frozen["text_encoder"]).context(ids))
+        context = build_text(frozen["text_encoder"]).context(ids)
         module = build_unet(params)
 
         def apply(x, t):

@@ -128,7 +128,7 @@ def test_labels_name_the_scene():
 
 
 @pytest.mark.parametrize(
-    ("scene", "told"),
+    ("scene", "expected"),
     [
         (Scene(("fox",), ("small",), "left", "sky"), {"left": "fox", "first size": 0, "second size": 2}),
         (Scene(("fox", "cat"), ("big", "small"), "left of", "sky"), {"left": "fox", "right": "cat"}),
@@ -137,18 +137,17 @@ def test_labels_name_the_scene():
         (Scene(("fox", "crown"), ("big", "small"), "wearing", "sky"), {"middle": "fox", "top": "crown"}),
     ],
 )
-def test_facts_say_what_is_where(scene, told):
+def test_facts_say_what_is_where(scene, expected):
     found = dict(zip(FACTS, facts(scene), strict=True))
     assert all(0 <= answer < FACTS[question] for question, answer in found.items())
     names = [thing.name for thing in THINGS] + [None]
     for question, answer in found.items():
         if question in ("left", "right", "top", "bottom", "middle", "underneath"):
-            assert names[answer] == told.get(question)
-        elif question in told:
-            assert answer == told[question]
-    assert (
-        BACKGROUNDS[found["background"]] == "sky" and ARRANGEMENTS[found["arrangement"]] == scene.arrangement
-    )
+            assert names[answer] == expected.get(question)
+        elif question in expected:
+            assert answer == expected[question]
+    assert BACKGROUNDS[found["background"]] == "sky"
+    assert ARRANGEMENTS[found["arrangement"]] == scene.arrangement
 
 
 def test_easy_scenes_show_one_big_thing_in_the_middle():
