@@ -201,9 +201,12 @@ class DiffusionStage(StageConfig):
 
 @dataclasses.dataclass
 class TrainConfig:
-    """A model from scratch: its autoencoder, its text encoder, its U-Net, then its decoder again.
+    """A model: its autoencoder, its text encoder, its U-Net, then its decoder again.
 
     The last stage sharpens pictures without moving the latents that the U-Net learned; 0 steps leave it out.
+
+    `start` names the folder of a model of the same shape whose weights and tokenizer the run begins with, in
+    place of fresh ones. Then 0 steps leave out any stage, and its part stays as it is in the folder.
 
     `vae`, `unet`, `text_encoder` and `scheduler` are the options of the folder's config files; what
     follows from the tokenizer or from the other parts is filled in.
@@ -213,6 +216,7 @@ class TrainConfig:
     image_size: int = 64
     vocab_size: int = 1024
     max_tokens: int = 32
+    start: str = ""  # a folder; none: everything from scratch
     vae: dict = dataclasses.field(default_factory=dict)
     unet: dict = dataclasses.field(default_factory=dict)
     text_encoder: dict = dataclasses.field(default_factory=dict)
@@ -227,7 +231,7 @@ class TrainConfig:
         for name in ("autoencoder", "words", "diffusion", "decoder"):
             stage = getattr(self, name)
             for field in ("steps", "batch_size", "checkpoint_every"):
-                least = 0 if (name, field) == ("decoder", "steps") else 1
+                least = 0 if field == "steps" and (self.start or name == "decoder") else 1
                 if getattr(stage, field) < least:
                     raise UserError(f"{name}.{field}={getattr(stage, field)}: write a number from {least}")
             if not 0 <= stage.ema_decay < 1:

@@ -1,9 +1,12 @@
-"""Trains a text-to-image model from scratch; a stopped run goes on with the same command.
+"""Trains a text-to-image model; a stopped run goes on with the same command.
 
   python -m launch.train --config=configs/scenes_small.py --workdir=runs/scenes_small
   python -m launch.train --config=configs/scenes_small.py --workdir=runs/short --config.diffusion.steps=500
+  python -m launch.train --config=configs/scenes_small.py --workdir=runs/longer --config.seed=1 \\
+    --config.start=engine/assets/scenes-64 --config.autoencoder.steps=0 --config.words.steps=0
 
-Autoencoder, then U-Net and text encoder together, then the decoder alone, then the export to WORKDIR/model.
+Autoencoder, then text encoder, then U-Net, then the decoder again, then the export to WORKDIR/model. With
+--config.start, a folder, the run begins with its weights, and 0 steps leave a stage out.
 Loss, images/s and time left go to stdout and to WORKDIR/metrics.jsonl. Ctrl-C and SIGTERM save before they
 end the program; what a kill or a power cut leaves is the newest checkpoint.
 

@@ -25,7 +25,7 @@ from engine.train.data import captioned_pictures, captions_with_facts, pictures
 from engine.types import Params, UserError
 from engine.weights.component import KINDS, Component
 from engine.weights.files import new_folder, read_json, write_json
-from engine.weights.folder import Model, save_folder
+from engine.weights.folder import Model, load_folder, save_folder
 
 CAPTIONS_FOR_TOKENIZER = 20_000
 METRIC_IMAGES = 32
@@ -45,8 +45,11 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path | None:
     config.validate()
     _scheduler(config)  # a mistake in it is told now, not when its stage begins
     _check_same_run(config, workdir)
-    tokenizer = _tokenizer(config, workdir)
-    parts = components(config, tokenizer)
+    if config.start:
+        tokenizer, parts = started(config)
+    else:
+        tokenizer = _tokenizer(config, workdir)
+        parts = components(config, tokenizer)
     _remember(config, tokenizer, workdir)
 
     stages = (
@@ -66,6 +69,8 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path | None:
 def train_autoencoder(config: TrainConfig, vae: Component, workdir: pathlib.Path) -> Component | None:
     """The autoencoder, its latents brought to a scale that suits the diffusion."""
     stage = config.autoencoder
+    if stage.steps == 0:
+        return vae
     params = loop.fit(
         "autoencoder",
         objectives.autoencoder_loss(vae.graphdef, stage),
@@ -173,6 +178,8 @@ def train_words(
     is one word in ten and moves few pixels, and its trace was lost in the noise of the steps.
     """
     stage = config.words
+    if stage.steps == 0:
+        return text_encoder
     params = loop.fit(
         "words",
         objectives.words_loss(text_encoder.graphdef),
@@ -195,6 +202,8 @@ def train_diffusion(
 ) -> Component | None:
     """The U-Net, averaged over its last steps."""
     stage, scheduler = config.diffusion, _scheduler(config)
+    if stage.steps == 0:
+        return parts["unet"]
     loss = objectives.text_to_image_loss(
         parts["unet"].graphdef,
         parts["text_encoder"].graphdef,
@@ -245,7 +254,31 @@ def _tokenizer(config: TrainConfig, workdir: pathlib.Path) -> Tokenizer:
 
 
 def components(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Component]:
-    """The three networks with fresh weights; what one part must know of another is filled in.
+    """The three networks with fresh weights; UserError as in `part_configs`."""
+    return {kind: _fresh(kind, each, config.seed) for kind, each in part_configs(config, tokenizer).items()}
+
+
+def started(config: TrainConfig) -> tuple[Tokenizer, dict[str, Component]]:
+    """The tokenizer and the three networks of the folder config.start.
+
+    Raises:
+      UserError: the folder cannot be read, or holds a model of another shape than the config's.
+    """
+    model = load_folder(config.start)
+    parts = {kind: getattr(model, kind) for kind in KINDS}
+    for kind, wanted in part_configs(config, model.tokenizer).items():
+        here = dataclasses.asdict(parts[kind].config)
+        for name, value in dataclasses.asdict(wanted).items():
+            if here[name] != value:
+                raise UserError(
+                    f"start={config.start}: its {kind} has {name}={here[name]!r}, the config {value!r}: "
+                    "give a model of the same shape"
+                )
+    return model.tokenizer, parts
+
+
+def part_configs(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The configs of the three networks; what one part must know of another is filled in.
 
     Raises:
       UserError: an option of theirs is wrong, or they do not fit together.
@@ -274,8 +307,7 @@ def components(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Component
         },
         "config.unet",
     )
-    configs: dict[str, Any] = {"vae": vae, "unet": unet, "text_encoder": text}
-    return {kind: _fresh(kind, configs[kind], config.seed) for kind in configs}
+    return {"vae": vae, "unet": unet, "text_encoder": text}
 
 
 def _fresh(kind: str, config: Any, seed: int) -> Component:
@@ -289,7 +321,7 @@ def _check_same_run(config: TrainConfig, workdir: pathlib.Path) -> None:
     if not file.exists():
         return
     before, now = read_json(file), json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
-    for name in ("seed", "image_size", "vocab_size", "max_tokens", "vae", "unet", "text_encoder"):
+    for name in ("seed", "image_size", "vocab_size", "max_tokens", "start", "vae", "unet", "text_encoder"):
         if before.get(name) != now[name]:
             raise UserError(
                 f"{workdir} holds a run with {name}={before.get(name)!r}, not {now[name]!r}: "

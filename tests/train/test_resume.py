@@ -226,6 +226,7 @@ def test_a_killed_program_goes_on_and_a_terminated_one_ends_well(tmp_path):
         ("--workdir=README.md/run", "README.md/run cannot be written"),
         ("--config.image_size=0", "image_size"),
         ("--config.autoencoder.steps=0", "autoencoder.steps=0: write a number from 1"),
+        ("--config.start=nowhere", "nowhere"),
         ("--config.diffusion.easy=2.0", "diffusion.easy=2.0: write 0 to 1"),
         ("--config.diffusion.easy_steps=0", "diffusion.easy=0.5 for 0 steps: write easy_steps from 1"),
     ],
