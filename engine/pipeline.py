@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,8 @@ from engine.types import Denoise, UserError
 from engine.weights.component import Component
 from engine.weights.folder import Model, load_folder
 
+Context = Float[np.ndarray, "L D"]  # of one prompt, on the host
+
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-64"
 SHIPPED_NAME = GenerateConfig.model  # what pictures say of the model in the package
 DTYPES = ("float32", "bfloat16")
@@ -54,6 +56,16 @@ class Settings:
     height: int
     width: int
     batch_size: int  # pictures a device
+
+
+class Request(NamedTuple):
+    """One picture: what it shows, and the address of its noise."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    index: int
+    guidance_scale: float
 
 
 class Frames(NamedTuple):
@@ -198,23 +210,49 @@ class Pipeline:
         prompts = check_prompts(prompts)
         negatives = check_negative_prompts(negative_prompts, len(prompts))
         latents = self._check_latents(latents, len(prompts), settings)
-        contexts = self._contexts([*prompts, *negatives], settings.batch_size)
+        contexts = self.encode([*prompts, *negatives], settings.batch_size)
+        indices = range(first_index, first_index + len(prompts))
+        requests = [
+            Request(prompt, negative, seed, index, settings.guidance_scale)
+            for prompt, negative, index in zip(prompts, negatives, indices, strict=True)
+        ]
         size = settings.batch_size * self.devices.count
         for first in range(0, len(prompts), size):
             rows = slice(first, first + size)
-            count = len(prompts[rows])
-            batched = {
-                "cond": np.stack([contexts[p] for p in prompts[rows]]),
-                "uncond": np.stack([contexts[p] for p in negatives[rows]]),
-            }
-            batched = {name: pad(array, size) for name, array in batched.items()}
-            indices = first_index + np.minimum(np.arange(size), count - 1) + first
-            given = None if latents is None else pad(latents[rows], size)
-            images, finite, kept = self._draw(batched, seed, indices, given, settings, frames, progress)
-            spoilt = np.flatnonzero(~finite[:count]).tolist()
+            given = None if latents is None else latents[rows]
+            images, finite, kept = self._draw(requests[rows], contexts, settings, given, frames, progress)
+            count = len(requests[rows])
+            spoilt = np.flatnonzero(~np.asarray(finite)[:count]).tolist()
             if kept is not None:
                 kept = Frames(kept.noisy[:count], kept.denoised[:count])
-            yield Batch(first, images[:count], spoilt, kept)
+            yield Batch(first, np.asarray(images)[:count], spoilt, kept)
+
+    def encode(self, prompts: Sequence[str], batch_size: int) -> dict[str, Context]:
+        """The context (L D) of each distinct prompt, computed in batches of one size."""
+        distinct = list(dict.fromkeys(prompts))
+        ids = self.model.tokenizer.encode(distinct)
+        size, found = batch_size * self.devices.count, []
+        for first in range(0, len(ids), size):
+            rows = self.devices.shard_batch(pad(ids[first : first + size], size))
+            found.append(np.asarray(self._text(self.model.text_encoder.params, rows)))
+        return dict(zip(distinct, np.concatenate(found), strict=False))
+
+    def dispatch(
+        self, requests: Sequence[Request], contexts: Mapping[str, Context], settings: Settings
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sets the devices to work on one batch, and returns while they are at it.
+
+        Args:
+          requests: at most batch_size x devices; each has its own seed, index and guidance scale.
+          contexts: from `encode`, of all prompts and negative prompts.
+          settings: its guidance_scale says by being 1 or not whether there is an unconditional pass.
+
+        Returns:
+          Pictures (uint8, B H W 3) and which of them are finite (B,), of a whole batch: what lies behind the
+          last request only fills it. np.asarray waits for them.
+        """
+        images, finite, _ = self._draw(requests, contexts, settings)
+        return images, finite
 
     def settings(
         self,
@@ -280,7 +318,7 @@ class Pipeline:
         config = for_sampler(self.model.scheduler, sampler)
         unet = module(self.model.unet, shared["unet"])
         apply = guidance.guided(
-            unet, batched["cond"], batched["uncond"], shared["guidance_scale"], run_uncond=guided
+            unet, batched["cond"], batched["uncond"], batched["guidance_scale"], run_uncond=guided
         )
         return denoiser(apply, config.prediction_type, schedules.schedule_for(config))
 
@@ -310,33 +348,22 @@ class Pipeline:
 
     # ---- the way through them
 
-    def _contexts(self, prompts: Sequence[str], batch_size: int) -> dict[str, np.ndarray]:
-        """The context of each distinct prompt, computed in batches of one size."""
-        distinct = list(dict.fromkeys(prompts))
-        ids = self.model.tokenizer.encode(distinct)
-        size, found = batch_size * self.devices.count, []
-        for first in range(0, len(ids), size):
-            rows = self.devices.shard_batch(pad(ids[first : first + size], size))
-            found.append(np.asarray(self._text(self.model.text_encoder.params, rows)))
-        return dict(zip(distinct, np.concatenate(found), strict=False))
-
-    def _draw(self, batched, seed, indices, latents, settings, frames, progress):
+    def _draw(self, requests, contexts, settings, latents=None, frames=0, progress=None):
         """One batch through sampler and decoder: images, which of them are finite, frames."""
         config = for_sampler(self.model.scheduler, settings.sampler)
         sigmas = schedules.sigmas_for(config, settings.steps)
         guided = settings.guidance_scale != 1.0
-        keys = self.devices.shard_batch(noise.image_keys(seed, indices.tolist()))
-        batched = self.devices.shard_batch(batched) | {"keys": keys}
         small = {
             "sigmas": jnp.asarray(sigmas),
-            "guidance_scale": jnp.float32(settings.guidance_scale),
             "initial_scale": jnp.float32(schedules.initial_scale(config, sigmas)),
         }
         shared = self.devices.share(small) | {"unet": self.model.unet.params}
+        size = settings.batch_size * self.devices.count
+        batched = self._batched(requests, contexts, size)
         if latents is None:
-            start = self._noise(self._latent_shape(settings))(shared["sigmas"], keys)
+            start = self._noise(self._latent_shape(settings))(shared["sigmas"], batched["keys"])
         else:
-            start = self.devices.shard_batch(latents)
+            start = self.devices.shard_batch(pad(latents, size))
         carry = self._begin(settings.sampler, guided)(shared, batched | {"noise": start})
 
         total = samplers.find(settings.sampler).steps(settings.steps)
@@ -353,7 +380,18 @@ class Pipeline:
         final = carry.x * schedules.final_scale(config, sigmas)
         images, finite = self._decoder(self.model.vae.params, final)
         kept = self._frames(traces, start, final, frames) if frames else None
-        return np.asarray(images), np.asarray(finite), kept
+        return images, finite, kept
+
+    def _batched(self, requests: Sequence[Request], contexts: Mapping[str, Context], size: int) -> Any:
+        """What differs from picture to picture, filled up to `size` and spread over the devices."""
+        requests = [*requests, *[requests[-1]] * (size - len(requests))]
+        keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
+        arrays = {
+            "cond": np.stack([contexts[r.prompt] for r in requests]),
+            "uncond": np.stack([contexts[r.negative_prompt] for r in requests]),
+            "guidance_scale": np.array([r.guidance_scale for r in requests], np.float32),
+        }
+        return self.devices.shard_batch(arrays | {"keys": keys})
 
     def _frames(self, traces, start, final, count: int) -> Frames:
         """`count` stages, evenly spaced over the steps: the first is the static, the last the picture."""

@@ -22,7 +22,7 @@ def guided(
     apply: ContextApply,
     cond: Context,
     uncond: Context,
-    guidance_scale: float | Float[Array, ""],
+    guidance_scale: float | Float[Array, ""] | Float[Array, "B"],
     guidance_rescale: float | Float[Array, ""] = 0.0,
     run_uncond: bool = True,
 ) -> Apply:
@@ -33,7 +33,8 @@ def guided(
 
     Args:
       cond, uncond: contexts of the prompts and of the negative prompts.
-      guidance_scale: w above. 1 is the conditional prediction alone; may be traced.
+      guidance_scale: w above, of all images or one for each. 1 is the conditional prediction alone; may be
+        traced.
       guidance_rescale: share, 0 to 1, of the guided prediction that is brought back to the conditional
         one's spread; may be traced.
       run_uncond: static. False leaves out the unconditional pass, which halves the work and is right when
@@ -42,10 +43,12 @@ def guided(
     if not run_uncond:
         return lambda x, t: at_least_float32(apply(x, t, cond))
 
+    w = guidance_scale[:, None, None, None] if jnp.ndim(guidance_scale) else guidance_scale
+
     def apply_guided(x: Latents, t: Float[Array, "B"]) -> Latents:
         F = at_least_float32(apply(_pairs(x, x), _pairs(t, t), _pairs(uncond, cond)))
         F_uncond, F_cond = F[0::2], F[1::2]
-        F = F_uncond + guidance_scale * (F_cond - F_uncond)
+        F = F_uncond + w * (F_cond - F_uncond)
         if isinstance(guidance_rescale, float) and guidance_rescale == 0:
             return F
         return rescaled(F, F_cond, guidance_rescale)

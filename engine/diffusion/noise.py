@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from engine.types import Keys, UserError
 
@@ -22,24 +22,31 @@ def fresh_seed() -> int:
     return secrets.randbits(32)
 
 
-def image_keys(seed: int, indices: Sequence[int]) -> Keys:
+def image_keys(seed: int | Sequence[int], indices: Sequence[int]) -> Keys:
     """One key an image: fold_in(key(seed), index).
 
     Args:
-      seed: 0 to 2**64 - 1. Each gives its own keys, with JAX's 64-bit mode on or off.
+      seed: 0 to 2**64 - 1, of all images or one for each. Each gives its own keys, with JAX's 64-bit mode
+        on or off.
       indices: numbers of the images in their run, 0 to 2**32 - 1.
 
     Raises:
       UserError: a seed or an index out of range.
     """
-    if not 0 <= seed < 2**64:
-        raise UserError(f"seed={seed} is out of range; write 0 to {2**64 - 1}")
+    seeds = [seed] * len(indices) if isinstance(seed, int) else seed
+    if bad := [seed for seed in seeds if not 0 <= seed < 2**64]:
+        raise UserError(f"seed={bad[0]} is out of range; write 0 to {2**64 - 1}")
     if bad := [index for index in indices if not 0 <= index < 2**32]:
         raise UserError(f"image index {bad[0]} is out of range; write 0 to {2**32 - 1}")
     # jax.random.key drops the seed's upper half in 32-bit mode; this is what it builds in 64-bit mode.
-    words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    key = jax.random.wrap_key_data(words, impl=IMPLEMENTATION)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(indices, np.uint32))
+    words = np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32).reshape(-1, 2)
+    return _fold_in(words, np.asarray(indices, np.uint32))
+
+
+@jax.jit
+def _fold_in(words: UInt32[Array, "B 2"], indices: UInt32[Array, "B"]) -> Keys:
+    keys = jax.random.wrap_key_data(words, impl=IMPLEMENTATION)
+    return jax.vmap(jax.random.fold_in)(keys, indices)
 
 
 def initial_noise(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
