@@ -129,6 +129,15 @@ class GenerateConfig:
         """Raises UserError for what is wrong with any model; the rest is checked when it is loaded."""
         if not self.prompts:
             raise UserError("no prompt: write what to draw, such as 'a fox on a skateboard at sunset'")
+        if len(self.prompts) * self.num_images > MAX_PICTURES:
+            raise UserError(
+                f"{len(self.prompts)} prompts with num_images={self.num_images}: write at most "
+                f"{MAX_PICTURES} pictures a run, or put the prompts into a file for --prompts_file"
+            )
+        self.check_drawing()
+
+    def check_drawing(self) -> None:
+        """The part of `validate` that has nothing to do with where prompts come from."""
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise UserError(f"seed={self.seed} is out of range; write 0 to {2**64 - 1}")
         ranges = {
@@ -137,15 +146,52 @@ class GenerateConfig:
             "batch_size": (1, MAX_BATCH_SIZE),
             "upscale": (1, MAX_UPSCALE),
         }
+        self.check_ranges(ranges)
+
+    def check_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """Raises UserError for the first number that is not within its range; None is."""
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"{name}={value} is out of range; write {low} to {high}")
-        if len(self.prompts) * self.num_images > MAX_PICTURES:
+
+
+FORMATS = ("files", "webdataset", "arrayrecord", "parquet")
+
+
+@dataclasses.dataclass
+class JobConfig(GenerateConfig):
+    """Pictures by the million: a file of prompts into shards of pictures.
+
+    The options of GenerateConfig hold for every row of the file that does not say otherwise.
+    """
+
+    prompts_file: str = ""  # .txt, .jsonl, .csv or .parquet, or - for standard input
+    format: str = "files"  # of the shards
+    shard_size: int = 256  # pictures in a shard
+    processes: int | None = None  # that share the job, each with its part; None: what the cluster says
+    process_id: int | None = None  # of this one, from 0
+    elastic: bool = False  # take shards by claims in the output folder, so that workers may come and go
+    lease: float = 60.0  # seconds without a heartbeat after which a claim is taken over
+    writers: int = 1  # threads that make PNGs
+    patience: float = 60.0  # seconds of trying again where the output folder fails
+
+    def validate(self) -> None:
+        """Raises UserError for what is wrong with any model; the rest is checked when it is loaded."""
+        if self.prompts:
             raise UserError(
-                f"{len(self.prompts)} prompts with num_images={self.num_images}: "
-                f"write at most {MAX_PICTURES} pictures a run"
+                "prompts stand in the file of --prompts_file; leave out those on the command line"
             )
+        if self.frames is not None or self.animate:
+            raise UserError("frames and animate are for single pictures; leave them out of a job")
+        if self.format not in FORMATS:
+            raise UserError(
+                f"format={self.format!r} is unknown{nearest(self.format, FORMATS)}; "
+                f"write {', '.join(FORMATS)}"
+            )
+        ranges = {"shard_size": (1, MAX_PICTURES), "writers": (1, 64), "lease": (1, 86400)}
+        self.check_ranges(ranges | {"patience": (0, 86400)})
+        self.check_drawing()
 
 
 @dataclasses.dataclass

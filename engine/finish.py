@@ -133,16 +133,25 @@ def write_png(path: Path, image: Picture, settings: dict[str, Any]) -> None:
     Raises:
       UserError: the file cannot be written. Nothing half-written is left.
     """
+    try:
+        data = encode_png(image, settings)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    _write(path, data)
+
+
+def encode_png(image: Picture, settings: dict[str, Any]) -> bytes:
+    """The bytes of `write_png`; UserError where the settings do not fit."""
     # ASCII JSON escapes what PNG text may not hold: NUL, and lone surrogates.
     text = json.dumps(settings, ensure_ascii=True, allow_nan=False)
     if len(text) > SETTINGS_LIMIT:
-        raise UserError(f"{path}: settings of {len(text)} characters do not fit; write a shorter prompt")
+        raise UserError(f"settings of {len(text)} characters do not fit; write a shorter prompt")
     info = PngImagePlugin.PngInfo()
     info.add_itxt(SETTINGS_KEY, text)
     info.add_itxt(READABLE_KEY, _readable(settings))
     data = io.BytesIO()
     Image.fromarray(image).save(data, format="PNG", pnginfo=info)
-    _write(path, data.getvalue())
+    return data.getvalue()
 
 
 def read_settings(path: Path) -> dict[str, Any]:

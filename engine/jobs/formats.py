@@ -1,0 +1,184 @@
+"""How the pictures of a shard lie in files: single PNGs, a tar for WebDataset, ArrayRecord or Parquet.
+
+Each picture is a whole PNG with its settings inside, whatever lies around it. Equal pictures in equal order
+give equal bytes in every format.
+
+  files        shards/000012/00003072-a-fox.png, ...
+  webdataset   shards/000012.tar       00003072.png, 00003072.txt (the prompt), 00003072.json, ...
+  arrayrecord  shards/000012.arrayrecord    record i is picture i of the shard, as PNG (read it with grain)
+  parquet      shards/000012.parquet   image {bytes, path} (as Hugging Face datasets read it), id, prompt, ...
+"""
+
+import io
+import json
+import pathlib
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from engine import finish
+from engine.config import FORMATS
+from engine.jobs.store import Store
+from engine.types import UserError
+
+ROWS_AT_ONCE = 64  # pictures of one Parquet row group
+
+
+class Entry(NamedTuple):
+    """A picture as it goes into a shard."""
+
+    png: bytes
+    facts: dict[str, Any]  # number, id, row, prompt, negative_prompt, seed, index, ..., sha256, extra
+
+
+def member_name(facts: Mapping[str, Any]) -> str:
+    """What stands for the picture in a shard: 00003072. Ids may be anything, so they are no names."""
+    return f"{facts['number']:08d}"
+
+
+def _write_files(path: pathlib.Path, entries: Sequence[Entry]) -> None:
+    path.mkdir()
+    for entry in entries:
+        name = f"{member_name(entry.facts)}-{finish.slug(entry.facts['prompt'])}.png"
+        (path / name).write_bytes(entry.png)
+
+
+def _write_tar(path: pathlib.Path, entries: Sequence[Entry]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for entry in entries:
+            facts = json.dumps(entry.facts, ensure_ascii=True).encode()
+            parts = {"png": entry.png, "txt": entry.facts["prompt"].encode(), "json": facts}
+            for ending, data in parts.items():
+                info = tarfile.TarInfo(f"{member_name(entry.facts)}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def _write_arrayrecord(path: pathlib.Path, entries: Sequence[Entry]) -> None:
+    # group_size 1: a reader that shuffles decodes one picture, not a group of them. PNGs are compressed.
+    writer = _array_record().ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    for entry in entries:
+        writer.write(entry.png)
+    writer.close()
+
+
+def _write_parquet(path: pathlib.Path, entries: Sequence[Entry]) -> None:
+    pa = _pyarrow()
+    schema = _schema(pa)
+    with pa.parquet.ParquetWriter(path, schema, compression="NONE") as writer:  # PNGs are compressed
+        for first in range(0, len(entries), ROWS_AT_ONCE):
+            rows = [_table_row(entry) for entry in entries[first : first + ROWS_AT_ONCE]]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def _table_row(entry: Entry) -> dict[str, Any]:
+    image = {"bytes": entry.png, "path": f"{member_name(entry.facts)}.png"}
+    return {**entry.facts, "image": image, "extra": json.dumps(entry.facts["extra"], ensure_ascii=True)}
+
+
+def _schema(pa: Any) -> Any:
+    texts = ("id", "prompt", "negative_prompt", "sampler", "sha256", "extra")
+    whole = ("number", "row", "index", "steps", "height", "width")
+    return pa.schema(
+        [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]
+        + [(name, pa.string()) for name in texts]
+        + [(name, pa.int64()) for name in whole]
+        + [("seed", pa.uint64()), ("guidance_scale", pa.float64())]
+    )
+
+
+SUFFIXES = dict(zip(FORMATS, ("", ".tar", ".arrayrecord", ".parquet"), strict=True))
+WRITERS = dict(
+    zip(FORMATS, (_write_files, _write_tar, _write_arrayrecord, _write_parquet), strict=True)
+)
+
+
+def check_installed(format: str) -> None:
+    """Raises UserError where the format needs a package that is not there."""
+    if format in NEEDS:
+        NEEDS[format]()
+
+
+def write_shard(folder: pathlib.Path, name: str, format: str, entries: Sequence[Entry]) -> pathlib.Path:
+    """Writes pictures as one shard into a local folder; returns its path. Leftovers of that name go."""
+    path = folder / f"{name}{SUFFIXES[format]}"
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    WRITERS[format](path, entries)
+    return path
+
+
+def read_pngs(store: Store, format: str, name: str) -> Iterator[bytes]:
+    """The PNGs of a shard, in the order in which they were written.
+
+    Raises:
+      FileNotFoundError: there is no such shard.
+      ValueError: it cannot be read as what it should be.
+    """
+    path = f"shards/{name}{SUFFIXES[format]}"
+    if format == "files":
+        for file in sorted(store.names(path), key=_number_in):
+            yield store.read(f"{path}/{file}")
+        return
+    try:
+        with store.open(path) as file:
+            yield from READERS[format](file)
+    except (tarfile.TarError, RuntimeError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _number_in(name: str) -> int:
+    number = name.split("-")[0]
+    return int(number) if number.isdecimal() else -1
+
+
+def _read_tar(file: Any) -> Iterator[bytes]:
+    with tarfile.open(fileobj=file, mode="r|") as tar:
+        for member in tar:
+            if member.name.endswith(".png"):
+                yield tar.extractfile(member).read()
+
+
+def _read_arrayrecord(file: Any) -> Iterator[bytes]:
+    module = _array_record()
+    with tempfile.NamedTemporaryFile(suffix=".arrayrecord") as local:  # it reads paths, not open files
+        shutil.copyfileobj(file, local)
+        local.flush()
+        reader = module.ArrayRecordReader(local.name)
+        for i in range(reader.num_records()):
+            yield reader.read([i])[0]
+        reader.close()
+
+
+def _read_parquet(file: Any) -> Iterator[bytes]:
+    table = _pyarrow().parquet.ParquetFile(file)
+    for batch in table.iter_batches(ROWS_AT_ONCE, columns=["image"]):
+        for image in batch.column(0).to_pylist():
+            yield image["bytes"]
+
+
+READERS = {"webdataset": _read_tar, "arrayrecord": _read_arrayrecord, "parquet": _read_parquet}
+
+
+def _array_record() -> Any:
+    try:
+        from array_record.python import array_record_module
+    except ImportError:
+        raise UserError("format=arrayrecord needs a package; write pip install 'fogsculpt[jobs]'") from None
+    return array_record_module
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("format=parquet needs a package; write pip install 'fogsculpt[jobs]'") from None
+    return pyarrow
+
+
+NEEDS = {"arrayrecord": _array_record, "parquet": _pyarrow}

@@ -1,0 +1,258 @@
+"""What a job will make, before anything is drawn: rows into groups, groups into shards.
+
+A job is a pure function from row and number to picture, so every worker finds the same plan by itself. Rows
+that share a compiled program (size, steps, sampler, guidance or none) form a group; the pictures of a group,
+in the order of the file, are cut into shards of one size. Rows that cannot be drawn form a last group, whose
+shards hold no pictures but their reasons.
+
+Memory: 12 bytes a row. The rows themselves stay on the disk (engine/text/rows.py).
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import engine
+from engine.config import JobConfig
+from engine.jobs.pictures import BATCH_IMAGES, BATCH_PIXELS
+from engine.pipeline import Pipeline, Request, Settings
+from engine.text.rows import Rejected, Row, Rows
+from engine.types import UserError
+
+# Options that say which pictures a job makes. Where and how fast it makes them is no part of it.
+FINGERPRINT = (
+    *("negative_prompt", "num_images", "seed", "first_index", "sampler", "steps", "guidance_scale"),
+    *("height", "width", "dtype", "upscale", "format", "shard_size"),
+)
+MAX_INDEX = 2**32
+EDGE = 2**20  # bytes at either end of a file of weights that tell it from others
+
+
+class Wanted(NamedTuple):
+    """A picture of the plan."""
+
+    number: int  # row number x num_images + which of the row's pictures
+    row: Row
+    request: Request
+
+
+class Refused(NamedTuple):
+    """A row that cannot be drawn, and why."""
+
+    row: int
+    id: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Rows that share one compiled program; with settings None, rows that cannot be drawn."""
+
+    settings: Settings | None
+    rows: np.ndarray  # their numbers, int64
+    count: int  # of its pictures, or of its refused rows
+    first_shard: int
+
+
+class Shard(NamedTuple):
+    """Pictures `start` to `stop` of a group."""
+
+    number: int
+    group: Group
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return shard_name(self.number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Rows, options and groups: all that says which pictures there will be."""
+
+    config: JobConfig  # complete
+    rows: Rows
+    groups: tuple[Group, ...]
+    weights: str  # digest of the model's files
+
+    @property
+    def shards(self) -> int:
+        last = self.groups[-1]
+        return last.first_shard + shards_of(last.count, self.config.shard_size)
+
+    @property
+    def pictures(self) -> int:
+        """Pictures that the job will make, if none fails."""
+        return sum(group.count for group in self.groups if group.settings is not None)
+
+    def shard(self, number: int) -> Shard:
+        """The shard of that number, from 0."""
+        group = next(group for group in reversed(self.groups) if group.first_shard <= number)
+        start = (number - group.first_shard) * self.config.shard_size
+        return Shard(number, group, start, min(start + self.config.shard_size, group.count))
+
+    def wanted(self, shard: Shard) -> Iterator[Wanted]:
+        """The pictures of a shard that can be drawn."""
+        images = self.config.num_images
+        for picture in range(shard.start, shard.stop):
+            row, image = divmod(picture, images)
+            row = self.rows[int(shard.group.rows[row])]
+            yield Wanted(row.number * images + image, row, request(self.config, row, image))
+
+    def refused(self, shard: Shard, settle: "Settle") -> Iterator[Refused]:
+        """The rows of a shard of the last group."""
+        for number in shard.group.rows[shard.start : shard.stop]:
+            row = self.rows[int(number)]
+            yield Refused(row.number, row.id, str(settle(row)))
+
+    def describe(self) -> dict[str, Any]:
+        """What job.json holds: the fingerprint, and the sizes that --status and --verify ask for."""
+        groups = [
+            {
+                "first_shard": group.first_shard,
+                "count": group.count,
+                "rows": len(group.rows),
+                "settings": group.settings and _program(group.settings),
+            }
+            for group in self.groups
+        ]
+        options = {name: getattr(self.config, name) for name in FINGERPRINT}
+        version = {"version": engine.__version__, "rows": self.rows.digest, "weights": self.weights}
+        sizes = {"shards": self.shards, "pictures": self.pictures, "row_count": len(self.rows)}
+        return {"fingerprint": version | options, **sizes, "groups": groups}
+
+
+def shard_name(number: int) -> str:
+    return f"{number:06d}"
+
+
+def shards_of(count: int, size: int) -> int:
+    """Shards that `count` pictures fill."""
+    return -(-count // size)
+
+
+# row -> how to draw it, or why it cannot be drawn
+Settle = Callable[[Row | Rejected], Settings | str]
+
+
+def settle_with(config: JobConfig, pipe: Pipeline) -> Settle:
+    """Judges rows by their options and the model; remembers what it said of equal options."""
+    known: dict[tuple, Settings | str] = {}
+
+    def settle(row: Row | Rejected) -> Settings | str:
+        if isinstance(row, Rejected):
+            return row.reason
+        if first_index(config, row) + config.num_images > MAX_INDEX:
+            return f"its pictures would have an index beyond {MAX_INDEX - 1}; write a smaller index"
+        scale = _or(row.guidance_scale, config.guidance_scale)
+        options = (
+            _or(row.steps, config.steps),
+            _or(row.sampler, config.sampler),
+            # Only whether there is guidance makes another program.
+            scale if scale == 1 else _guided(config.guidance_scale),
+            _or(row.height, config.height),
+            _or(row.width, config.width),
+        )
+        if options not in known:
+            known[options] = _settings(config, pipe, options)
+        return known[options]
+
+    return settle
+
+
+def _guided(scale: float) -> float:
+    """A scale that stands for all but 1."""
+    return scale if scale != 1 else 2.0
+
+
+def _settings(config: JobConfig, pipe: Pipeline, options: tuple) -> Settings | str:
+    try:
+        settings = pipe.settings(*options)
+    except UserError as error:
+        return str(error)
+    room = max(1, BATCH_PIXELS // (settings.height * settings.width))
+    batch_size = config.batch_size or min(pipe.share_of(config.shard_size), room, BATCH_IMAGES)
+    return dataclasses.replace(settings, batch_size=batch_size)
+
+
+def _program(settings: Settings) -> dict[str, Any]:
+    """What is compiled in: all but the guidance scale and the batch."""
+    shown = ("steps", "sampler", "height", "width")
+    return {name: getattr(settings, name) for name in shown} | {"guided": settings.guidance_scale != 1}
+
+
+def make_plan(config: JobConfig, rows: Rows, settle: Settle, weights: str) -> Job:
+    """Sorts every row into its group. `config` is complete: its seed is known."""
+    found: dict[Settings | None, int] = {}
+    group_of = np.empty(len(rows), np.int32)
+    for i in range(len(rows)):
+        settings = settle(rows[i])
+        key = None if isinstance(settings, str) else settings
+        group_of[i] = found.setdefault(key, len(found))
+    groups, first_shard = [], 0
+    for settings, number in sorted(found.items(), key=lambda item: (item[0] is None, item[1])):
+        members = np.flatnonzero(group_of == number)
+        count = len(members) * (1 if settings is None else config.num_images)
+        groups.append(Group(settings, members, count, first_shard))
+        first_shard += shards_of(count, config.shard_size)
+    return Job(config, rows, tuple(groups), weights)
+
+
+def first_index(config: JobConfig, row: Row) -> int:
+    """Index of a row's first picture: the row's own, or its place in the job.
+
+    A row with a seed of its own begins at 0, so that its pictures do not depend on its place in the file.
+    """
+    if row.index is not None:
+        return row.index
+    return 0 if row.seed is not None else config.first_index + row.number * config.num_images
+
+
+def request(config: JobConfig, row: Row, image: int) -> Request:
+    """Picture `image` of the row, as the pipeline takes it."""
+    return Request(
+        row.prompt,
+        _or(row.negative_prompt, config.negative_prompt),
+        _or(row.seed, config.seed),
+        first_index(config, row) + image,
+        _or(row.guidance_scale, config.guidance_scale),
+    )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """In words, how the job of a folder (`theirs`) differs from this one; None if it does not."""
+    names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+    said = [
+        "other rows"
+        if name == "rows"
+        else "other weights"
+        if name == "weights"
+        else f"{name} {theirs.get(name)!r} there and {mine.get(name)!r} here"
+        for name in names
+    ]
+    return ", ".join(said) or None
+
+
+def weights_digest(folder: pathlib.Path) -> str:
+    """Tells models apart without reading gigabytes: names, sizes and both ends of all files.
+
+    Weights that were trained on differ everywhere, the last tensor in a file included.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(EDGE))
+            file.seek(max(size - EDGE, 0))
+            digest.update(file.read(EDGE))
+    return digest.hexdigest()

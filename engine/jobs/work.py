@@ -1,0 +1,376 @@
+"""One worker: from shards to pictures in the output folder, so that the devices never wait.
+
+Three threads, each at most a few batches ahead of the next:
+
+  words     rows -> requests and contexts (engine/text, and the text encoder)
+  drawing   requests -> pictures. Two batches are always on the devices: one at work, one waiting
+  writing   pictures -> PNGs -> shards (the caller's thread, and `writers` threads for the PNGs)
+
+Out of memory halves the batch and goes on; the batch that failed is drawn again in parts.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import engine
+from engine import finish
+from engine.config import JobConfig
+from engine.jobs import folder, formats
+from engine.jobs.ahead import ahead
+from engine.jobs.pictures import remember
+from engine.jobs.plan import Group, Job, Refused, Settle, Shard, Wanted
+from engine.jobs.store import Store
+from engine.pipeline import Context, Pipeline, Settings
+from engine.types import UserError
+
+BATCHES_AHEAD = 4  # of words before drawing, and of drawn pictures before writing
+ON_DEVICES = 2  # batches: one at work, one that waits
+TEXT_BATCH = 16  # prompts a device encodes at once
+CONTEXT_BYTES = 2**28  # of contexts that are kept for prompts that come again
+
+
+class Load(NamedTuple):
+    """A batch of a shard, ready for the devices."""
+
+    shard: Shard
+    wanted: list[Wanted]
+    refused: list[Refused]
+    contexts: dict[str, Context]
+    last: bool  # of its shard
+
+
+class Drawn(NamedTuple):
+    """A batch that has been drawn."""
+
+    load: Load
+    images: finish.Pictures
+    finite: np.ndarray  # bool, of each picture
+    batch_size: int
+
+
+@dataclasses.dataclass
+class Tally:
+    """What a worker has done."""
+
+    shards: int = 0
+    pictures: int = 0
+    failures: int = 0
+    idle: float = 0.0  # share of time in which no batch was on the devices, compilation left out
+
+
+class Worker:
+    """Draws shards of a job with a loaded model."""
+
+    def __init__(
+        self,
+        job: Job,
+        settle: Settle,
+        pipe: Pipeline,
+        store: Store,
+        tell: Callable[[str], None],
+        progress: Callable[[int], None] = lambda pictures: None,
+        still_ours: Callable[[str], bool] = lambda shard: True,
+    ):
+        """Args:
+        tell: gets a line for people now and then.
+        progress: called with the number of pictures that were written to a shard or failed.
+        still_ours: asked before a shard is put in its place.
+        """
+        self.job, self.settle, self.pipe, self.store = job, settle, pipe, store
+        self.tell, self.progress, self.still_ours = tell, progress, still_ours
+        self.tally = Tally()
+        self._contexts = _Recent(CONTEXT_BYTES)
+        self._halved: dict[int, int] = {}  # group (by its first shard) -> pictures a device, after out of memory
+        self._busy = _Busy()
+
+    def run(self, shards: Iterable[Shard]) -> Iterator[Shard]:
+        """Draws and writes the shards, and yields each when it is done.
+
+        Raises:
+          UserError: the folder cannot be written, or memory does not suffice for a single picture.
+        """
+        spool = self.store.spool()
+        writers = ThreadPoolExecutor(self.job.config.writers, "png")
+        batches = ahead(self._draw(ahead(self._loads(shards), BATCHES_AHEAD)), BATCHES_AHEAD)
+        try:
+            with contextlib.closing(batches):
+                yield from self._write(batches, writers, spool)
+        finally:
+            writers.shutdown(cancel_futures=True)
+            shutil.rmtree(spool, ignore_errors=True)
+
+    # ---- words
+
+    def _loads(self, shards: Iterable[Shard]) -> Iterator[Load]:
+        for shard in shards:
+            if shard.group.settings is None:
+                yield Load(shard, [], list(self.job.refused(shard, self.settle)), {}, True)
+                continue
+            wanted = list(self.job.wanted(shard))
+            contexts = self._encode(wanted)
+            first = 0
+            while first < len(wanted):
+                size = self._batch_size(shard.group) * self.pipe.devices.count
+                batch = wanted[first : first + size]
+                first += size
+                yield Load(shard, batch, [], contexts, first >= len(wanted))
+
+    def _encode(self, wanted: list[Wanted]) -> dict[str, Context]:
+        """Contexts of all prompts of a shard. Those of the last shards are still known."""
+        texts = [text for one in wanted for text in (one.request.prompt, one.request.negative_prompt)]
+        texts = list(dict.fromkeys(texts))
+        known = {text: self._contexts[text] for text in texts if text in self._contexts}
+        new = [text for text in texts if text not in known]
+        found = self.pipe.encode(new, TEXT_BATCH) if new else {}
+        for text, context in found.items():
+            self._contexts.add(text, context)
+        return known | found
+
+    # ---- drawing
+
+    def _batch_size(self, group: Group) -> int:
+        assert group.settings is not None
+        return self._halved.get(group.first_shard, group.settings.batch_size)
+
+    def _draw(self, loads: Iterator[Load]) -> Iterator[Drawn]:
+        flying: collections.deque[tuple[Load, Future | None]] = collections.deque()
+        compiled: set[int] = set()
+        with ThreadPoolExecutor(1, "arrivals") as arrivals, contextlib.closing(loads):
+            for load in loads:
+                group = load.shard.group.first_shard
+                if load.wanted and group not in compiled:
+                    # Compiling is no idleness that anything could fill: it is left out of the account.
+                    while flying:
+                        yield self._land(*flying.popleft())
+                    self._busy.pause()
+                    compiled.add(group)
+                flying.append((load, self._launch(load, arrivals)))
+                if len(flying) == ON_DEVICES:
+                    yield self._land(*flying.popleft())
+            while flying:
+                yield self._land(*flying.popleft())
+
+    def _launch(self, load: Load, arrivals: ThreadPoolExecutor) -> Future | None:
+        """Sets the devices to work on a batch; None where there is nothing to draw, or no room for it."""
+        if not load.wanted:
+            return None
+        settings = self._settings(load.shard.group)
+        requests = [one.request for one in load.wanted]
+        if len(requests) > settings.batch_size * self.pipe.devices.count:
+            return None  # it was cut before the batch was halved
+        try:
+            arrays = self.pipe.dispatch(requests, load.contexts, settings)
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            _out_of_memory_or_raise(error)
+            self._halve(load.shard.group, settings.batch_size)
+            return None
+        launched = time.monotonic()
+        return arrivals.submit(self._arrive, arrays, launched, settings.batch_size, len(requests))
+
+    def _arrive(
+        self, arrays: tuple[jax.Array, jax.Array], launched: float, batch_size: int, count: int
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        jax.block_until_ready(arrays)
+        self._busy.add(launched, time.monotonic())
+        images, finite = map(np.asarray, arrays)
+        return images[:count], finite[:count], batch_size
+
+    def _land(self, load: Load, future: Future | None) -> Drawn:
+        """Waits for a batch; where memory ran out, draws it again in smaller ones."""
+        if not load.wanted:
+            return Drawn(load, np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, bool), 0)
+        if future is not None:
+            try:
+                return Drawn(load, *future.result())
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+                _out_of_memory_or_raise(error)
+                self._halve(load.shard.group, self._batch_size(load.shard.group))
+        return self._draw_in_parts(load)
+
+    def _draw_in_parts(self, load: Load) -> Drawn:
+        group = load.shard.group
+        while True:
+            settings = self._settings(group)
+            size = settings.batch_size * self.pipe.devices.count
+            requests = [one.request for one in load.wanted]
+            images, finite = [], []
+            try:
+                for first in range(0, len(requests), size):
+                    part = requests[first : first + size]
+                    drawn = self.pipe.dispatch(part, load.contexts, settings)
+                    images.append(np.asarray(drawn[0])[: len(part)])
+                    finite.append(np.asarray(drawn[1])[: len(part)])
+                return Drawn(load, np.concatenate(images), np.concatenate(finite), settings.batch_size)
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+                _out_of_memory_or_raise(error)
+                self._halve(group, settings.batch_size)
+
+    def _settings(self, group: Group) -> Settings:
+        assert group.settings is not None
+        return dataclasses.replace(group.settings, batch_size=self._batch_size(group))
+
+    def _halve(self, group: Group, batch_size: int) -> None:
+        """Halves the batch of the group, unless a batch before this one did so already."""
+        if batch_size != self._batch_size(group):
+            return
+        settings = group.settings
+        assert settings is not None
+        size = f"{settings.width} x {settings.height}"
+        if batch_size == 1:
+            raise UserError(
+                f"out of memory with one picture of {size} a device; write --dtype bfloat16 or a smaller size"
+            )
+        self._halved[group.first_shard] = batch_size // 2
+        self.tell(f"out of memory at {size}: {batch_size // 2} pictures a device from here on, not {batch_size}")
+
+    # ---- writing
+
+    def _write(
+        self, batches: Iterator[Drawn], writers: ThreadPoolExecutor, spool: pathlib.Path
+    ) -> Iterator[Shard]:
+        entries: list[formats.Entry] = []
+        failures: list[dict[str, Any]] = []
+        began = time.time()
+        for drawn in batches:
+            load = drawn.load
+            for entry in writers.map(self._finish, load.wanted, drawn.images, drawn.finite, _same(drawn)):
+                (entries if isinstance(entry, formats.Entry) else failures).append(entry)
+            failures += [refused._asdict() for refused in load.refused]
+            self.progress(len(load.wanted))
+            if load.last:
+                self._put(load.shard, entries, failures, drawn.batch_size, began, spool)
+                entries, failures, began = [], [], time.time()
+                yield load.shard
+
+    def _finish(
+        self, wanted: Wanted, image: np.ndarray, finite: np.bool_, drawn: Drawn
+    ) -> formats.Entry | dict[str, Any]:
+        """The last touches of one picture: an entry of the shard, or why there is none."""
+        row, request = wanted.row, wanted.request
+        address = {"number": wanted.number, "row": row.number, "id": row.id}
+        address |= {"seed": request.seed, "index": request.index}
+        if not finite:
+            return {**address, "reason": "a NaN or an infinity in the picture"}
+        settings = dataclasses.asdict(self._settings(drawn.load.shard.group))
+        settings |= {"guidance_scale": request.guidance_scale, "batch_size": drawn.batch_size}
+        config = dataclasses.replace(
+            self.job.config, **settings, negative_prompt=request.negative_prompt, seed=request.seed
+        )
+        try:
+            png = finish.encode_png(
+                finish.upscale(image, config.upscale), remember(config, request.prompt, request.index)
+            )
+        except UserError as error:
+            return {**address, "reason": str(error)}
+        facts = {**address, "prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        facts |= {name: settings[name] for name in ("guidance_scale", "steps", "sampler", "height", "width")}
+        facts |= {"sha256": hashlib.sha256(png).hexdigest(), "extra": row.extra}
+        return formats.Entry(png, facts)
+
+    def _put(self, shard, entries, failures, batch_size, began, spool) -> None:
+        """Writes a whole shard and its manifest, unless it is another worker's by now."""
+        if not self.still_ours(shard.name):
+            self.tell(f"shard {shard.name} was taken over by another worker; ours is dropped")
+            return
+        manifest = self._manifest(shard, entries, failures, batch_size, began)
+        data = None
+        if entries:
+            data = self.store.patiently(
+                lambda: formats.write_shard(spool, shard.name, self.job.config.format, entries)
+            )
+        if folder.commit(self.store, shard.name, data, manifest, failures):
+            self.tally.shards += 1
+            self.tally.pictures += len(entries)
+            self.tally.failures += len(failures)
+        self.tally.idle = self._busy.idle()
+
+    def _manifest(self, shard, entries, failures, batch_size, began) -> dict[str, Any]:
+        config: JobConfig = self.job.config
+        devices = self.pipe.devices
+        return {
+            "shard": shard.number,
+            "format": config.format,
+            "began": round(began, 3),  # seconds since 1970
+            "ended": round(time.time(), 3),
+            "failures": len(failures),
+            "settings": {
+                "version": engine.__version__,
+                "model": self.pipe.name,
+                "dtype": self.pipe.dtype,
+                "parallel": devices.mode,
+                "devices": f"{devices.count} x {devices.devices[0].device_kind}",
+                "batch_size": batch_size,
+                "upscale": config.upscale,
+            },
+            "pictures": [entry.facts for entry in entries],
+        }
+
+
+def _same(value: Any) -> Iterator[Any]:
+    while True:
+        yield value
+
+
+def _out_of_memory_or_raise(error: BaseException) -> None:
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+
+
+class _Recent:
+    """Contexts by prompt; the oldest go when there are too many bytes."""
+
+    def __init__(self, room: int):
+        self._room, self._bytes = room, 0
+        self._found: collections.OrderedDict[str, Context] = collections.OrderedDict()
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._found
+
+    def __getitem__(self, text: str) -> Context:
+        self._found.move_to_end(text)
+        return self._found[text]
+
+    def add(self, text: str, context: Context) -> None:
+        # A row of an array keeps the whole array alive; a copy does not.
+        self._found[text] = context.copy()
+        self._bytes += context.nbytes
+        while self._bytes > self._room and len(self._found) > 1:
+            self._bytes -= self._found.popitem(last=False)[1].nbytes
+
+
+class _Busy:
+    """For how long a batch was on the devices."""
+
+    def __init__(self):
+        self._began: float | None = None
+        self._until = 0.0  # end of the last batch
+        self._busy = 0.0
+        self._span = 0.0
+
+    def add(self, launched: float, ready: float) -> None:
+        """A batch, in the order in which they are launched; times of time.monotonic()."""
+        begin = launched if self._began is None else max(launched, self._until)
+        if self._began is None:
+            self._began = self._until = launched
+        self._busy += ready - begin
+        self._span += ready - self._until
+        self._until = ready
+
+    def pause(self) -> None:
+        """The account goes on with the next batch."""
+        self._began = None
+
+    def idle(self) -> float:
+        """Share of the time so far in which nothing was on the devices."""
+        return 1 - self._busy / self._span if self._span else 0.0
