@@ -119,6 +119,7 @@ class GenerateConfig:
     width: int | None = None
     dtype: str = "float32"
     parallel: str = "shard_map"
+    split_params: bool = False  # the model over the devices, where one is too small for it; parallel="jit"
     batch_size: int | None = None  # pictures that a device draws at once
     out: str = "out"
     upscale: int = 1
@@ -138,6 +139,8 @@ class GenerateConfig:
 
     def check_drawing(self) -> None:
         """The part of `validate` that has nothing to do with where prompts come from."""
+        if self.split_params and self.parallel != "jit":
+            raise UserError(f"split_params with parallel={self.parallel!r}: write --parallel jit")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise UserError(f"seed={self.seed} is out of range; write 0 to {2**64 - 1}")
         ranges = {
@@ -171,6 +174,7 @@ class JobConfig(GenerateConfig):
     shard_size: int = 256  # pictures in a shard
     processes: int | None = None  # that share the job, each with its part; None: what the cluster says
     process_id: int | None = None  # of this one, from 0
+    coordinator: str | None = None  # host:port of process 0, where split_params brings processes together
     elastic: bool = False  # take shards by claims in the output folder, so that workers may come and go
     lease: float = 60.0  # seconds without a heartbeat after which a claim is taken over
     writers: int = 1  # threads that make PNGs

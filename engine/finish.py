@@ -123,7 +123,7 @@ def prepare_folder(path: Path) -> pathlib.Path:
         with tempfile.TemporaryFile(dir=folder) as trial:
             trial.write(bytes(4096))
     except (OSError, ValueError) as error:
-        raise _unwritable(folder, error) from None
+        raise unwritable(folder, error) from None
     return folder
 
 
@@ -211,16 +211,16 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except BaseException as error:  # Ctrl-C included
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise _unwritable(path, error) from None
+            raise unwritable(path, error) from None
         raise
 
 
-def _fsync_folder(folder: pathlib.Path) -> None:
+def fsync_folder(folder: pathlib.Path) -> None:
     """Makes the move itself survive a power cut. Windows and some network folders have no such thing."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -230,7 +230,8 @@ def _fsync_folder(folder: pathlib.Path) -> None:
             os.close(handle)
 
 
-def _unwritable(path: pathlib.Path, error: OSError | ValueError) -> UserError:
+def unwritable(path: Path, error: OSError | ValueError) -> UserError:
+    """What to say, and to do, where a file or folder cannot be written."""
     code = getattr(error, "errno", None)
     if code in (errno.ENOSPC, errno.EDQUOT):
         advice = "free some space, or choose another folder with --out"

@@ -9,6 +9,10 @@ the tests hold equal:
   pmap       the older name of the first; kept because many programs speak it
 
 In every mode the params are placed once, when they are loaded, and not at every call.
+
+The devices are those of this process: hosts need not know each other to share a job. Only where a model is
+too large for one host do the devices of all hosts form one mesh (mode jit): then every host calls the same
+functions in the same order with the same values, and gets all results.
 """
 
 import re
@@ -17,7 +21,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from engine.config import nearest
@@ -25,8 +30,11 @@ from engine.types import UserError
 
 MODES = ("shard_map", "jit", "pmap")
 
-# (pattern of the parameter's dotted path, how its axes are split over the mesh)
+# (pattern of the parameter's dotted path, how its last axes are split over the mesh)
 Rules = Sequence[tuple[str, PartitionSpec]]
+
+# Every matrix and kernel by its outputs; the rest is small. Devices gather what they need when they need it.
+SPLIT: Rules = ((r"\.(kernel|embedding)$", PartitionSpec("data")), (r"", PartitionSpec()))
 
 # f(shared, batched) -> batched: every leaf of `batched` has the batch as its first axis
 Function = Callable[[Any, Any], Any]
@@ -40,12 +48,14 @@ class Devices:
         mode: str = "shard_map",
         devices: Sequence[jax.Device] | None = None,
         rules: Rules | None = None,
+        all_hosts: bool = False,
     ):
         """Takes all local devices, unless told which.
 
         Args:
           rules: for mode "jit": the first pattern found in a parameter's path says how it is split over
             the axis "data". Every parameter must match one.
+          all_hosts: for mode "jit": take the devices of all hosts (see `meet`).
 
         Raises:
           UserError: an unknown mode, or rules in a mode that cannot split params.
@@ -54,31 +64,63 @@ class Devices:
             raise UserError(f"parallel={mode!r} is unknown{nearest(mode, MODES)}; write {', '.join(MODES)}")
         if rules is not None and mode != "jit":
             raise UserError(f"sharding rules need parallel='jit', not {mode!r}")
+        if all_hosts and mode != "jit":
+            raise UserError(f"devices of several hosts need parallel='jit', not {mode!r}")
         self.mode = mode
         self.rules = rules
-        self.devices = list(devices or jax.local_devices())
+        self.devices = list(devices or (jax.devices() if all_hosts else jax.local_devices()))
         self.mesh = Mesh(np.array(self.devices), ("data",), axis_types=(AxisType.Auto,))
         self._whole = NamedSharding(self.mesh, PartitionSpec())
         self._split = NamedSharding(self.mesh, PartitionSpec("data"))
+        self._gather = jax.jit(lambda tree: tree, out_shardings=self._whole)
 
     @property
     def count(self) -> int:
         return len(self.devices)
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other host has a part in what these devices do."""
+        return self._whole.is_fully_addressable
+
+    @property
+    def leads(self) -> bool:
+        """Whether this host is the one that writes what these devices make."""
+        return self.alone or jax.process_index() == 0
+
     def place(self, name: str, array: np.ndarray) -> jax.Array:
-        """Puts the parameter `name` (a dotted path) where it stays: on all devices, or split by the rules."""
+        """Puts the parameter `name` (a dotted path) where it stays: on all devices, or split by the rules.
+
+        An axis that the devices do not divide stays whole.
+        """
         sharding = self._whole
         if self.rules is not None:
-            sharding = NamedSharding(self.mesh, spec_for(name, self.rules))
-        return jax.device_put(array, sharding)
+            spec = spec_for(name, self.rules)
+            parts = [None] * (array.ndim - len(spec)) + list(spec)
+            fits = (n % self.count == 0 for n in array.shape)
+            parts = [part if fit else None for part, fit in zip(parts, fits, strict=True)]
+            sharding = NamedSharding(self.mesh, PartitionSpec(*parts))
+        return _put(array, sharding)
 
     def share(self, tree: Any) -> Any:
         """Copies small values (sigmas, a scale) to all devices."""
-        return jax.device_put(tree, self._whole)
+        return _put(tree, self._whole)
 
     def shard_batch(self, tree: Any) -> Any:
         """Splits the first axis of every leaf over the devices."""
-        return jax.device_put(tree, self._split)
+        return _put(tree, self._split)
+
+    def fetch(self, tree: Any) -> Any:
+        """Copies results to the host, those of the other hosts included. Waits for them."""
+        return jax.tree.map(np.asarray, self.gather(tree))
+
+    def gather(self, tree: Any) -> Any:
+        """Results such that each host can read all of them; does not wait."""
+        return tree if self.alone else self._gather(tree)
+
+    def agree(self, value: np.ndarray) -> np.ndarray:
+        """The value that the first host has, on all hosts."""
+        return value if self.alone else multihost_utils.broadcast_one_to_all(value)
 
     def map(self, f: Function) -> Function:
         """`f`, compiled to run on every device at once.
@@ -96,6 +138,33 @@ class Devices:
             f, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False
         )
         return jax.jit(mapped)
+
+
+def meet(coordinator: str | None, processes: int, process_id: int) -> None:
+    """Joins the processes of a job, so that their devices can work on one batch. Before any JAX call.
+
+    Args:
+      coordinator: host:port of process 0; None: what the cluster says.
+
+    Raises:
+      UserError: the others cannot be found.
+    """
+    try:
+        jax.distributed.initialize(coordinator, processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the {processes} processes did not find each other ({reason}); write --coordinator HOST:PORT "
+            "of process 0"
+        ) from None
+
+
+def _put(tree: Any, sharding: Sharding) -> Any:
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
+    )
 
 
 class Pmapped:

@@ -109,7 +109,7 @@ def load(
             f"{folder}: the U-Net takes {channels} channels for latents of {latent}: it edits pictures, "
             "which this version does not; give a model that draws from text alone"
         )
-    return Pipeline(loaded, devices, SHIPPED_NAME if model is None else str(model), dtype)
+    return Pipeline(loaded, devices, SHIPPED_NAME if model is None else str(model), dtype, folder)
 
 
 def use_compilation_cache() -> None:
@@ -135,8 +135,9 @@ def module(part: Component, params: Any) -> nnx.Module:
 class Pipeline:
     """A loaded model, ready to draw. Stages are compiled when they are first needed, and kept."""
 
-    def __init__(self, model: Model, devices: Devices, name: str, dtype: str):
+    def __init__(self, model: Model, devices: Devices, name: str, dtype: str, folder: pathlib.Path):
         self.model, self.devices, self.name, self.dtype = model, devices, name, dtype
+        self.folder = folder  # from which the model was loaded
         self._text = devices.map(self._encode)
         self._decoder = devices.map(self._decode)
         self._begin = functools.cache(self._build_begin)
@@ -234,7 +235,7 @@ class Pipeline:
         size, found = batch_size * self.devices.count, []
         for first in range(0, len(ids), size):
             rows = self.devices.shard_batch(pad(ids[first : first + size], size))
-            found.append(np.asarray(self._text(self.model.text_encoder.params, rows)))
+            found.append(self.devices.fetch(self._text(self.model.text_encoder.params, rows)))
         return dict(zip(distinct, np.concatenate(found), strict=False))
 
     def dispatch(
@@ -378,7 +379,7 @@ class Pipeline:
                 jax.block_until_ready(carry.x)
                 progress(length)
         final = carry.x * schedules.final_scale(config, sigmas)
-        images, finite = self._decoder(self.model.vae.params, final)
+        images, finite = self.devices.gather(self._decoder(self.model.vae.params, final))
         kept = self._frames(traces, start, final, frames) if frames else None
         return images, finite, kept
 

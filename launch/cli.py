@@ -17,7 +17,7 @@ from engine.config import IN_WORDS, nearest
 from engine.errors import UserError
 
 # Exit codes, as shells and schedulers read them.
-DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130
+DONE, FAILED, MISTAKE, STOPPED, TERMINATED = 0, 1, 2, 130, 143
 
 # heading -> flag -> (what stands for its value, what it does)
 Groups = Mapping[str, Mapping[str, tuple[str, str]]]
@@ -48,23 +48,27 @@ def exit_code(job: Job, argv: Sequence[str]) -> int:
         return MISTAKE
     except KeyboardInterrupt as stop:
         tell(f"stopped: {stop}" if str(stop) else "stopped")
-        return STOPPED
+        return TERMINATED if isinstance(stop, Terminated) else STOPPED
     except BrokenPipeError:  # whoever read our stdout has gone, as in `... | head -1`
         return FAILED
 
 
-_interrupts: list[int] = []  # every Ctrl-C inside of `ctrl_c_put_off`
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a scheduler wants the machine back."""
+
+
+_signals: list[int] = []  # every Ctrl-C and SIGTERM inside of `stops_put_off`
 
 
 def stop_if_asked() -> None:
-    """Raises KeyboardInterrupt after a Ctrl-C that was put off. To be called often, where it is safe."""
-    if _interrupts:
-        raise KeyboardInterrupt
+    """Raises KeyboardInterrupt after a stop that was put off. To be called often, where it is safe."""
+    if _signals:
+        raise Terminated if _signals[0] == signal.SIGTERM else KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def ctrl_c_put_off() -> Iterator[None]:
-    """Ctrl-C waits for the next `stop_if_asked`; a second one ends the program at once.
+def stops_put_off() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the next `stop_if_asked`; a second Ctrl-C ends the program at once.
 
     For all that imports or runs JAX: raised on the spot, as Python does, KeyboardInterrupt crashes imports of
     modules in C, is lost in JAX's callbacks, and leaves XLA at work while Python is taken down.
@@ -74,17 +78,19 @@ def ctrl_c_put_off() -> Iterator[None]:
         return
 
     def note(number: int, _: types.FrameType | None) -> None:
-        if _interrupts:
+        # Schedulers send SIGTERM to a process and to its group: twice is no impatience.
+        if number == signal.SIGINT and number in _signals:
             os.write(2, b"stopped\n")  # print may be at work already
             os._exit(STOPPED)
-        _interrupts.append(number)
+        _signals.append(number)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        _interrupts.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _signals.clear()
 
 
 def say(text: str) -> None:

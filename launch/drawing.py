@@ -11,6 +11,7 @@ import engine
 from engine.config import GenerateConfig
 from engine.diffusion import samplers
 from engine.jobs import pictures
+from engine.parallel import SPLIT, Devices
 from engine.pipeline import Pipeline
 from engine.text.prompts import unread
 from engine.types import UserError
@@ -60,10 +61,13 @@ def is_shipped(config: GenerateConfig) -> bool:
     return config.model == GenerateConfig.model
 
 
-def open_model(config: GenerateConfig) -> Pipeline:
-    """Loads the model onto the devices."""
-    with advice_where_memory_runs_out("--dtype bfloat16"):
-        pipe = engine.load(None if is_shipped(config) else config.model, config.dtype, config.parallel)
+def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
+    """Loads the model onto the devices: of this process, or of all hosts together."""
+    parallel: str | Devices = config.parallel
+    if config.split_params:
+        parallel = Devices(config.parallel, rules=SPLIT, all_hosts=all_hosts)
+    with advice_where_memory_runs_out("--dtype bfloat16, or --parallel jit --split_params"):
+        pipe = engine.load(None if is_shipped(config) else config.model, config.dtype, parallel)
     cli.stop_if_asked()
     return pipe
 
@@ -91,10 +95,10 @@ def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:
                 drawn.append(picture if room else picture._replace(image=None))
                 tell_of(picture, plan.config)
                 cli.stop_if_asked()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         done = sum(bool(picture.files) for picture in drawn)
         where = f"{done} of {len(plan.prompts)} pictures are in {plan.folder}"
-        raise KeyboardInterrupt(where) from None
+        raise type(stop)(where) from None
     return drawn
 
 

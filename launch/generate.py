@@ -7,19 +7,27 @@
   python -m launch.generate "a red car at night" --frames 8 --animate
   python -m launch.generate --like out/00000-a-cat.png --steps 100
 
+Many pictures, as a job that goes on where it was stopped when the same command is run again:
+
+  python -m launch.generate --prompts_file prompts.csv --out DIR --format webdataset
+  python -m launch.generate --status DIR | --verify DIR | --merge DIR
+
 Pictures are named INDEX-PROMPT.png. The index counts from 0 in every run; seed and index together are the
 noise that a picture starts from, so the same command with the same seed draws the same pictures again.
 Where another picture has the name already, -2, -3, ... is added; nothing is lost.
 
-Paths of pictures go to stdout, all else to stderr. Exit code: 0 all drawn; 1 some met a NaN and were left
-out; 2 a mistake, explained in one line; 130 stopped with Ctrl-C (what was drawn stays).
+Paths of pictures (of a job: of its shards) go to stdout, all else to stderr. Exit code: 0 all drawn; 1 some
+could not be drawn (of a job: failures.jsonl says why); 2 a mistake, explained in one line; 130 stopped with
+Ctrl-C, 143 with SIGTERM (what was drawn stays).
 """
 
+import dataclasses
 import typing
 from collections.abc import Sequence
 from typing import Any
 
-from engine.config import GenerateConfig
+from engine.config import GenerateConfig, JobConfig
+from engine.errors import UserError
 from launch import cli
 
 FLAGS: cli.Groups = {
@@ -47,6 +55,11 @@ FLAGS: cli.Groups = {
     },
     "On which devices": {
         "parallel": ("MODE", "over all local devices: shard_map, jit or pmap"),
+        "split_params": (
+            "",
+            "with --parallel jit: the model split over the devices, where one is too small for it; the\n"
+            "processes of a job then draw every batch together",
+        ),
         "dtype": ("TYPE", "of the model: float32 or bfloat16"),
         "batch_size": (
             "N",
@@ -55,42 +68,93 @@ FLAGS: cli.Groups = {
         ),
     },
     "What to write": {
-        "out": ("FOLDER", "made if it is not there"),
+        "out": ("FOLDER", "made if it is not there; for a job also s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"),
         "upscale": ("N", "enlarge pictures to N times their size"),
         "frames": ("N", "beside each picture a strip of N stages from static to picture"),
         "animate": ("", "beside each picture an animated WebP of its stages"),
     },
+    "A job": {
+        "prompts_file": (
+            "FILE",
+            ".txt (a prompt a line), .jsonl, .csv or .parquet (columns: prompt, and id, negative_prompt,\n"
+            "seed, index, steps, guidance_scale, height, width, sampler where a row has its own; all others\n"
+            "are carried through), or - for standard input",
+        ),
+        "format": ("FORMAT", "of its shards: files, webdataset, arrayrecord or parquet"),
+        "shard_size": ("N", "pictures of a shard; a shard is in memory until it is written"),
+        "processes": ("N", "that share the job; without it what SLURM, Open MPI, JobSet or the TPU VM says"),
+        "process_id": ("N", "which of them this is, from 0"),
+        "coordinator": ("HOST:PORT", "of process 0, with --split_params; without it what the cluster says"),
+        "elastic": ("", "take shards by claims in the folder: start and stop as many workers as you like"),
+        "lease": ("SECONDS", "without a sign of life after which the claim of a worker is taken over"),
+        "writers": ("N", "threads that make PNGs"),
+        "patience": ("SECONDS", "of trying again where the folder cannot be written"),
+        "status": ("FOLDER", "shards done, images/s, time left and failures of the job there"),
+        "verify": (
+            "FOLDER",
+            "reads every picture of the job there again, and checks that each is there once",
+        ),
+        "merge": ("FOLDER", "writes index.jsonl, a line for each picture of the job there"),
+    },
 }
+REPORTS = ("status", "verify", "merge")
 
 
 def main(argv: Sequence[str]) -> int:
     """From the command line to pictures; returns the exit code."""
     command = read_command(argv)
     if command is None:
-        print(cli.help_text(__doc__ or "", FLAGS, vars(GenerateConfig())))
+        print(cli.help_text(__doc__ or "", FLAGS, vars(JobConfig())))
         return cli.DONE
-    with cli.ctrl_c_put_off():
-        from launch import drawing  # JAX comes with it: help, and mistakes in flags, should be instant
+    given, other = command
+    with cli.stops_put_off():
+        # JAX comes with these: help, and mistakes in flags, should be instant.
+        if "prompts_file" in given:
+            from launch import bulk
 
-        return drawing.run(*command)
+            return bulk.run(given)
+        for kind in REPORTS:
+            if kind in other:
+                from launch import reports
+
+                return reports.report(kind, other[kind])
+        from launch import drawing
+
+        return drawing.run(given, other.get("like"))
 
 
-def read_command(argv: Sequence[str]) -> tuple[dict[str, Any], str | None] | None:
-    """The options of GenerateConfig that were given, and --like; None where help is asked for."""
-    kinds = typing.get_type_hints(GenerateConfig)
+def read_command(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """The options of JobConfig that were given, and --like, --status, ...; None where help is asked for."""
+    kinds = typing.get_type_hints(JobConfig)
     del kinds["prompts"]
-    parsed = cli.parse(argv, kinds | {"like": str})
+    parsed = cli.parse(argv, kinds | dict.fromkeys(("like", *REPORTS), str))
     if parsed is None:
         return None
     prompts, given = parsed
+    other = {name: given.pop(name) for name in ("like", *REPORTS) if name in given}
     if prompts:
         given["prompts"] = tuple(prompts)
+    check(given, other)
     if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
         cli.tell(f"warning: {len(prompts)} prompts of one word each; put a sentence in quotes")
-    like = given.pop("like", None)
-    if like is None:
-        GenerateConfig(**given).validate()
-    return given, like
+    return given, other
+
+
+def check(given: dict[str, Any], other: dict[str, str]) -> None:
+    """Raises UserError for flags that are wrong in themselves, or do not go together."""
+    if report := [name for name in REPORTS if name in other]:
+        if given or len(other) > 1:
+            raise UserError(f"--{report[0]} FOLDER stands alone; leave out the rest")
+    elif "prompts_file" in given:
+        if "like" in other:
+            raise UserError("--like draws one picture again; leave out it or --prompts_file")
+        JobConfig(**given).validate()
+    else:
+        ours = {field.name for field in dataclasses.fields(GenerateConfig)}
+        if foreign := [name for name in given if name not in ours]:
+            raise UserError(f"--{foreign[0]} is for a job; write --prompts_file FILE too")
+        if "like" not in other:
+            GenerateConfig(**given).validate()
 
 
 def run(argv: Sequence[str]) -> int:

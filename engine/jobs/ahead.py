@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -11,8 +11,11 @@ _END = object()
 POLL = 0.1  # seconds between looks at whether the other side is still there
 
 
-def ahead(source: Iterable[T], depth: int) -> Iterator[T]:
+def ahead(source: Iterable[T], depth: int, check: Callable[[], None] = lambda: None) -> Iterator[T]:
     """Runs `source` in a thread of its own, at most `depth` pieces ahead of who reads it.
+
+    Args:
+      check: called again and again while the reader waits; may raise.
 
     What `source` raises is raised to the reader, after the pieces before it. When the reader closes this
     generator, or is left by an exception, the thread ends at its next piece and `source` is closed.
@@ -46,7 +49,11 @@ def ahead(source: Iterable[T], depth: int) -> Iterator[T]:
     thread.start()
     try:
         while True:
-            piece, error = pieces.get()
+            try:
+                piece, error = pieces.get(timeout=POLL)
+            except queue.Empty:
+                check()
+                continue
             if error is not None:
                 raise error
             if piece is _END:

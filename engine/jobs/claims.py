@@ -16,7 +16,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -69,6 +69,16 @@ class Claims:
             if generation.isdecimal():
                 newest[shard] = max(newest.get(shard, 0), int(generation))
         return newest
+
+    def has(self, shard: str) -> bool:
+        """Whether this worker has taken the shard and not given it back."""
+        with self._lock:
+            return shard in self._mine
+
+    def take_first(self, shards: Sequence[str]) -> str | None:
+        """Claims the first of these that can be had."""
+        newest = self.listing()
+        return next((shard for shard in shards if self.take(shard, newest.get(shard))), None)
 
     def take(self, shard: str, newest: int | None) -> bool:
         """Claims a shard, if nobody has it or its owner is gone.
@@ -137,7 +147,7 @@ class Claims:
             if self._mine.get(shard) != file:  # given back meanwhile: must not appear again
                 return
             try:
-                self._store.write(f"claims/{file}", self._content())
+                self._store.write_once(f"claims/{file}", self._content())
             except Exception as error:  # the work itself will meet the same trouble, and stop for it
                 if self._tell:
                     self._tell(f"no heartbeat for shard {shard}: {error}")

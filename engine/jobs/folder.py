@@ -1,13 +1,14 @@
 """The output folder of a job: what lies where, and when something counts as done.
 
-  job.json                    which job this is
-  shards/000012.tar, ...      pictures (engine/jobs/formats.py)
-  manifests/000012.json       what is in the shard. It is written last and once: a shard is done when it is there
-  failures/000012.jsonl       rows and pictures of the shard that could not be drawn, and why
-  claims/000012.0             who is at work on it (engine/jobs/claims.py)
-  failures.jsonl, index.jsonl all of the above in one file, made at the end and by --merge
+job.json                    which job this is
+shards/000012.tar, ...      pictures (engine/jobs/formats.py)
+manifests/000012.json       what is in the shard. Written last and once: the shard is done when it is there
+failures/000012.jsonl       rows and pictures of the shard that could not be drawn, and why
+claims/000012.0             who is at work on it (engine/jobs/claims.py)
+failures.jsonl, index.jsonl all of the above in one file, made at the end and by --merge
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -40,22 +41,25 @@ def seed_of(store: Store) -> int | None:
         raise UserError(f"{store.url}: job.json is damaged; begin again in another folder") from None
 
 
-def enter(store: Store, job: Job) -> bool:
+def enter(store: Store, job: Job, any_seed: bool = False) -> Job:
     """Writes job.json, or finds that it is there and tells of this very job.
 
-    Returns:
-      Whether the job was begun here before.
+    Args:
+      any_seed: take the seed of the job that is there, as when several workers begin at once without one.
 
     Raises:
       UserError: the folder holds another job; says how it differs.
     """
-    mine = json.loads(json.dumps(job.describe()))
-    if store.create("job.json", json.dumps(mine, indent=1).encode()):
-        return False
-    differs = difference(mine["fingerprint"], read_job(store)["fingerprint"])
+    mine = json.dumps(job.describe(), indent=1)
+    if store.create("job.json", mine.encode()):
+        return job
+    theirs = read_job(store)["fingerprint"]
+    if any_seed:
+        job = dataclasses.replace(job, config=dataclasses.replace(job.config, seed=theirs.get("seed")))
+    differs = difference(json.loads(json.dumps(job.describe()))["fingerprint"], theirs)
     if differs:
         raise UserError(f"{store.url} holds another job ({differs}); choose another folder with --out")
-    return True
+    return job
 
 
 def done(store: Store) -> set[str]:
@@ -113,8 +117,12 @@ def read_manifest(store: Store, name: str) -> dict[str, Any]:
 def read_failures(store: Store) -> Iterator[dict[str, Any]]:
     """What failed so far, in the order of the shards."""
     for file in store.names("failures"):
-        for line in store.read(f"failures/{file}").splitlines():
-            yield json.loads(line)
+        yield from read_failures_of(store, file)
+
+
+def read_failures_of(store: Store, file: str) -> list[dict[str, Any]]:
+    """What failed in one shard."""
+    return [json.loads(line) for line in store.read(f"failures/{file}").splitlines()]
 
 
 def write_failures(store: Store) -> int:

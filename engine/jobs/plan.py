@@ -248,7 +248,9 @@ def weights_digest(folder: pathlib.Path) -> str:
     Weights that were trained on differ everywhere, the last tensor in a file included.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")):
+    for path in sorted(
+        path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")
+    ):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with open(path, "rb") as file:

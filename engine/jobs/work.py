@@ -7,14 +7,17 @@ Three threads, each at most a few batches ahead of the next:
   writing   pictures -> PNGs -> shards (the caller's thread, and `writers` threads for the PNGs)
 
 Out of memory halves the batch and goes on; the batch that failed is drawn again in parts.
+
+Where several hosts draw each batch together, their programs must be launched in one order: then words and
+drawing share a thread, and the first host writes.
 """
 
 import collections
 import contextlib
 import dataclasses
 import hashlib
-import pathlib
-import shutil
+import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +30,7 @@ import engine
 from engine import finish
 from engine.config import JobConfig
 from engine.jobs import folder, formats
+from engine.jobs.account import Busy, Recent
 from engine.jobs.ahead import ahead
 from engine.jobs.pictures import remember
 from engine.jobs.plan import Group, Job, Refused, Settle, Shard, Wanted
@@ -48,6 +52,14 @@ class Load(NamedTuple):
     refused: list[Refused]
     contexts: dict[str, Context]
     last: bool  # of its shard
+
+
+class Flying(NamedTuple):
+    """A batch on the devices."""
+
+    load: Load
+    arrival: Future | None  # of images and which are finite; None where it could not be launched
+    batch_size: int
 
 
 class Drawn(NamedTuple):
@@ -81,39 +93,51 @@ class Worker:
         tell: Callable[[str], None],
         progress: Callable[[int], None] = lambda pictures: None,
         still_ours: Callable[[str], bool] = lambda shard: True,
+        check: Callable[[], None] = lambda: None,
     ):
         """Args:
         tell: gets a line for people now and then.
-        progress: called with the number of pictures that were written to a shard or failed.
+        progress: called with the number of pictures of each batch that is through.
+        check: called often, from the thread of `run`; what it raises stops the work.
         still_ours: asked before a shard is put in its place.
         """
         self.job, self.settle, self.pipe, self.store = job, settle, pipe, store
-        self.tell, self.progress, self.still_ours = tell, progress, still_ours
+        self.tell, self.progress, self.still_ours, self.check = tell, progress, still_ours, check
         self.tally = Tally()
-        self._contexts = _Recent(CONTEXT_BYTES)
-        self._halved: dict[int, int] = {}  # group (by its first shard) -> pictures a device, after out of memory
-        self._busy = _Busy()
+        self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self._contexts = Recent(CONTEXT_BYTES)
+        # group (by its first shard) -> pictures a device, after out of memory
+        self._halved: dict[int, int] = {}
+        self._busy = Busy()
 
-    def run(self, shards: Iterable[Shard]) -> Iterator[Shard]:
+    def run(self, shards: Iterable[Shard | None]) -> Iterator[Shard]:
         """Draws and writes the shards, and yields each when it is done.
+
+        Args:
+          shards: read a few batches ahead of their drawing. None: there may be more later, and what was begun
+            is to be finished now.
 
         Raises:
           UserError: the folder cannot be written, or memory does not suffice for a single picture.
         """
-        spool = self.store.spool()
         writers = ThreadPoolExecutor(self.job.config.writers, "png")
-        batches = ahead(self._draw(ahead(self._loads(shards), BATCHES_AHEAD)), BATCHES_AHEAD)
+        loads = self._loads(shards)
+        if self.pipe.devices.alone:
+            loads = ahead(loads, BATCHES_AHEAD)
+        batches = ahead(self._draw(loads), BATCHES_AHEAD, self.check)
         try:
             with contextlib.closing(batches):
-                yield from self._write(batches, writers, spool)
+                yield from self._write(batches, writers)
         finally:
             writers.shutdown(cancel_futures=True)
-            shutil.rmtree(spool, ignore_errors=True)
 
     # ---- words
 
-    def _loads(self, shards: Iterable[Shard]) -> Iterator[Load]:
+    def _loads(self, shards: Iterable[Shard | None]) -> Iterator[Load | None]:
         for shard in shards:
+            if shard is None:
+                yield None
+                continue
             if shard.group.settings is None:
                 yield Load(shard, [], list(self.job.refused(shard, self.settle)), {}, True)
                 continue
@@ -143,59 +167,60 @@ class Worker:
         assert group.settings is not None
         return self._halved.get(group.first_shard, group.settings.batch_size)
 
-    def _draw(self, loads: Iterator[Load]) -> Iterator[Drawn]:
-        flying: collections.deque[tuple[Load, Future | None]] = collections.deque()
+    def _draw(self, loads: Iterator[Load | None]) -> Iterator[Drawn]:
+        flying: collections.deque[Flying] = collections.deque()
         compiled: set[int] = set()
         with ThreadPoolExecutor(1, "arrivals") as arrivals, contextlib.closing(loads):
             for load in loads:
-                group = load.shard.group.first_shard
-                if load.wanted and group not in compiled:
-                    # Compiling is no idleness that anything could fill: it is left out of the account.
+                new = load is not None and load.wanted and load.shard.group.first_shard not in compiled
+                if load is None or new:
                     while flying:
-                        yield self._land(*flying.popleft())
-                    self._busy.pause()
-                    compiled.add(group)
-                flying.append((load, self._launch(load, arrivals)))
+                        yield self._land(flying.popleft())
+                    self._busy.pause()  # nothing could fill this time: it is left out of the account
+                if load is None:
+                    continue
+                compiled.add(load.shard.group.first_shard)
+                flying.append(self._launch(load, arrivals))
                 if len(flying) == ON_DEVICES:
-                    yield self._land(*flying.popleft())
+                    yield self._land(flying.popleft())
             while flying:
-                yield self._land(*flying.popleft())
+                yield self._land(flying.popleft())
 
-    def _launch(self, load: Load, arrivals: ThreadPoolExecutor) -> Future | None:
-        """Sets the devices to work on a batch; None where there is nothing to draw, or no room for it."""
+    def _launch(self, load: Load, arrivals: ThreadPoolExecutor) -> Flying:
+        """Sets the devices to work on a batch, unless there is nothing to draw, or no room for it."""
         if not load.wanted:
-            return None
+            return Flying(load, None, 0)
         settings = self._settings(load.shard.group)
+        flying = Flying(load, None, settings.batch_size)
         requests = [one.request for one in load.wanted]
         if len(requests) > settings.batch_size * self.pipe.devices.count:
-            return None  # it was cut before the batch was halved
+            return flying  # it was cut before the batch was halved
         try:
             arrays = self.pipe.dispatch(requests, load.contexts, settings)
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             _out_of_memory_or_raise(error)
             self._halve(load.shard.group, settings.batch_size)
-            return None
-        launched = time.monotonic()
-        return arrivals.submit(self._arrive, arrays, launched, settings.batch_size, len(requests))
+            return flying
+        return flying._replace(arrival=arrivals.submit(self._arrive, arrays, time.monotonic()))
 
-    def _arrive(
-        self, arrays: tuple[jax.Array, jax.Array], launched: float, batch_size: int, count: int
-    ) -> tuple[np.ndarray, np.ndarray, int]:
+    def _arrive(self, arrays: tuple[jax.Array, jax.Array], launched: float) -> tuple[np.ndarray, np.ndarray]:
         jax.block_until_ready(arrays)
         self._busy.add(launched, time.monotonic())
-        images, finite = map(np.asarray, arrays)
-        return images[:count], finite[:count], batch_size
+        return np.asarray(arrays[0]), np.asarray(arrays[1])
 
-    def _land(self, load: Load, future: Future | None) -> Drawn:
+    def _land(self, flying: Flying) -> Drawn:
         """Waits for a batch; where memory ran out, draws it again in smaller ones."""
+        load, arrival, batch_size = flying
         if not load.wanted:
             return Drawn(load, np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, bool), 0)
-        if future is not None:
+        if arrival is not None:
             try:
-                return Drawn(load, *future.result())
+                images, finite = arrival.result()
+                count = len(load.wanted)
+                return Drawn(load, images[:count], finite[:count], batch_size)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 _out_of_memory_or_raise(error)
-                self._halve(load.shard.group, self._batch_size(load.shard.group))
+                self._halve(load.shard.group, batch_size)
         return self._draw_in_parts(load)
 
     def _draw_in_parts(self, load: Load) -> Drawn:
@@ -227,29 +252,34 @@ class Worker:
         settings = group.settings
         assert settings is not None
         size = f"{settings.width} x {settings.height}"
+        if not self.pipe.devices.alone:  # the other hosts may have had room
+            raise UserError(f"out of memory at {size}; write --batch_size {max(batch_size // 2, 1)}")
         if batch_size == 1:
             raise UserError(
                 f"out of memory with one picture of {size} a device; write --dtype bfloat16 or a smaller size"
             )
         self._halved[group.first_shard] = batch_size // 2
-        self.tell(f"out of memory at {size}: {batch_size // 2} pictures a device from here on, not {batch_size}")
+        self.tell(
+            f"out of memory at {size}: {batch_size // 2} pictures a device from here on, not {batch_size}"
+        )
 
     # ---- writing
 
-    def _write(
-        self, batches: Iterator[Drawn], writers: ThreadPoolExecutor, spool: pathlib.Path
-    ) -> Iterator[Shard]:
+    def _write(self, batches: Iterator[Drawn], writers: ThreadPoolExecutor) -> Iterator[Shard]:
         entries: list[formats.Entry] = []
         failures: list[dict[str, Any]] = []
         began = time.time()
         for drawn in batches:
             load = drawn.load
+            if not self.pipe.devices.leads:
+                self.progress(len(load.wanted))
+                continue
             for entry in writers.map(self._finish, load.wanted, drawn.images, drawn.finite, _same(drawn)):
                 (entries if isinstance(entry, formats.Entry) else failures).append(entry)
             failures += [refused._asdict() for refused in load.refused]
             self.progress(len(load.wanted))
             if load.last:
-                self._put(load.shard, entries, failures, drawn.batch_size, began, spool)
+                self._put(load.shard, entries, failures, drawn.batch_size, began)
                 entries, failures, began = [], [], time.time()
                 yield load.shard
 
@@ -278,7 +308,7 @@ class Worker:
         facts |= {"sha256": hashlib.sha256(png).hexdigest(), "extra": row.extra}
         return formats.Entry(png, facts)
 
-    def _put(self, shard, entries, failures, batch_size, began, spool) -> None:
+    def _put(self, shard, entries, failures, batch_size, began) -> None:
         """Writes a whole shard and its manifest, unless it is another worker's by now."""
         if not self.still_ours(shard.name):
             self.tell(f"shard {shard.name} was taken over by another worker; ours is dropped")
@@ -287,7 +317,7 @@ class Worker:
         data = None
         if entries:
             data = self.store.patiently(
-                lambda: formats.write_shard(spool, shard.name, self.job.config.format, entries)
+                lambda: formats.write_shard(self.store.spool(), shard.name, self.job.config.format, entries)
             )
         if folder.commit(self.store, shard.name, data, manifest, failures):
             self.tally.shards += 1
@@ -301,6 +331,7 @@ class Worker:
         return {
             "shard": shard.number,
             "format": config.format,
+            "worker": self._name,
             "began": round(began, 3),  # seconds since 1970
             "ended": round(time.time(), 3),
             "failures": len(failures),
@@ -325,52 +356,3 @@ def _same(value: Any) -> Iterator[Any]:
 def _out_of_memory_or_raise(error: BaseException) -> None:
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
         raise error
-
-
-class _Recent:
-    """Contexts by prompt; the oldest go when there are too many bytes."""
-
-    def __init__(self, room: int):
-        self._room, self._bytes = room, 0
-        self._found: collections.OrderedDict[str, Context] = collections.OrderedDict()
-
-    def __contains__(self, text: str) -> bool:
-        return text in self._found
-
-    def __getitem__(self, text: str) -> Context:
-        self._found.move_to_end(text)
-        return self._found[text]
-
-    def add(self, text: str, context: Context) -> None:
-        # A row of an array keeps the whole array alive; a copy does not.
-        self._found[text] = context.copy()
-        self._bytes += context.nbytes
-        while self._bytes > self._room and len(self._found) > 1:
-            self._bytes -= self._found.popitem(last=False)[1].nbytes
-
-
-class _Busy:
-    """For how long a batch was on the devices."""
-
-    def __init__(self):
-        self._began: float | None = None
-        self._until = 0.0  # end of the last batch
-        self._busy = 0.0
-        self._span = 0.0
-
-    def add(self, launched: float, ready: float) -> None:
-        """A batch, in the order in which they are launched; times of time.monotonic()."""
-        begin = launched if self._began is None else max(launched, self._until)
-        if self._began is None:
-            self._began = self._until = launched
-        self._busy += ready - begin
-        self._span += ready - self._until
-        self._until = ready
-
-    def pause(self) -> None:
-        """The account goes on with the next batch."""
-        self._began = None
-
-    def idle(self) -> float:
-        """Share of the time so far in which nothing was on the devices."""
-        return 1 - self._busy / self._span if self._span else 0.0

@@ -341,4 +341,4 @@ def test_ctrl_c_is_put_off_to_where_it_is_safe(draw, monkeypatch, moment):
     )
     assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.undo()
-    assert not cli._interrupts
+    assert not cli._signals

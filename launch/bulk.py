@@ -1,0 +1,214 @@
+"""The run of launch.generate with --prompts_file, once its flags are read."""
+
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.config import JobConfig
+from engine.diffusion.noise import fresh_seed
+from engine.jobs import folder, formats
+from engine.jobs.claims import Claims
+from engine.jobs.plan import Job, Settle, Shard, make_plan, settle_with, weights_digest
+from engine.jobs.processes import find_processes
+from engine.jobs.store import Store, open_store
+from engine.jobs.work import Worker
+from engine.parallel import meet
+from engine.pipeline import Pipeline
+from engine.text.rows import Rows, read_rows, unread_columns
+from launch import cli
+from launch.drawing import advice_where_memory_runs_out, open_model
+
+STOP_POLL = 0.1  # seconds between looks at whether the program is to stop
+POLL = 1.0  # seconds between looks at what other workers have done
+LINE_EVERY = 10.0  # seconds between lines of progress where nobody watches a bar
+
+
+def run(given: dict[str, Any]) -> int:
+    """Draws this process's part of a job; returns the exit code."""
+    cli.stop_if_asked()
+    config = JobConfig(**given)
+    processes = find_processes(config.processes, config.process_id)
+    formats.check_installed(config.format)
+    with read_rows(config.prompts_file, sys.stdin.buffer) as rows:
+        for warning in unread_columns(rows.columns):
+            cli.tell(f"warning: {warning}")
+        store = open_store(config.out, config.patience, cli.tell, pause=pause)
+        together = config.split_params and not config.elastic and processes.count > 1
+        if together:
+            meet(config.coordinator, processes.count, processes.id)
+        pipe = open_model(config, together)
+        job, settle = begin(config, rows, pipe, store)
+        if config.elastic:
+            with Claims(store, config.lease, cli.tell) as claims:
+                work(job, settle, pipe, store, claims)
+        else:
+            if processes.count > 1:
+                cli.tell(f"process {processes.id} of {processes.count} ({processes.source})")
+            work(job, settle, pipe, store, (0, 1) if together else (processes.id, processes.count))
+    if not pipe.devices.leads:
+        return cli.DONE
+    return cli.FAILED if folder.write_failures(store) else cli.DONE
+
+
+def pause(seconds: float) -> None:
+    """Waits, and stops where the program is asked to."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if threading.current_thread() is threading.main_thread():
+            cli.stop_if_asked()
+        time.sleep(min(left, STOP_POLL))
+
+
+def begin(config: JobConfig, rows: Rows, pipe: Pipeline, store: Store) -> tuple[Job, Settle]:
+    """The plan, and job.json in the folder.
+
+    Without a seed it is that of the job that was begun there, or a fresh one.
+    """
+    if config.seed is None:
+        config = dataclasses.replace(config, seed=folder.seed_of(store))
+    fresh = config.seed is None
+    if fresh:
+        config = dataclasses.replace(config, seed=fresh_seed())
+    height, width = pipe.default_size
+    filled = pipe.settings(config.steps, config.sampler, config.guidance_scale, config.height, config.width)
+    config = dataclasses.replace(
+        config, sampler=filled.sampler, height=config.height or height, width=config.width or width
+    )
+    settle = settle_with(config, pipe)
+    job = make_plan(config, rows, settle, weights_digest(pipe.folder))
+    job = folder.enter(store, job, any_seed=fresh)
+    if fresh:
+        cli.tell(f"seed {job.config.seed}")
+    return job, settle
+
+
+def work(job: Job, settle: Settle, pipe: Pipeline, store: Store, part: Claims | tuple[int, int]) -> None:
+    """Draws the shards that are this worker's, and says how far it is.
+
+    Args:
+      part: claims, or (number of this process, number of all).
+    """
+    description, finished = job.describe(), agreed(job, folder.done(store), pipe)
+    done = sum(folder.pictures_of(description, int(name)) for name in finished)
+    total = sum(group.count for group in job.groups)
+    cli.tell(
+        f"{job.pictures} pictures of {len(job.rows)} rows in {job.shards} shards, "
+        f"{sum(group.settings is not None for group in job.groups)} programs to compile"
+        + (f"; {len(finished)} shards are done" if finished else "")
+    )
+    stopping = threading.Event()
+    claims = part if isinstance(part, Claims) else None
+    shards = split(job, finished, *part) if claims is None else take(job, store, claims, stopping)
+    with Progress(total, done) as progress:
+        worker = Worker(
+            job,
+            settle,
+            pipe,
+            store,
+            cli.tell,
+            progress.step,
+            claims.holds if claims else lambda shard: True,
+            cli.stop_if_asked,
+        )
+        try:
+            with advice_where_memory_runs_out("a smaller --shard_size, or --dtype bfloat16"):
+                for shard in worker.run(shards):
+                    if claims:
+                        claims.release(shard.name)
+                    if pipe.devices.leads:
+                        cli.say(f"{store.url}/manifests/{shard.name}.json")
+        except KeyboardInterrupt as stop:
+            where = f"{worker.tally.shards} shards were finished; the same command goes on"
+            raise type(stop)(where) from None
+        finally:
+            stopping.set()
+    tally = worker.tally
+    cli.tell(
+        f"{tally.pictures} pictures in {tally.shards} shards, {tally.failures} failures, "
+        f"{progress.rate():.3g} images/s; the devices were idle for {tally.idle:.1%} of the time"
+    )
+
+
+def agreed(job: Job, finished: set[str], pipe: Pipeline) -> set[str]:
+    """The shards that are done, the same set on all hosts that work together."""
+    names = folder.names(job.describe())
+    marks = pipe.devices.agree(np.array([name in finished for name in names], bool))
+    return {name for name, mark in zip(names, marks, strict=True) if mark}
+
+
+def split(job: Job, finished: set[str], process: int, processes: int) -> Iterator[Shard]:
+    """Every so many'th shard that is not done yet."""
+    for number in range(process, job.shards, processes):
+        shard = job.shard(number)
+        if shard.name not in finished:
+            yield shard
+
+
+def take(job: Job, store: Store, claims: Claims, stopping: threading.Event) -> Iterator[Shard | None]:
+    """Shards that this worker has claimed, until all of the job are done, whoever did them.
+
+    Yields None where there is nothing to take at the moment.
+    """
+    names = folder.names(job.describe())
+    while not stopping.is_set():
+        finished = folder.done(store)
+        names = [name for name in names if name not in finished]
+        others = [name for name in names if not claims.has(name)]
+        if not others and not names:
+            return
+        name = claims.take_first(others)
+        if name is None:
+            yield None
+            stopping.wait(POLL)
+        elif folder.is_done(store, name):  # finished between the two looks
+            claims.release(name)
+        else:
+            yield job.shard(int(name))
+
+
+class Progress:
+    """How far the job is, and how fast this worker: a bar, or now and then a line."""
+
+    def __init__(self, total: int, done: int):
+        """Args:
+        total: pictures of the job, and rows that cannot be drawn.
+        done: those that were done before.
+        """
+        self._total, self._done, self._mine = total, done, 0
+        self._began = self._told = time.monotonic()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit=" images",
+            dynamic_ncols=True,
+            disable=None,  # where stderr is no terminal
+            file=sys.stderr,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self, pictures: int) -> None:
+        """So many more. Here the program also stops, if asked to."""
+        cli.stop_if_asked()
+        self._mine += pictures
+        self._bar.update(pictures)
+        now = time.monotonic()
+        if self._bar.disable and now - self._told > LINE_EVERY:
+            self._told = now
+            done, rate = self._done + self._mine, self.rate()
+            left = f", {(self._total - done) / rate:.0f} s left" if rate else ""
+            cli.tell(f"{done}/{self._total} images, {rate:.3g} images/s{left}")
+
+    def rate(self) -> float:
+        """Pictures a second of this worker."""
+        return self._mine / max(time.monotonic() - self._began, 1e-9)

@@ -1,0 +1,289 @@
+"""launch.generate with --prompts_file: jobs that go on, that fail row by row, and that can be checked."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine import finish
+from engine.jobs import folder
+from engine.jobs.formats import read_pngs
+from engine.jobs.store import open_store
+from launch import cli
+
+ROWS = [
+    {"prompt": "a red fox at night"},
+    {"prompt": "a cat", "negative_prompt": "a dog", "note": "carried"},
+    {"prompt": "a dog", "seed": 5, "steps": 3},
+    {"prompt": "two trees", "guidance_scale": 1},
+    {"prompt": "a wide car", "width": 24, "id": "wide"},
+    {"prompt": "a car", "guidance_scale": 3.5},
+    {"prompt": "a cat above a dog", "sampler": "ddim"},
+]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Writes rows into a file and gives its path."""
+
+    def write(rows=ROWS, name="prompts.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def job(draw, prompts):
+    """A job of ROWS in shards of two, seed 7, unless told."""
+
+    def job(*argv, rows=ROWS):
+        return draw("--prompts_file", prompts(rows), "--seed", 7, "--shard_size", 2, *argv)
+
+    return job
+
+
+def pictures(out):
+    """number -> sha256, of all manifests."""
+    manifests = [json.loads(path.read_text()) for path in sorted((out / "manifests").iterdir())]
+    return {p["number"]: p["sha256"] for manifest in manifests for p in manifest["pictures"]}
+
+
+def facts(out):
+    """number -> what the manifests say of the picture."""
+    manifests = [json.loads(path.read_text()) for path in sorted((out / "manifests").iterdir())]
+    return {p["number"]: p for manifest in manifests for p in manifest["pictures"]}
+
+
+def png_of(out, number):
+    (path,) = (out / "shards").glob(f"*/{number:08d}-*.png")
+    return path
+
+
+def test_every_row_gets_its_pictures(job, run, tmp_path):
+    outcome = job("--num_images", 2)
+    assert outcome.code == cli.DONE, outcome.told
+    out = tmp_path / "out"
+    found = facts(out)
+    assert sorted(found) == list(range(14))
+    assert found[2]["negative_prompt"] == "a dog" and found[2]["extra"] == {"note": "carried"}
+    assert (found[4]["seed"], found[4]["index"], found[4]["steps"]) == (5, 0, 3)
+    assert (found[5]["seed"], found[5]["index"]) == (5, 1)
+    assert (found[7]["seed"], found[7]["index"], found[7]["guidance_scale"]) == (7, 7, 1)
+    assert found[8]["id"] == "wide"
+    assert Image.open(png_of(out, 8)).size == (24, 16)
+    assert found[12]["sampler"] == "ddim"
+    assert run("--verify", out).code == cli.DONE
+
+
+def test_pictures_are_those_of_single_runs(job, run, tmp_path):
+    """The address (seed, index) is all: a job draws what the same command draws alone."""
+    assert job().code == cli.DONE
+    for number in (0, 2, 4, 5):
+        path = png_of(tmp_path / "out", number)
+        outcome = run("--like", path, "--out", tmp_path / "again")
+        assert outcome.code == cli.DONE, outcome.told
+        again = np.asarray(Image.open(outcome.paths[0]), np.int16)
+        assert np.abs(again - np.asarray(Image.open(path), np.int16)).max() <= 1
+
+
+def test_few_programs_are_compiled(job, tmp_path, model, load_once):
+    """As many as there are distinct shapes, however the rows are mixed."""
+    sizes = [{"prompt": f"a cat {i}", "width": 16 + 8 * (i % 2), "guidance_scale": 2 + i} for i in range(12)]
+    load_once.cache_clear()
+    outcome = job(rows=sizes)
+    assert outcome.code == cli.DONE
+    assert any("2 programs to compile" in line for line in outcome.told)
+    pipe = load_once(str(model), "float32", "shard_map")
+    assert pipe._begin.cache_info().currsize == 1
+    segment = pipe._segment("dpmpp_2m", True, 1, False)
+    assert segment._cache_size() == 2
+    assert pipe._text._cache_size() == 1
+
+
+@pytest.mark.parametrize("format", ["files", "webdataset", "arrayrecord", "parquet"])
+def test_formats_hold_the_same_pictures(job, run, tmp_path, format):
+    out = tmp_path / "out"
+    assert job("--format", format).code == cli.DONE
+    assert run("--verify", out).code == cli.DONE
+    store = open_store(str(out))
+    found = {
+        finish.read_settings(_file(tmp_path, png))["index"]: png
+        for name in folder.done(store)
+        for png in read_pngs(store, format, name)
+    }
+    assert len(found) == 6  # two of the seven have index 0
+    outcome = run("--merge", out)
+    lines = [json.loads(line) for line in outcome.paths[0].read_text().splitlines()]
+    assert sorted(line["number"] for line in lines) == list(range(7))
+    assert all((out / line["file"]).exists() for line in lines)
+
+
+def _file(folder, png):
+    path = folder / "one.png"
+    path.write_bytes(png)
+    return path
+
+
+def test_a_job_goes_on_where_it_was(job, tmp_path):
+    out = tmp_path / "out"
+    assert job().code == cli.DONE
+    whole = pictures(out)
+    manifest, other = out / "manifests" / "000001.json", out / "manifests" / "000000.json"
+    manifest.unlink()
+    before = other.stat().st_mtime_ns
+    outcome = job()
+    assert outcome.code == cli.DONE
+    assert [path.name for path in outcome.paths] == ["000001.json"]
+    assert pictures(out) == whole
+    assert other.stat().st_mtime_ns == before
+
+
+def test_another_job_in_the_folder_is_refused_with_the_difference(job, prompts, tmp_path):
+    assert job().code == cli.DONE
+    for argv, difference in [
+        (("--steps", 3), "steps 2 there and 3 here"),
+        (("--seed", 8), "seed 7 there and 8 here"),
+        (("--format", "parquet"), "format 'files' there and 'parquet' here"),
+        (("--negative_prompt", "blue"), "negative_prompt '' there and 'blue' here"),
+    ]:
+        outcome = job(*argv)
+        assert outcome.code == cli.MISTAKE
+        assert difference in outcome.told[-1] and "another job" in outcome.told[-1]
+    outcome = job(rows=ROWS[:-1])
+    assert outcome.code == cli.MISTAKE and "other rows" in outcome.told[-1]
+
+
+def test_without_a_seed_the_job_keeps_its_own(draw, prompts, tmp_path):
+    path = prompts(ROWS[:2])
+    first = draw("--prompts_file", path)
+    assert first.code == cli.DONE
+    assert any(line.startswith("seed ") for line in first.told)
+    whole = pictures(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "manifests")
+    assert draw("--prompts_file", path).code == cli.DONE
+    assert pictures(tmp_path / "out") == whole
+
+
+def test_rows_that_cannot_be_drawn_are_reported_and_the_others_drawn(job, run, tmp_path):
+    bad = [
+        {"prompt": "a cat"},
+        {"prompt": "too many", "steps": 100000},
+        {"prompt": "odd", "height": 17},
+        {"prompt": 5},
+        {"prompt": "no such", "sampler": "eulr"},
+        {"prompt": "a dog"},
+        {"prompt": "far", "index": 2**32 - 1, "id": "far"},
+    ]
+    outcome = job("--num_images", 2, rows=bad)
+    assert outcome.code == cli.FAILED
+    out = tmp_path / "out"
+    assert sorted(pictures(out)) == [0, 1, 10, 11]
+    failures = {f["row"]: f for f in map(json.loads, (out / "failures.jsonl").read_text().splitlines())}
+    assert sorted(failures) == [1, 2, 3, 4, 6]
+    assert "multiples of" in failures[2]["reason"]
+    assert "did you mean euler" in failures[4]["reason"]
+    assert failures[6]["id"] == "far" and "index" in failures[6]["reason"]
+    outcome = run("--verify", out)
+    assert outcome.code == cli.DONE
+    outcome = run("--status", out)
+    assert "failures  5" in [str(line) for line in outcome.paths]
+
+
+def test_a_nan_is_one_picture_s_failure(job, run, tmp_path, load_once, model, monkeypatch):
+    pipe = load_once(str(model), "float32", "shard_map")
+    dispatch = pipe.dispatch
+
+    def struck(requests, *rest):
+        images, finite = dispatch(requests, *rest)
+        return images, finite & np.array(
+            [r.prompt != "a cat" for r in requests] + [True] * (len(finite) - len(requests))
+        )
+
+    monkeypatch.setattr(pipe, "dispatch", struck)
+    assert job().code == cli.FAILED
+    out = tmp_path / "out"
+    (failure,) = map(json.loads, (out / "failures.jsonl").read_text().splitlines())
+    assert (failure["row"], failure["number"], failure["seed"], failure["index"]) == (1, 1, 7, 1)
+    assert "NaN" in failure["reason"]
+    assert sorted(pictures(out)) == [0, 2, 3, 4, 5, 6]
+    assert run("--verify", out).code == cli.DONE
+
+
+def test_two_processes_share_the_shards(job, run, tmp_path):
+    job()
+    whole = pictures(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    first = job("--processes", 2, "--process_id", 1)
+    assert first.code == cli.DONE
+    assert run("--verify", tmp_path / "out").code == cli.FAILED, "half of the shards are open"
+    second = job("--processes", 2, "--process_id", 0)
+    assert not {path.name for path in first.paths} & {path.name for path in second.paths}
+    assert pictures(tmp_path / "out") == whole
+    assert run("--verify", tmp_path / "out").code == cli.DONE
+
+
+def test_an_elastic_worker_draws_all_and_leaves_no_claim(job, tmp_path):
+    job()
+    whole = pictures(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert job("--elastic").code == cli.DONE
+    assert pictures(tmp_path / "out") == whole
+    assert list((tmp_path / "out" / "claims").iterdir()) == []
+
+
+def test_verify_finds_what_is_wrong(job, run, tmp_path):
+    out = tmp_path / "out"
+    assert job().code == cli.DONE
+
+    path = png_of(out, 0)
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-20] + bytes(20))
+    outcome = run("--verify", out)
+    assert outcome.code == cli.FAILED
+    assert "000000: picture 0 is damaged: its sha256 is another" in map(str, outcome.paths)
+    path.unlink()
+    outcome = run("--verify", out)
+    assert outcome.code == cli.FAILED and "1 problems" not in str(outcome.paths[0])
+    path.write_bytes(sound)
+    assert run("--verify", out).code == cli.DONE
+
+    manifest = out / "manifests" / "000001.json"
+    text = manifest.read_text()
+    doubled = json.loads(text)
+    doubled["pictures"][0]["number"] = 0
+    manifest.write_text(json.dumps(doubled))
+    outcome = run("--verify", out)
+    assert outcome.code == cli.FAILED
+    assert "picture 0 is there 2 times" in map(str, outcome.paths)
+    manifest.write_text(text[: len(text) // 2])
+    outcome = run("--verify", out)
+    assert "manifests/000001.json is damaged" in map(str, outcome.paths)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompts_file", "none.txt"], "no such file"),
+        (["--prompts_file", "F", "a cat"], "stand in the file"),
+        (["--prompts_file", "F", "--frames", 3], "single pictures"),
+        (["--prompts_file", "F", "--format", "webdatset"], "did you mean webdataset?"),
+        (["--prompts_file", "F", "--process_id", 1], "--processes"),
+        (["--prompts_file", "F", "--shard_size", 0], "out of range"),
+        (["--format", "parquet", "a cat"], "--prompts_file"),
+        (["--status", "D", "a cat"], "alone"),
+        (["--status", "no/such/folder"], "no job"),
+        (["--out", "x", "--verify", "D"], "alone"),
+    ],
+)
+def test_mistakes_are_one_line(draw, run, prompts, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(prompts()) if a == "F" else a for a in argv]
+    outcome = run(*argv) if "--status" in argv or "--verify" in argv else draw(*argv)
+    assert outcome.code == cli.MISTAKE
+    assert message in outcome.told[-1], outcome.told
+    assert not pathlib.Path("no").exists()
