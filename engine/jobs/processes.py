@@ -17,6 +17,7 @@ variables are set by the cluster; JOB_COMPLETIONS, JOBSET_JOB_INDEX and JOBSET_J
 
 import dataclasses
 import glob
+import http.client
 import os
 import pathlib
 import time
@@ -28,7 +29,8 @@ from engine.errors import UserError
 
 METADATA_HOST = "metadata.google.internal"
 METADATA_TRIES = 3
-METADATA_TIMEOUT = 5.0  # seconds
+METADATA_TIMEOUT = 5.0  # seconds, of each
+METADATA_PAUSE = 0.5  # seconds between them
 GOOGLE = "0x1ae0"  # as a vendor of PCI devices
 
 Environ = Mapping[str, str]
@@ -77,10 +79,10 @@ def read_metadata(key: str, host: str) -> str | None:
             if error.code == 404:
                 return None
             problem = str(error)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             problem = str(getattr(error, "reason", error))
         if again:
-            time.sleep(0.5)
+            time.sleep(METADATA_PAUSE)
     raise UserError(
         f"this machine has a TPU, but its metadata server {host} does not say {key} ({problem}); "
         "write --processes and --process_id"
@@ -131,22 +133,22 @@ def _inside(outer: Processes, inner: Processes, source: str) -> Processes:
     return Processes(outer.id * inner.count + inner.id, outer.count * inner.count, source)
 
 
-def _number(environ: Environ, name: str) -> int:
+def _number(environ: Environ, name: str, source: str) -> int:
     """A variable that has to be there."""
     text = environ.get(name, "")
     if not (text.strip().isascii() and text.strip().isdigit()):
         raise UserError(
-            f"environment variable {name}={text!r} should be a whole number; "
+            f"{name}={text!r} should be a whole number ({source}); "
             "correct it, or write --processes and --process_id"
         )
     return int(text)
 
 
 def _pair(environ: Environ, number: str, count: str, source: str) -> Processes:
-    found = Processes(_number(environ, number), _number(environ, count), source)
+    found = Processes(_number(environ, number, source), _number(environ, count, source), source)
     if found.id >= found.count:
         raise UserError(
-            f"environment variables {number}={found.id} and {count}={found.count} contradict each other; "
+            f"{number}={found.id} and {count}={found.count} contradict each other ({source}); "
             "correct them, or write --processes and --process_id"
         )
     return found
@@ -169,35 +171,32 @@ def _slurm_step(environ: Environ) -> Processes | None:
 def _slurm_array(environ: Environ) -> Processes | None:
     if "SLURM_ARRAY_TASK_ID" not in environ:
         return None
-    values = {
-        name: _number(environ, f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "COUNT", "STEP")
-    }
+    names = ("ID", "MIN", "MAX", "COUNT", "STEP")
+    values = {name: _number(environ, f"SLURM_ARRAY_TASK_{name}", "SLURM array") for name in names}
     step = max(values["STEP"], 1)
     number, odd = divmod(values["ID"] - values["MIN"], step)
     regular = (values["MAX"] - values["MIN"]) // step + 1 == values["COUNT"]
     if odd or not regular or not 0 <= number < values["COUNT"]:
         raise UserError(
-            "environment variable SLURM_ARRAY_TASK_ID is of an array with gaps; "
+            f"SLURM_ARRAY_TASK_ID={values['ID']} is of an array with gaps; "
             "write sbatch --array=0-7 or the like, or --elastic"
         )
     return Processes(number, values["COUNT"], "SLURM array")
 
 
 def _kubernetes(environ: Environ) -> Processes | None:
-    jobset = "JOBSET_JOB_INDEX" in environ
+    pod = None
     if "JOB_COMPLETIONS" in environ:
         pod = _pair(environ, "JOB_COMPLETION_INDEX", "JOB_COMPLETIONS", "Kubernetes Job")
-    elif not jobset and "JOB_COMPLETION_INDEX" in environ and not _hosts(environ):
+    elif "JOB_COMPLETION_INDEX" in environ and not _hosts(environ):
         raise UserError(
-            "environment variable JOB_COMPLETION_INDEX says that this pod is one of several, but not of how "
-            "many; set JOB_COMPLETIONS too, or write --processes and --process_id"
+            "JOB_COMPLETION_INDEX says that this pod is one of several, but not of how many; "
+            "set JOB_COMPLETIONS too, or write --processes and --process_id"
         )
-    else:
-        pod = None
-    if not jobset:
+    if "JOBSET_JOB_INDEX" not in environ:
         return pod
     job = _pair(environ, "JOBSET_JOB_INDEX", "JOBSET_JOBS", "JobSet")
-    return _inside(job, pod or Processes(0, 1, ""), "JobSet")
+    return _inside(job, pod or _tpu_hosts(environ) or Processes(0, 1, ""), "JobSet")
 
 
 def _hosts(environ: Environ) -> str:
@@ -205,15 +204,19 @@ def _hosts(environ: Environ) -> str:
     return environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
 
 
-def _tpu_environment(environ: Environ) -> Processes | None:
+def _tpu_hosts(environ: Environ) -> Processes | None:
     hosts = _hosts(environ)
     if not hosts:
         return None
-    counted = {"TPU_WORKER_HOSTNAMES": str(hosts.count(",") + 1), "TPU_WORKER_ID": "0"}
+    counted = {"hosts": str(hosts.count(",") + 1), "TPU_WORKER_ID": "0"}
     if "TPU_WORKER_ID" in environ or "," in hosts:
         counted["TPU_WORKER_ID"] = environ.get("TPU_WORKER_ID", "")
-    host = _pair(counted, "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "TPU")
-    return _inside(_slice(environ), host, "TPU")
+    return _pair(counted, "TPU_WORKER_ID", "hosts", "TPU")
+
+
+def _tpu_environment(environ: Environ) -> Processes | None:
+    host = _tpu_hosts(environ)
+    return host and _inside(_slice(environ), host, "TPU")
 
 
 def _tpu_vm(environ: Environ, metadata: Callable[[str], str | None]) -> Processes | None:
@@ -221,8 +224,8 @@ def _tpu_vm(environ: Environ, metadata: Callable[[str], str | None]) -> Processe
     if number is None:
         return None
     hosts = metadata("worker-network-endpoints") or ""
-    known = {"agent-worker-number": number, "worker-network-endpoints": str(hosts.count(",") + 1)}
-    host = _pair(known, "agent-worker-number", "worker-network-endpoints", "TPU VM")
+    known = {"agent-worker-number": number, "hosts": str(hosts.count(",") + 1)}
+    host = _pair(known, "agent-worker-number", "hosts", "TPU VM")
     # Lines such as MEGASCALE_NUM_SLICES: '2'
     lines = (line.partition(":") for line in (metadata("tpu-env") or "").splitlines())
     of_slice = {name.strip(): value.strip().strip("'") for name, _, value in lines}
