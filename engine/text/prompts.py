@@ -1,7 +1,5 @@
-"""What people write: prompt files, lists of prompts, and what the model will not read of them."""
+"""What people write: prompts, lists of them, and what the model will not read of them."""
 
-import os
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,34 +9,6 @@ from engine.types import UserError
 
 SHOWN_LETTERS = 30  # of a prompt on either side of the place where it is cut
 SHOWN_WORDS = 12  # of the words that the model does not know
-
-
-def read_prompt_file(path: str | os.PathLike) -> list[str]:
-    """The prompts of a text file in UTF-8, one a line. Blank lines and lines that start with # are skipped.
-
-    Raises:
-      UserError: the file cannot be read, is no text, or holds no prompt.
-    """
-    path = pathlib.Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; write the path of a text file with one prompt a line"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; write the path of a text file, one prompt a line"
-        ) from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8 text") from None
-    # Not splitlines: it would also split at U+2028 and at form feeds, which may stand inside a prompt.
-    lines = (line.strip() for line in text.split("\n"))
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise UserError(f"{path}: no prompt in it; write one a line (lines that start with # are comments)")
-    return prompts
 
 
 def check_prompt(prompt: Any) -> str:

@@ -1,4 +1,4 @@
-"""Prompt files, lists of prompts, and the warnings about what the model will not read."""
+"""Prompts, lists of prompts, and the warnings about what the model will not read."""
 
 import pytest
 
@@ -6,7 +6,6 @@ from engine.text.prompts import (
     check_negative_prompts,
     check_prompt,
     check_prompts,
-    read_prompt_file,
     unread,
 )
 from engine.text.tokenizer import train_tokenizer
@@ -18,32 +17,6 @@ CAPTIONS = ["a red fox at sunset", "a red cat at night"] * 20
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(CAPTIONS, 600, 12, words=CAPTIONS)
-
-
-def test_one_prompt_a_line(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(
-        "\ufeffa fox\r\n\r\n  # a comment\r\n\ta cat \r\n#x\r\na \u2028line\x0cfeed\r\n\N{FOX FACE}".encode()
-    )
-    assert read_prompt_file(path) == ["a fox", "a cat", "a \u2028line\x0cfeed", "\N{FOX FACE}"]
-
-
-@pytest.mark.parametrize("text", ["", "\n\n", "# only\n  # comments\n", "\ufeff"])
-def test_empty_prompt_file(tmp_path, text):
-    path = tmp_path / "prompts.txt"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"prompts.txt: no prompt in it; write one a line"):
-        read_prompt_file(path)
-
-
-def test_prompt_file_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match=r"missing\.txt: no such file"):
-        read_prompt_file(tmp_path / "missing.txt")
-    with pytest.raises(UserError, match="Is a directory"):
-        read_prompt_file(tmp_path)
-    (tmp_path / "latin").write_bytes(b"a fox\na caf\xe9\n")
-    with pytest.raises(UserError, match="latin, line 2: not UTF-8"):
-        read_prompt_file(tmp_path / "latin")
 
 
 def test_good_prompts_pass_unchanged():
