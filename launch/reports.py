@@ -29,8 +29,8 @@ def tell_status(store: Store) -> int:
     left = status.seconds_left
     cli.say(f"shards    {status.shards_done} of {status.shards} done, {status.claimed} claimed")
     cli.say(f"pictures  {done} of {whole} ({done / max(whole, 1):.1%})")
-    if status.rate:
-        cli.say(f"speed     {status.rate:.3g} images/s, {datetime.timedelta(seconds=round(left or 0))} left")
+    if done < whole and left is not None:
+        cli.say(f"speed     {status.rate:.3g} images/s, {datetime.timedelta(seconds=round(left))} left")
     elif done < whole:
         cli.say("speed     no worker has finished a shard lately")
     cli.say(f"failures  {status.failures}")

@@ -1,0 +1,35 @@
+"""Workers that are killed and come again: the short form of python -m tests.faults."""
+
+import random
+
+import pytest
+
+from tests.faults import kills as faults
+
+KILLS, ELASTIC_KILLS = 5, 4
+PICTURES = 400
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return faults.Workshop(tmp_path_factory.mktemp("faults"), PICTURES)
+
+
+@pytest.fixture(scope="module")
+def right(shop, tmp_path_factory):
+    """The pictures of a run that nobody disturbs."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    shop.finish(out)
+    return faults.hashes(out)
+
+
+def test_a_worker_that_is_killed_again_and_again(shop, right, tmp_path):
+    faults.kill_and_restart(shop, tmp_path / "out", KILLS, random.Random(1))
+    shop.verify(tmp_path / "out")
+    assert faults.hashes(tmp_path / "out") == right
+
+
+def test_workers_that_come_and_go(shop, right, tmp_path):
+    faults.come_and_go(shop, tmp_path / "out", 4, ELASTIC_KILLS, random.Random(2))
+    shop.verify(tmp_path / "out")
+    assert faults.hashes(tmp_path / "out") == right
