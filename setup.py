@@ -13,6 +13,13 @@ train = [
     "orbax-checkpoint>=0.11",  # checkpoints that survive a crash
 ]
 
+jobs = [
+    "pyarrow>=18",  # prompt files and shards in Parquet
+    "array_record>=0.7",  # shards in ArrayRecord
+    "s3fs>=2025.2",  # s3:// as output folder
+    "gcsfs>=2025.2",  # gs:// as output folder
+]
+
 setup(
     name="fogsculpt",
     version=VERSION,
@@ -35,13 +42,21 @@ setup(
         "jaxtyping>=0.3",  # shapes in signatures
         "tqdm>=4.66",  # progress bars
         "platformdirs>=4.0",  # where each system keeps caches
+        "tenacity>=9.0",  # trying again, where a disk or a network fails for a while
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.8"],
         "cuda": ["jax[cuda13]>=0.8"],
         "train": train,
+        "jobs": jobs,
         "test": [
             *train,
+            *jobs,
+            "moto[server]>=5.0.20",  # a real S3 server on this machine
+            "webdataset>=1.0",  # reads the shards that we write
+            "kubeflow-trainer-api>=2.3",  # the published schema of JobSet, as models
+            "jsonschema>=4.23",  # jobset.yaml against it
+            "pyyaml>=6.0",
             "pytest>=8",
             "beartype>=0.19",  # checks the jaxtyping annotations in the tests
             "ruff>=0.9",
