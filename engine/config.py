@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import json
-import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -46,7 +46,7 @@ def _is_a(value: Any, annotation: Any) -> bool:
         return isinstance(value, tuple) and all(_is_a(v, typing.get_args(annotation)[0]) for v in value)
     if annotation in (int, float):
         number = isinstance(value, (int, annotation)) and not isinstance(value, bool)
-        return number and math.isfinite(value)
+        return number and abs(value) <= sys.float_info.max  # neither NaN nor beyond all floats
     return annotation is Any or isinstance(value, annotation)
 
 

@@ -57,8 +57,8 @@ FLAGS: cli.Groups = {
         "parallel": ("MODE", "over all local devices: shard_map, jit or pmap"),
         "split_params": (
             "",
-            "with --parallel jit: the model split over the devices, where one is too small for it; the\n"
-            "processes of a job then draw every batch together",
+            "with --parallel jit: splits the model over the devices, where one is too small for it;\n"
+            "the processes of a job then draw every batch together",
         ),
         "dtype": ("TYPE", "of the model: float32 or bfloat16"),
         "batch_size": (
@@ -68,7 +68,7 @@ FLAGS: cli.Groups = {
         ),
     },
     "What to write": {
-        "out": ("FOLDER", "made if it is not there; for a job also s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"),
+        "out": ("FOLDER", "made if it is not there; a job's may be s3://BUCKET/FOLDER or gs://..., too"),
         "upscale": ("N", "enlarge pictures to N times their size"),
         "frames": ("N", "beside each picture a strip of N stages from static to picture"),
         "animate": ("", "beside each picture an animated WebP of its stages"),
@@ -76,9 +76,9 @@ FLAGS: cli.Groups = {
     "A job": {
         "prompts_file": (
             "FILE",
-            ".txt (a prompt a line), .jsonl, .csv or .parquet (columns: prompt, and id, negative_prompt,\n"
-            "seed, index, steps, guidance_scale, height, width, sampler where a row has its own; all others\n"
-            "are carried through), or - for standard input",
+            ".txt (a prompt a line), .jsonl, .csv or .parquet (columns: prompt; and where a row has\n"
+            "its own: id, negative_prompt, seed, index, steps, guidance_scale, height, width, sampler;\n"
+            "all others are carried through), or - for standard input",
         ),
         "format": ("FORMAT", "of its shards: files, webdataset, arrayrecord or parquet"),
         "shard_size": ("N", "pictures of a shard; a shard is in memory until it is written"),

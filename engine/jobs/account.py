@@ -6,10 +6,10 @@ from engine.pipeline import Context
 
 
 class Recent:
-    """Contexts by prompt; the oldest go when there are too many bytes."""
+    """Contexts by prompt; the oldest go when there are too many, or too many bytes of them."""
 
-    def __init__(self, room: int):
-        self._room, self._bytes = room, 0
+    def __init__(self, most: int, room: int):
+        self._most, self._room, self._bytes = most, room, 0
         self._found: collections.OrderedDict[str, Context] = collections.OrderedDict()
 
     def __contains__(self, text: str) -> bool:
@@ -23,7 +23,7 @@ class Recent:
         # A row of an array keeps the whole array alive; a copy does not.
         self._found[text] = context.copy()
         self._bytes += context.nbytes
-        while self._bytes > self._room and len(self._found) > 1:
+        while (self._bytes > self._room and len(self._found) > 1) or len(self._found) > self._most:
             self._bytes -= self._found.popitem(last=False)[1].nbytes
 
 

@@ -41,7 +41,7 @@ from engine.types import UserError
 BATCHES_AHEAD = 4  # of words before drawing, and of drawn pictures before writing
 ON_DEVICES = 2  # batches: one at work, one that waits
 TEXT_BATCH = 16  # prompts a device encodes at once
-CONTEXT_BYTES = 2**28  # of contexts that are kept for prompts that come again
+CONTEXTS, CONTEXT_BYTES = 4096, 2**28  # that are kept, for prompts that come again
 
 
 class Load(NamedTuple):
@@ -105,7 +105,7 @@ class Worker:
         self.tell, self.progress, self.still_ours, self.check = tell, progress, still_ours, check
         self.tally = Tally()
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-        self._contexts = Recent(CONTEXT_BYTES)
+        self._contexts = Recent(CONTEXTS, CONTEXT_BYTES)
         # group (by its first shard) -> pictures a device, after out of memory
         self._halved: dict[int, int] = {}
         self._busy = Busy()

@@ -107,12 +107,10 @@ def table(out: pathlib.Path, looks: list[Look]) -> str:
     lines = ["tenth   pictures  images/s   MiB mean   MiB most"]
     for i in range(TENTHS):
         memory = [look.memory for look in looks if edges[i] <= look.time <= edges[i + 1]] or [0.0]
-        pictures, seconds = done[i + 1] - done[i], edges[i + 1] - edges[i]
-        lines.append(
-            f"{i + 1:5d} {pictures:10.0f} {pictures / seconds:9.2f} {np.mean(memory):10.1f} {max(memory):10.1f}"
-        )
-    rate = np.diff(done)
-    lines.append(f"last tenth / first tenth: speed {rate[-1] / rate[0]:.3f}")
+        pictures, rate = done[i + 1] - done[i], (done[i + 1] - done[i]) / (edges[i + 1] - edges[i])
+        lines.append(f"{i + 1:5d} {pictures:10.0f} {rate:9.2f} {np.mean(memory):10.1f} {max(memory):10.1f}")
+    rates = np.diff(done)
+    lines.append(f"last tenth / first tenth: speed {rates[-1] / rates[0]:.3f}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import engine
 from engine import finish
-from engine.config import GenerateConfig
+from engine.config import FORMATS, GenerateConfig, JobConfig
 from engine.diffusion.samplers import SAMPLERS
 from engine.jobs import pictures
 from engine.parallel import MODES
@@ -40,13 +40,18 @@ def test_help_names_every_flag_with_its_default(run, capsys):
     assert generate.run(["--help"]) == 0
     text = capsys.readouterr().out
     shown = dict(re.findall(r"^  --(\w+)((?:.|\n {10})*)", text, re.M))
-    options = typing.get_type_hints(GenerateConfig).keys() - {"prompts"}
-    assert shown.keys() == options | {"like"}
+    options = typing.get_type_hints(JobConfig).keys() - {"prompts"}
+    assert shown.keys() == options | {"like", "status", "verify", "merge"}
     for name in options:
-        default = getattr(GenerateConfig, name)
+        default = getattr(JobConfig, name)
         said = re.search(r"\(default (.*)\)", shown[name])
         assert (said and said[1]) == (None if default in (None, "", False) else str(default)), name
-    for choices, flag in ((SAMPLERS, "sampler"), (MODES, "parallel"), (DTYPES, "dtype")):
+    for choices, flag in (
+        (SAMPLERS, "sampler"),
+        (MODES, "parallel"),
+        (DTYPES, "dtype"),
+        (FORMATS, "format"),
+    ):
         assert [word for word in re.findall(r"\w+", shown[flag]) if word in choices][: len(choices)] == [
             *choices
         ]

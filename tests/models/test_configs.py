@@ -257,6 +257,7 @@ def test_null_and_other_types_are_refused(kind, option):
         ("vae", "layers_per_block", [2, 2, 2, 2]),
         ("vae", "latent_channels", 0),
         ("vae", "scaling_factor", float("nan")),
+        ("vae", "scaling_factor", 10**400),
         ("text_encoder", "hidden_act", "sine"),
         ("text_encoder", "num_attention_heads", 11),
         ("text_encoder", "num_attention_heads", 0),
