@@ -177,7 +177,7 @@ class JobConfig(GenerateConfig):
     coordinator: str | None = None  # host:port of process 0, where split_params brings processes together
     elastic: bool = False  # take shards by claims in the output folder, so that workers may come and go
     lease: float = 60.0  # seconds without a heartbeat after which a claim is taken over
-    writers: int = 1  # threads that make PNGs
+    writers: int = 4  # threads that make PNGs
     patience: float = 60.0  # seconds of trying again where the output folder fails
 
     def validate(self) -> None:

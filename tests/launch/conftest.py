@@ -1,6 +1,7 @@
 """A tiny model in a folder, and launch.generate on it, in this process."""
 
 import functools
+import json
 import pathlib
 from typing import NamedTuple
 
@@ -10,6 +11,16 @@ import engine
 from engine import pipeline
 from launch import generate
 from tests.tiny import tiny_folder
+
+ROWS = [
+    {"prompt": "a red fox at night"},
+    {"prompt": "a cat", "negative_prompt": "a dog", "note": "carried"},
+    {"prompt": "a dog", "seed": 5, "steps": 3},
+    {"prompt": "two trees", "guidance_scale": 1},
+    {"prompt": "a wide car", "width": 24, "id": "wide"},
+    {"prompt": "a car", "guidance_scale": 3.5},
+    {"prompt": "a cat above a dog", "sampler": "ddim"},
+]
 
 
 class Outcome(NamedTuple):
@@ -55,3 +66,25 @@ def draw(run, model, tmp_path):
         return run(*defaults, *argv)
 
     return draw
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Writes rows into a file and gives its path."""
+
+    def write(rows=ROWS, name="prompts.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def job(draw, prompts):
+    """A job of ROWS in shards of two, seed 7, unless told."""
+
+    def job(*argv, rows=ROWS):
+        return draw("--prompts_file", prompts(rows), "--seed", 7, "--shard_size", 2, *argv)
+
+    return job

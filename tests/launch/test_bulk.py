@@ -13,38 +13,7 @@ from engine.jobs import folder
 from engine.jobs.formats import read_pngs
 from engine.jobs.store import open_store
 from launch import cli
-
-ROWS = [
-    {"prompt": "a red fox at night"},
-    {"prompt": "a cat", "negative_prompt": "a dog", "note": "carried"},
-    {"prompt": "a dog", "seed": 5, "steps": 3},
-    {"prompt": "two trees", "guidance_scale": 1},
-    {"prompt": "a wide car", "width": 24, "id": "wide"},
-    {"prompt": "a car", "guidance_scale": 3.5},
-    {"prompt": "a cat above a dog", "sampler": "ddim"},
-]
-
-
-@pytest.fixture
-def prompts(tmp_path):
-    """Writes rows into a file and gives its path."""
-
-    def write(rows=ROWS, name="prompts.jsonl"):
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write
-
-
-@pytest.fixture
-def job(draw, prompts):
-    """A job of ROWS in shards of two, seed 7, unless told."""
-
-    def job(*argv, rows=ROWS):
-        return draw("--prompts_file", prompts(rows), "--seed", 7, "--shard_size", 2, *argv)
-
-    return job
+from tests.launch.conftest import ROWS
 
 
 def pictures(out):
