@@ -32,6 +32,8 @@ def test_the_readme_shows_commands():
 def test_commands_that_draw(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny_folder(tmp_path / "tiny")
+    (csv,) = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "prompts.csv").write_text(csv)
     first = re.search(r'&& python -m (launch\.generate ".+")', README)
     assert first, "the README begins with a command that draws"
     for command in [first[1], *(c.removeprefix("python -m ") for c in COMMANDS)]:
@@ -40,8 +42,11 @@ def test_commands_that_draw(tmp_path, monkeypatch, capsys):
             continue
         arguments = [str(tmp_path / "tiny") if a == MODEL else a for a in arguments]
         assert generate.run(arguments) == 0, command
-        for line in capsys.readouterr().out.splitlines():
+        said = capsys.readouterr().out.splitlines()
+        for line in () if {"--status", "--verify"} & set(arguments) else said:
             assert pathlib.Path(line).stat().st_size > 0
+    rows = len(csv.splitlines()) - 1
+    assert len(pathlib.Path("pictures/index.jsonl").read_text().splitlines()) == rows
 
 
 @pytest.mark.parametrize("module", LONG)

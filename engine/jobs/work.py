@@ -233,7 +233,7 @@ class Worker:
             try:
                 for first in range(0, len(requests), size):
                     part = requests[first : first + size]
-                    drawn = self.pipe.dispatch(part, load.contexts, settings)
+                    drawn = jax.block_until_ready(self.pipe.dispatch(part, load.contexts, settings))
                     images.append(np.asarray(drawn[0])[: len(part)])
                     finite.append(np.asarray(drawn[1])[: len(part)])
                 return Drawn(load, np.concatenate(images), np.concatenate(finite), settings.batch_size)

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -256,3 +257,60 @@ def test_mistakes_are_one_line(draw, run, prompts, tmp_path, monkeypatch, argv, 
     assert outcome.code == cli.MISTAKE
     assert message in outcome.told[-1], outcome.told
     assert not pathlib.Path("no").exists()
+
+
+def out_of_memory():
+    return jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4096 bytes")
+
+
+@pytest.fixture
+def room(load_once, model, monkeypatch):
+    """Devices with room for so many pictures; `late`: it shows when they are at work, not when they begin."""
+
+    def room(pictures, late=False):
+        pipe = load_once(str(model), "float32", "shard_map")
+        dispatch, wait = pipe.dispatch, jax.block_until_ready
+        too_many = []
+
+        def limited(requests, contexts, settings):
+            arrays = dispatch(requests, contexts, settings)
+            if settings.batch_size > pictures:
+                if not late:
+                    raise out_of_memory()
+                too_many.append(arrays[0])
+            return arrays
+
+        def limited_wait(arrays):
+            if any(array is arrays[0] for array in too_many):
+                raise out_of_memory()
+            return wait(arrays)
+
+        monkeypatch.setattr(pipe, "dispatch", limited)
+        monkeypatch.setattr(jax, "block_until_ready", limited_wait)
+
+    return room
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+def test_out_of_memory_halves_the_batch_and_goes_on(job, run, tmp_path, room, late):
+    rows = [{"prompt": f"a cat {i}"} for i in range(20)]
+    flags = ("--batch_size", 8, "--shard_size", 10)
+    whole = job("--batch_size", 2, "--shard_size", 10, "--out", tmp_path / "whole", rows=rows)
+    assert whole.code == cli.DONE
+    room(2, late)
+    outcome = job(*flags, rows=rows)
+    assert outcome.code == cli.DONE, outcome.told
+    halved = [line for line in outcome.told if line.startswith("out of memory")]
+    assert halved == [
+        "out of memory at 16 x 16: 4 pictures a device from here on, not 8",
+        "out of memory at 16 x 16: 2 pictures a device from here on, not 4",
+    ]
+    assert run("--verify", tmp_path / "out").code == cli.DONE
+    assert pictures(tmp_path / "out") == pictures(tmp_path / "whole"), "as if 2 had been asked for"
+
+
+def test_no_room_for_a_single_picture_is_one_line(job, tmp_path, room):
+    room(0)
+    outcome = job()
+    assert outcome.code == cli.MISTAKE
+    assert "out of memory with one picture of 16 x 16 a device; write" in outcome.told[-1]
