@@ -30,7 +30,7 @@ def cluster(daemons):
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """Of a job for launch.generate: small pictures of many steps, some seconds of work for two nodes."""
+    """Of a job of small pictures for launch.generate; --steps says how long it takes."""
     folder = tmp_path_factory.mktemp("job")
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(f"a red fox, {number} times" for number in range(2 * SHARDS)))
@@ -38,7 +38,6 @@ def arguments(tmp_path_factory):
     flags = {
         "prompts_file": prompts,
         "model": model,
-        "steps": 200,
         "shard_size": 2,
         "batch_size": 2,
         "seed": 7,
@@ -86,7 +85,7 @@ def check_complete(cluster, job, log, out):
 
 def test_a_job_outlives_a_lost_node(cluster, arguments, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
-    job = submit(cluster, log, *arguments, f"--out={out}")
+    job = submit(cluster, log, *arguments, f"--out={out}", "--steps=100")
 
     def of_n2():
         return {number for number in shards(out) if number % 2}
@@ -102,7 +101,7 @@ def test_a_job_outlives_a_lost_node(cluster, arguments, tmp_path):
 
 def test_a_preempted_job_stops_cleanly_and_goes_on(cluster, arguments, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
-    job = submit(cluster, log, *arguments, f"--out={out}", "--elastic", "--lease=5")
+    job = submit(cluster, log, *arguments, f"--out={out}", "--steps=400", "--elastic", "--lease=5")
     wait_until_at_work(cluster, job, log, lambda: shards(out))
     submit_urgent(cluster, tmp_path)
     slurm.wait_for("back in the queue", lambda: cluster.job(job)["Restarts"] == "1", 60)
