@@ -15,7 +15,7 @@ from engine.diffusion.noise import fresh_seed
 from engine.jobs import folder, formats
 from engine.jobs.claims import Claims
 from engine.jobs.plan import Job, Settle, Shard, make_plan, settle_with, weights_digest
-from engine.jobs.processes import find_processes
+from engine.jobs.processes import Processes, find_processes
 from engine.jobs.store import Store, open_store
 from engine.jobs.work import Worker
 from engine.parallel import meet
@@ -33,7 +33,9 @@ def run(given: dict[str, Any]) -> int:
     """Draws this process's part of a job; returns the exit code."""
     cli.stop_if_asked()
     config = JobConfig(**given)
-    processes = find_processes(config.processes, config.process_id)
+    # Workers with claims need not know each other.
+    told = (config.processes, config.process_id)
+    processes = Processes(0, 1, "elastic") if config.elastic else find_processes(*told)
     formats.check_installed(config.format)
     with read_rows(config.prompts_file, sys.stdin.buffer) as rows:
         for warning in unread_columns(rows.columns):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from engine.config import IN_WORDS, nearest
 from engine.errors import UserError
 
 # Exit codes, as shells and schedulers read them.
-DONE, FAILED, MISTAKE, STOPPED, TERMINATED = 0, 1, 2, 130, 143
+DONE, FAILED, MISTAKE, CRASHED, STOPPED, TERMINATED = 0, 1, 2, 70, 130, 143
 
 # heading -> flag -> (what stands for its value, what it does)
 Groups = Mapping[str, Mapping[str, tuple[str, str]]]
@@ -29,7 +30,11 @@ def main(job: Job) -> NoReturn:
     nowhere = open(os.devnull, "w")  # noqa: SIM115, stands in for closed streams to the end
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     sys.stdout.reconfigure(errors="surrogateescape")  # a path may hold any bytes; print them as they are
-    code = exit_code(job, sys.argv[1:])
+    try:
+        code = exit_code(job, sys.argv[1:])
+    except Exception:  # a fault of ours; Python's own code for it is 1, which says something else here
+        traceback.print_exc()
+        code = CRASHED
     try:
         sys.stdout.flush()
     except BrokenPipeError:

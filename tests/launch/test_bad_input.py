@@ -342,3 +342,11 @@ def test_ctrl_c_is_put_off_to_where_it_is_safe(draw, monkeypatch, moment):
     assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.undo()
     assert not cli._signals
+
+
+def test_a_fault_of_ours_has_a_code_of_its_own():
+    """A scheduler must be able to tell it from pictures that could not be drawn."""
+    code = "from launch import cli; cli.main(lambda argv: 1 // 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == cli.CRASHED
+    assert "ZeroDivisionError" in done.stderr

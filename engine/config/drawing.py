@@ -1,0 +1,109 @@
+"""What pictures to draw: a few, or a job of many."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from engine.config.reader import nearest
+from engine.errors import UserError
+
+MAX_PICTURES = 100_000  # of one run
+MAX_BATCH_SIZE = 4096
+MAX_UPSCALE = 16
+
+
+@dataclasses.dataclass
+class GenerateConfig:
+    """Pictures to draw into a folder. What is None is known when the model is loaded."""
+
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    num_images: int = 1  # of each prompt
+    seed: int | None = None  # None: a fresh one
+    first_index: int = 0  # of the first picture; seed and index address its noise
+    model: str = "shipped"  # a folder, or this word for the one in the package
+    sampler: str | None = None  # None: the one that the model's folder names
+    steps: int = 30
+    guidance_scale: float = 5.0
+    height: int | None = None  # pixels; None: the size that the model was trained for
+    width: int | None = None
+    dtype: str = "float32"
+    parallel: str = "shard_map"
+    split_params: bool = False  # the model over the devices, where one is too small for it; parallel="jit"
+    batch_size: int | None = None  # pictures that a device draws at once
+    out: str = "out"
+    upscale: int = 1
+    frames: int | None = None  # stages from static to picture, in a strip
+    animate: bool = False
+
+    def validate(self) -> None:
+        """Raises UserError for what is wrong with any model; the rest is checked when it is loaded."""
+        if not self.prompts:
+            raise UserError("no prompt: write what to draw, such as 'a fox on a skateboard at sunset'")
+        if len(self.prompts) * self.num_images > MAX_PICTURES:
+            raise UserError(
+                f"{len(self.prompts)} prompts with num_images={self.num_images}: write at most "
+                f"{MAX_PICTURES} pictures a run, or put the prompts into a file for --prompts_file"
+            )
+        self.check_drawing()
+
+    def check_drawing(self) -> None:
+        """The part of `validate` that has nothing to do with where prompts come from."""
+        if self.split_params and self.parallel != "jit":
+            raise UserError(f"split_params with parallel={self.parallel!r}: write --parallel jit")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise UserError(f"seed={self.seed} is out of range; write 0 to {2**64 - 1}")
+        ranges = {
+            "num_images": (1, MAX_PICTURES),
+            "first_index": (0, 2**32 - MAX_PICTURES),
+            "batch_size": (1, MAX_BATCH_SIZE),
+            "upscale": (1, MAX_UPSCALE),
+        }
+        self.check_ranges(ranges)
+
+    def check_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """Raises UserError for the first number that is not within its range; None is."""
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name}={value} is out of range; write {low} to {high}")
+
+
+FORMATS = ("files", "webdataset", "arrayrecord", "parquet")
+
+
+@dataclasses.dataclass
+class JobConfig(GenerateConfig):
+    """Pictures by the million: a file of prompts into shards of pictures.
+
+    The options of GenerateConfig hold for every row of the file that does not say otherwise.
+    """
+
+    prompts_file: str = ""  # .txt, .jsonl, .csv or .parquet, or - for standard input
+    format: str = "files"  # of the shards
+    shard_size: int = 256  # pictures in a shard
+    processes: int | None = None  # that share the job, each with its part; None: what the cluster says
+    process_id: int | None = None  # of this one, from 0
+    coordinator: str | None = None  # host:port of process 0, where split_params brings processes together
+    elastic: bool = False  # take shards by claims in the output folder, so that workers may come and go
+    lease: float = 60.0  # seconds without a heartbeat after which a claim is taken over
+    writers: int = 4  # threads that make PNGs
+    patience: float = 60.0  # seconds of trying again where the output folder fails
+
+    def validate(self) -> None:
+        """Raises UserError for what is wrong with any model; the rest is checked when it is loaded."""
+        if self.prompts:
+            raise UserError(
+                "prompts stand in the file of --prompts_file; leave out those on the command line"
+            )
+        if self.frames is not None or self.animate:
+            raise UserError("frames and animate are for single pictures; leave them out of a job")
+        if self.format not in FORMATS:
+            raise UserError(
+                f"format={self.format!r} is unknown{nearest(self.format, FORMATS)}; "
+                f"write {', '.join(FORMATS)}"
+            )
+        if self.elastic and (self.processes, self.process_id, self.coordinator) != (None, None, None):
+            raise UserError("elastic workers need no numbers; leave out --processes and --process_id")
+        ranges = {"shard_size": (1, MAX_PICTURES), "writers": (1, 64), "lease": (1, 86400)}
+        self.check_ranges(ranges | {"patience": (0, 86400)})
+        self.check_drawing()
