@@ -1,0 +1,84 @@
+"""Arithmetic of a program, counted from its jaxpr; and what devices could do at best."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+# Peak rate of a chip in bfloat16 with dense operands, FLOP/s, by its device_kind; from data sheets.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak(device: jax.Device) -> float | None:
+    """FLOP/s of a device at best; None for one that is not in the table, CPUs above all."""
+    return PEAKS.get(device.device_kind)
+
+
+def count(function: Callable, *arguments: Any) -> int:
+    """Multiplications and additions of all matrix products and convolutions of a call.
+
+    Args:
+      arguments: arrays or jax.ShapeDtypeStruct; nothing is computed.
+
+    Scans count their body once for each step, and of a branch the costliest counts. All else (norms,
+    activations) is left out, as in the field's figures of utilisation.
+    """
+    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _of_jaxpr(jaxpr: Any) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> int:
+    name = equation.primitive.name
+    if name == "dot_general":
+        return _of_dot(equation)
+    if name == "conv_general_dilated":
+        return _of_convolution(equation)
+    inside = [_of_jaxpr(jaxpr) for jaxpr in _inner(equation.params.values())]
+    if name == "scan":
+        return equation.params["length"] * sum(inside)
+    if name == "cond":
+        return max(inside)
+    return sum(inside)
+
+
+def _inner(values: Any) -> list[Any]:
+    """The jaxprs among the parameters of an equation."""
+    found = []
+    for value in values:
+        if isinstance(value, core.ClosedJaxpr):
+            found.append(value.jaxpr)
+        elif isinstance(value, core.Jaxpr):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _inner(value)
+    return found
+
+
+def _of_dot(equation: Any) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _of_convolution(equation: Any) -> int:
+    """Products with the zeros between dilated inputs are none: a gradient costs what its convolution does."""
+    numbers = equation.params["dimension_numbers"]
+    kernel = equation.invars[1].aval.shape
+    _, channels, *places = (kernel[axis] for axis in numbers.rhs_spec)
+    products = math.prod(equation.outvars[0].aval.shape) * channels * math.prod(places)
+    return 2 * products // math.prod(equation.params["lhs_dilation"])
