@@ -202,6 +202,11 @@ def write_animation(path: Path, frames: Pictures, duration: int = 120, linger: i
     _write(path, data.getvalue())
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text in UTF-8. UserError where that fails; nothing half-written is left."""
+    _write(path, text.encode())
+
+
 def _write(path: Path, data: bytes) -> None:
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")

@@ -2,8 +2,8 @@
 
     image, caption, scene = example(seed=0, index=7, size=64)
 
-`scene` chooses, `world` draws, `captions` tells; `things` and `backgrounds` hold what there is. Drawing
-needs the colour emoji font (see `sprites`); captions and words do not.
+`scene` chooses, `world` draws, `captions` tells; `things` and `backgrounds` hold what there is, and `styles`
+draws it in other ways. Drawing needs the colour emoji font (see `sprites`); captions and words do not.
 """
 
 from engine.scenes.backgrounds import BACKGROUNDS
@@ -20,6 +20,7 @@ from engine.scenes.scene import (
     labels,
     sample_scene,
 )
+from engine.scenes.styles import STYLES, restyle
 from engine.scenes.things import THINGS, Thing
 from engine.scenes.world import batch, draw, example, render
 
@@ -30,6 +31,7 @@ __all__ = [
     "PLACES",
     "RELATIONS",
     "SIZES",
+    "STYLES",
     "THINGS",
     "Labels",
     "Scene",
@@ -41,6 +43,7 @@ __all__ = [
     "facts",
     "labels",
     "render",
+    "restyle",
     "sample_scene",
     "told",
     "vocabulary",

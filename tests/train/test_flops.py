@@ -67,7 +67,7 @@ def test_a_whole_unet_agrees_with_the_compiler():
 
     arguments = (model.unet.params, jnp.ones((2, 8, 8, 4)), jnp.ones((2, 16, 24)))
     theirs = jax.jit(apply).lower(*arguments).cost_analysis()["flops"]
-    # Theirs has norms and activations in it, and not the zeros around a picture; at 8 x 8 both weigh something.
+    # Theirs has norms and activations in it, and not the zeros around a picture; both weigh something here.
     assert 0.85 < flops.count(apply, *arguments) / theirs < 1.15
 
 
