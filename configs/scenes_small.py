@@ -64,7 +64,7 @@ def get_config() -> TrainConfig:
         autoencoder=AutoencoderStage(
             steps=4500,
             batch_size=4,
-            ema_decay=0.998,
+            ema=(0.998,),
             checkpoint_every=250,
             kl_weight=1e-3,
             optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, decay_steps=1500, weight_decay=0.0),
@@ -72,14 +72,14 @@ def get_config() -> TrainConfig:
         words=WordsStage(
             steps=500,
             batch_size=256,
-            ema_decay=0.98,
+            ema=(0.98,),
             checkpoint_every=100,
             optim=OptimConfig(learning_rate=2e-3, warmup_steps=100, decay_steps=400),
         ),
         diffusion=DiffusionStage(
             steps=11700,
             batch_size=32,
-            ema_decay=0.998,
+            ema=(0.998,),
             checkpoint_every=200,
             time_mean=0.5,
             time_std=1.4,

@@ -1,10 +1,17 @@
 """Typed dataclasses for every job, and the strict reader for the JSON configs of model folders."""
 
+from engine.config.data import CROPS, DATA_KINDS, DataConfig
 from engine.config.drawing import FORMATS, GenerateConfig, JobConfig
 from engine.config.reader import IN_WORDS, from_json, nearest, to_json
 from engine.config.training import (
+    DECAYS,
+    OPTIMIZERS,
+    REMATS,
+    TIME_SAMPLINGS,
+    WEIGHTINGS,
     AutoencoderStage,
     DiffusionStage,
+    ObjectiveConfig,
     OptimConfig,
     StageConfig,
     TrainConfig,
@@ -12,12 +19,21 @@ from engine.config.training import (
 )
 
 __all__ = [
+    "CROPS",
+    "DATA_KINDS",
+    "DECAYS",
     "FORMATS",
     "IN_WORDS",
+    "OPTIMIZERS",
+    "REMATS",
+    "TIME_SAMPLINGS",
+    "WEIGHTINGS",
     "AutoencoderStage",
+    "DataConfig",
     "DiffusionStage",
     "GenerateConfig",
     "JobConfig",
+    "ObjectiveConfig",
     "OptimConfig",
     "StageConfig",
     "TrainConfig",

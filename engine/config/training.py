@@ -1,24 +1,56 @@
 """What to train, and how."""
 
 import dataclasses
+import math
+import re
 
+from engine.config.reader import nearest
 from engine.errors import UserError
+
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+DECAYS = ("linear", "cosine")
+REMATS = ("none", "dots", "full")
+MAX_SIGMA_REL = 0.28  # sqrt(1/12) is the uniform average
+TIME_SAMPLINGS = ("uniform", "logit_normal")
+WEIGHTINGS = ("uniform", "min_snr", "p2")
 
 
 @dataclasses.dataclass
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) with a warm-up, a flat stretch and a linear way down to zero.
+    """An optimizer, and a learning rate with a warm-up, a flat stretch and a way down to zero.
 
-    The flat stretch leaves the length of a run open: the way down is the last `decay_steps` of it.
+    The flat stretch leaves the length of a run open: the way down is the last `decay_steps` of it. With 0 of
+    them the rate stays; with more than the run has, it falls from the warm-up on.
     """
 
     learning_rate: float = 3e-4
     warmup_steps: int = 200
     decay_steps: int = 1000
-    b1: float = 0.9
+    b1: float = 0.9  # of Adam and Lion
     b2: float = 0.99
     weight_decay: float = 0.01  # of matrices and kernels, not of norms and biases
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # of all gradients together; 0: none
+    name: str = "adamw"  # or "adafactor", "lion", "muon"
+    decay: str = "linear"  # or "cosine"
+    no_weight_decay: tuple[str, ...] = ()  # patterns of names, as in ("embedding$", "conv_out")
+
+    def validate(self, where: str = "optim") -> None:
+        """Raises UserError; `where` is what the config calls this part."""
+        for field, known in (("name", OPTIMIZERS), ("decay", DECAYS)):
+            _check_known(f"{where}.{field}", getattr(self, field), known)
+        if not self.learning_rate > 0:
+            raise UserError(f"{where}.learning_rate={self.learning_rate}: write one above 0")
+        for field in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm"):
+            if not getattr(self, field) >= 0:
+                raise UserError(f"{where}.{field}={getattr(self, field)}: write a number from 0")
+        for field in ("b1", "b2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise UserError(f"{where}.{field}={getattr(self, field)}: write a number from 0 to below 1")
+        for pattern in self.no_weight_decay:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{where}.no_weight_decay: {pattern!r} is no pattern ({error})") from None
 
 
 @dataclasses.dataclass
@@ -26,10 +58,54 @@ class StageConfig:
     """One training run of one set of parameters."""
 
     steps: int = 1000
-    batch_size: int = 32  # of all devices together
-    ema_decay: float = 0.999
+    batch_size: int = 32  # of all devices together, and of all parts of a step
+    accumulate: int = 1  # the parts of a batch whose gradients are averaged: less memory, more time
+    compute_dtype: str = "float32"  # or "bfloat16": of the networks; params, averages and optimizer stay
+    remat: str = "none"  # what the gradient computes again: see REMATS
+    ema: tuple[float, ...] = (0.999,)  # decays of averages of the params; the first is what a stage ends with
+    ema_sigma_rel: tuple[float, ...] = ()  # widths of power-function averages; (0.05, 0.1) serve for all
+    ema_snapshot_every: int = 0  # steps between the files that keep them; 0: none
+    ema_snapshot_dtype: str = "float32"  # or "float16"
     checkpoint_every: int = 500
+    keep_last: int = 2  # checkpoints
+    keep_best: int = 0  # and that many more, of the lowest loss
+    max_skipped: int = 20  # steps in a row without finite gradients, after which the run stops
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+
+
+def _check_known(where: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{where}={value!r} is unknown{nearest(value, known)}; write {', '.join(known)}")
+
+
+def _check_stage(name: str, stage: StageConfig, least_steps: int) -> None:
+    """Raises UserError for what every stage has."""
+    least = {
+        **dict.fromkeys(("batch_size", "accumulate", "checkpoint_every", "keep_last", "max_skipped"), 1),
+        **{"steps": least_steps, "keep_best": 0, "ema_snapshot_every": 0},
+    }
+    for field, number in least.items():
+        if not getattr(stage, field) >= number:
+            raise UserError(f"{name}.{field}={getattr(stage, field)}: write a number from {number}")
+    if stage.batch_size % stage.accumulate:
+        raise UserError(
+            f"{name}.accumulate={stage.accumulate} does not divide {name}.batch_size={stage.batch_size}"
+        )
+    if not stage.ema or not all(0 <= decay < 1 for decay in stage.ema):
+        raise UserError(f"{name}.ema={stage.ema}: write one or more numbers from 0 to below 1")
+    if not all(0 < width <= MAX_SIGMA_REL for width in stage.ema_sigma_rel):
+        raise UserError(
+            f"{name}.ema_sigma_rel={stage.ema_sigma_rel}: write numbers above 0 and up to {MAX_SIGMA_REL}"
+        )
+    for field in ("ema", "ema_sigma_rel"):
+        if len(set(getattr(stage, field))) < len(getattr(stage, field)):
+            raise UserError(f"{name}.{field}={getattr(stage, field)}: write each number once")
+    if stage.ema_snapshot_every and not stage.ema_sigma_rel:
+        raise UserError(f"{name}.ema_snapshot_every without averages to keep: write {name}.ema_sigma_rel too")
+    _check_known(f"{name}.ema_snapshot_dtype", stage.ema_snapshot_dtype, ("float32", "float16"))
+    _check_known(f"{name}.compute_dtype", stage.compute_dtype, ("float32", "bfloat16"))
+    _check_known(f"{name}.remat", stage.remat, REMATS)
+    stage.optim.validate(f"{name}.optim")
 
 
 @dataclasses.dataclass
@@ -45,13 +121,49 @@ class WordsStage(StageConfig):
 
 
 @dataclasses.dataclass
-class DiffusionStage(StageConfig):
+class ObjectiveConfig:
+    """What a denoiser learns from: noise levels, their weights, the noise and the captions.
+
+    What the network predicts is the scheduler's `prediction_type`. The formulas: `engine.diffusion.losses`.
+    """
+
+    time_sampling: str = "logit_normal"  # or "uniform" over the training timesteps
+    time_mean: float = 0.0  # of log sigma, logit_normal
+    time_std: float = 1.0
+    weighting: str = "uniform"  # of the loss in the network's own target; or "min_snr", "p2"
+    snr_gamma: float = 5.0  # min_snr: the signal-to-noise ratio from which on all weigh alike
+    p2_k: float = 1.0  # p2: 1 / (k + SNR)^gamma
+    p2_gamma: float = 1.0
+    noise_offset: float = 0.0  # spread of a constant added to the noise of each channel; 0.1 is usual
+    caption_dropout: float = 0.1  # so that guidance has an unconditional model to steer away from
+    caption_shuffle: bool = False  # comma-separated tags in a new order each time
+    keep_tags: int = 0  # that many first tags keep their places
+
+    def validate(self, where: str = "objective") -> None:
+        """Raises UserError; `where` is what the config calls this part."""
+        for name, known in (("time_sampling", TIME_SAMPLINGS), ("weighting", WEIGHTINGS)):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(
+                    f"{where}.{name}={value!r} is unknown{nearest(value, known)}; write {', '.join(known)}"
+                )
+        for name in ("time_std", "snr_gamma", "p2_k"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise UserError(f"{where}.{name}={value}: write a number above 0")
+        for name in ("p2_gamma", "noise_offset", "keep_tags"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise UserError(f"{where}.{name}={value}: write a number from 0")
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError(f"{where}.caption_dropout={self.caption_dropout}: write 0 to 1")
+        if self.keep_tags and not self.caption_shuffle:
+            raise UserError(
+                f"{where}.keep_tags={self.keep_tags} without shuffling: write {where}.caption_shuffle=True"
+            )
+
+
+@dataclasses.dataclass
+class DiffusionStage(ObjectiveConfig, StageConfig):
     """The U-Net, between an autoencoder and a text encoder that stay as they are."""
 
-    time_sampling: str = "logit_normal"
-    time_mean: float = 0.0  # of log sigma
-    time_std: float = 1.0
-    caption_dropout: float = 0.1  # so that guidance has an unconditional model to steer away from
     easy: float = 0.0  # the share of scenes of one big thing at the start, none after `easy_steps`
     easy_steps: int = 0
 
@@ -87,17 +199,11 @@ class TrainConfig:
         """Raises UserError, saying what to write instead, before anything is compiled."""
         for name in ("autoencoder", "words", "diffusion", "decoder"):
             stage = getattr(self, name)
-            for field in ("steps", "batch_size", "checkpoint_every"):
-                least = 0 if field == "steps" and (self.start or name == "decoder") else 1
-                if getattr(stage, field) < least:
-                    raise UserError(f"{name}.{field}={getattr(stage, field)}: write a number from {least}")
-            if not 0 <= stage.ema_decay < 1:
-                raise UserError(f"{name}.ema_decay={stage.ema_decay}: write a number from 0 to below 1")
-            if stage.optim.learning_rate <= 0:
-                raise UserError(f"{name}.optim.learning_rate={stage.optim.learning_rate}: write one above 0")
-        for field in ("caption_dropout", "easy"):
-            if not 0 <= (share := getattr(self.diffusion, field)) <= 1:
-                raise UserError(f"diffusion.{field}={share}: write 0 to 1")
+            left_out = self.start or name == "decoder"
+            _check_stage(name, stage, least_steps=0 if left_out else 1)
+        self.diffusion.validate("diffusion")
+        if not 0 <= self.diffusion.easy <= 1:
+            raise UserError(f"diffusion.easy={self.diffusion.easy}: write 0 to 1")
         if self.diffusion.easy and self.diffusion.easy_steps < 1:
             raise UserError(
                 f"diffusion.easy={self.diffusion.easy} for {self.diffusion.easy_steps} steps: "

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from engine.config import StageConfig
 from engine.parallel import Devices
+from engine.train import ema
 from engine.train import step as steps
 from engine.train.checkpoint import Checkpoints
 from engine.train.data import BatchAt, batches
@@ -35,7 +37,10 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 class Progress:
-    """A line every few seconds on the terminal and in metrics.jsonl: loss, images/s, time left."""
+    """A line every few seconds on the terminal and in metrics.jsonl: loss, images/s, time left.
+
+    Metrics of more than one number go to the file alone, as lists.
+    """
 
     def __init__(self, name: str, file: pathlib.Path, first_step: int, config: StageConfig):
         self._name, self._file, self._config = name, file, config
@@ -45,7 +50,7 @@ class Progress:
         now = time.monotonic()
         if step == self._step or (now - self._time < REPORT_SECONDS and not force):
             return
-        values = {k: float(v) for k, v in metrics.items()}  # waits for the device: now only
+        values = {k: np.asarray(v).tolist() for k, v in metrics.items()}  # waits for the device: now only
         rate = (step - self._step) / (time.monotonic() - self._time)
         self._step, self._time = step, time.monotonic()
         images = rate * self._config.batch_size
@@ -54,7 +59,9 @@ class Progress:
                 json.dumps({"stage": self._name, "step": step, "images/s": round(images, 2), **values}) + "\n"
             )
         left = int((self._config.steps - step) / rate)
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
+        if values.get("skipped"):
+            shown += f"  {values['skipped']} skipped"
         print(
             f"{self._name} {step}/{self._config.steps}  {shown}  {images:.1f} images/s  "
             f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
@@ -83,39 +90,57 @@ def fit(
       The averaged params, or None when a signal stopped the run (the checkpoint is then saved).
     """
     devices = Devices("jit")  # the compiler adds the sum of the gradients over the devices
-    if config.batch_size % devices.count:
-        raise UserError(
-            f"{name}.batch_size={config.batch_size}: write a multiple of the {devices.count} devices here"
-        )
-    checkpoints = Checkpoints(workdir / name)
-    state = devices.share(steps.init(params, optimizer))
-    frozen = devices.share(frozen)
+    _check_batch(name, config, devices.count)
     base_key = jax.random.key(seed, impl="threefry2x32")
-    if checkpoints.latest() is not None:
-        state, _ = checkpoints.restore(state)
-        print(f"{name}: goes on from step {int(state.step)}", flush=True)
-    step = jax.jit(steps.train_step(loss, optimizer, config.ema_decay), donate_argnums=0)
-    first = int(state.step)
-    data = batches(batch_at, first)
-    progress = Progress(name, workdir / "metrics.jsonl", first, config)
-
-    def save(at: int) -> None:
-        checkpoints.save(state, {"seed": seed, "data": {"next": at * config.batch_size}})
-
-    before = None
-    try:
-        with stop_signals() as stop, contextlib.closing(data):
-            for i in range(first, config.steps):
+    step = jax.jit(steps.train_step(loss, optimizer, config), donate_argnums=0)
+    with Checkpoints(workdir / name, config.keep_last, config.keep_best) as checkpoints:
+        state = devices.share(steps.init(params, optimizer, config))
+        frozen = devices.share(frozen)
+        if (newest := checkpoints.restore(state)) is not None:
+            state = newest
+            print(f"{name}: goes on from step {int(state.step)}", flush=True)
+        first = int(state.step)
+        progress = Progress(name, workdir / "metrics.jsonl", first, config)
+        before = None
+        with stop_signals() as stop, contextlib.closing(batches(batch_at, first)) as data:
+            for done in range(first + 1, config.steps + 1):
                 state, metrics = step(state, frozen, devices.shard_batch(next(data)), base_key)
+                last = done == config.steps
                 # One step may be under way while the next is prepared, not dozens: a signal waits for them.
-                jax.block_until_ready(before)
+                _check_skipped(name, done - 1, before, config)
                 before = metrics
-                progress.report(i + 1, metrics, force=i + 1 == config.steps)
-                if stop.is_set() or (i + 1) % config.checkpoint_every == 0 or i + 1 == config.steps:
-                    save(i + 1)
+                if last:
+                    _check_skipped(name, done, metrics, config)
+                progress.report(done, metrics, force=last)
+                if config.ema_snapshot_every and (last or done % config.ema_snapshot_every == 0):
+                    ema.save_snapshots(workdir / name / "ema", done, state.ema_params, config)
+                if last or stop.is_set() or (done % config.checkpoint_every == 0 and _is_sound(metrics)):
+                    checkpoints.save(state, {"seed": seed, "data": {"next": done * config.batch_size}})
                 if stop.is_set():
-                    print(f"{name}: stopped and saved at step {i + 1}; the same command goes on", flush=True)
+                    print(f"{name}: stopped and saved at step {done}; the same command goes on", flush=True)
                     return None
-    finally:
-        checkpoints.close()
-    return state.ema_params
+    return state.ema_params[ema.chosen(config)]
+
+
+def _check_batch(name: str, config: StageConfig, devices: int) -> None:
+    if config.batch_size % (devices * config.accumulate):
+        parts = f" times accumulate={config.accumulate}" if config.accumulate > 1 else ""
+        raise UserError(
+            f"{name}.batch_size={config.batch_size}: write a multiple of the {devices} devices here{parts}"
+        )
+
+
+def _is_sound(metrics: steps.Metrics) -> bool:
+    """Whether the last step's gradients were finite. Waits for them."""
+    return int(metrics["skipped_in_a_row"]) == 0
+
+
+def _check_skipped(name: str, step: int, metrics: steps.Metrics | None, config: StageConfig) -> None:
+    """Waits for the step; UserError if it was the last straw. The newest checkpoint is from before them."""
+    if metrics is None or (skipped := int(metrics["skipped_in_a_row"])) < config.max_skipped:
+        return
+    raise UserError(
+        f"{name}: stopped at step {step}, where the gradients were not finite for the {skipped}. time in a "
+        f"row; the checkpoint from before stays: try a lower {name}.optim.learning_rate, a longer "
+        f"warmup_steps, or compute_dtype=float32"
+    )

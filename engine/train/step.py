@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from engine.config import StageConfig
 from engine.train import ema
 from engine.types import Params
 
@@ -16,37 +17,126 @@ Metrics = dict[str, Array]
 # (params, frozen, batch, key) -> (mean loss, metrics); `frozen` is what the loss needs and does not train
 Loss = Callable[[Params, Any, Batch, Key[Array, ""]], tuple[Array, Metrics]]
 
+LOSS_STEPS = 100.0  # that the average of the loss looks back on
+
+
+class Tally(NamedTuple):
+    """What is counted beside the params."""
+
+    loss: Float[Array, ""]  # averaged over the last 100 steps or so
+    skipped: Int[Array, ""]  # steps whose gradients were not finite, in all
+    skipped_in_a_row: Int[Array, ""]  # up to the last step
+
 
 class TrainState(NamedTuple):
-    step: Int[Array, ""]
+    step: Int[Array, ""]  # batches seen, those of skipped steps included
     params: Params
-    ema_params: Params
+    ema_params: dict[str, Params]  # one for each of `ema.names`
     opt_state: optax.OptState
+    tally: Tally
 
 
-def init(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init(params: Params, optimizer: optax.GradientTransformation, config: StageConfig) -> TrainState:
     """The state before the first step; it owns its arrays, so that a step may reuse their memory."""
     params = jax.tree.map(jnp.array, params)
-    return TrainState(
-        jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params)
-    )
+    averages = {name: jax.tree.map(jnp.copy, params) for name in ema.shares(config)}
+    tally = Tally(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    return TrainState(jnp.zeros((), jnp.int32), params, averages, optimizer.init(params), tally)
 
 
-def train_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float):
+def train_step(loss: Loss, optimizer: optax.GradientTransformation, config: StageConfig):
     """(state, frozen, batch, base key) -> (state, metrics), to be jitted with the state donated.
 
     The key of a step is fold_in(base, step): a resumed run draws what the uninterrupted one would have.
+    Where the loss or a gradient is not finite, params, averages and optimizer stay as they are; the step
+    counts, so that the next one has other data and another key.
     """
+    gradients = accumulated(jax.value_and_grad(computed(loss, config), has_aux=True), config.accumulate)
+    shares = ema.shares(config)
 
     def step(state: TrainState, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(key, state.step)
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
-            state.params, frozen, batch, step_key
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = ema.update(state.ema_params, params, state.step, ema_decay)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
-        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+        (value, metrics), grads = gradients(state.params, frozen, batch, step_key)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+
+        def updated():
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            averages = {
+                name: ema.update(state.ema_params[name], params, share(state.step))
+                for name, share in shares.items()
+            }
+            return params, averages, opt_state
+
+        kept = jax.lax.cond(finite, updated, lambda: (state.params, state.ema_params, state.opt_state))
+        tally = counted(state.tally, state.step, value, finite)
+        metrics = {"loss": value, "grad_norm": norm, **metrics}
+        metrics |= {"skipped": tally.skipped, "skipped_in_a_row": tally.skipped_in_a_row}
+        return TrainState(state.step + 1, *kept, tally), metrics
 
     return step
+
+
+def counted(tally: Tally, step: Int[Array, ""], loss: Float[Array, ""], finite: Bool[Array, ""]) -> Tally:
+    """The tally after one more step: the loss's mean over the first steps, then an exponential average."""
+    average = ema.update(tally.loss, loss, 1.0 / jnp.minimum(step + 1.0, LOSS_STEPS))
+    return Tally(
+        jnp.where(finite, average, tally.loss),
+        tally.skipped + ~finite,
+        jnp.where(finite, 0, tally.skipped_in_a_row + 1),
+    )
+
+
+def accumulated(gradients: Callable, parts: int) -> Callable:
+    """`gradients`, averaged over `parts` equal parts of the batch, one after the other in memory.
+
+    One step remains one step of the optimizer, with one place in the data. Part i takes the rows i,
+    i + parts, ..., which lie on the same devices as before, and the key fold_in(key, i).
+    """
+    if parts == 1:
+        return gradients
+
+    def averaged(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]):
+        def add(total, part):
+            rows, i = part
+            found = gradients(params, frozen, rows, jax.random.fold_in(key, i))
+            return jax.tree.map(lambda a, b: a + b / parts, total, found), None
+
+        split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        first = jax.tree.map(lambda x: x[0], split)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, params, frozen, first, key)
+        )
+        return jax.lax.scan(add, zeros, (split, jnp.arange(parts)))[0]
+
+    return averaged
+
+
+def computed(loss: Loss, config: StageConfig) -> Loss:
+    """`loss`, computed in `config.compute_dtype`, keeping for the gradient what `config.remat` says.
+
+    The params that are trained stay float32, and so do their gradients: the cast is part of the loss
+    (Micikevicius et al. 2018, section 3.1).
+    """
+
+    def cast(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: x.astype(config.compute_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+        )
+
+    def lower(params, frozen, batch, key):
+        value, metrics = loss(cast(params), cast(frozen), batch, key)
+        return value.astype(jnp.float32), metrics
+
+    chosen = loss if config.compute_dtype == "float32" else lower
+    return chosen if config.remat == "none" else jax.checkpoint(chosen, policy=POLICIES[config.remat])
+
+
+def is_product(primitive: Any, *_, **__) -> bool:
+    """Whether the primitive multiplies matrices, convolutions included: dear to compute again."""
+    return primitive.name in ("dot_general", "conv_general_dilated")
+
+
+# remat -> what is kept from the loss for its gradient; the rest is computed again (Chen et al. 2016)
+POLICIES = {"dots": is_product, "full": jax.checkpoint_policies.nothing_saveable}

@@ -236,8 +236,8 @@ def test_training_over_eight_devices_is_training_over_one(tmp_path, capsys):
     assert "vae: goes on from step 3" in capsys.readouterr().out
     told = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
-    state, key = step.init(vae.params, optimizer), jax.random.key(0, impl="threefry2x32")
-    train_step, losses = jax.jit(step.train_step(loss, optimizer, stage.ema_decay)), []
+    state, key = step.init(vae.params, optimizer, stage), jax.random.key(0, impl="threefry2x32")
+    train_step, losses = jax.jit(step.train_step(loss, optimizer, stage)), []
     for i in range(5):
         state, metrics = train_step(state, {}, batch_at(i), key)
         losses.append(float(metrics["loss"]))

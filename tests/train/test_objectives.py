@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine import scenes
-from engine.config import AutoencoderStage, DiffusionStage, OptimConfig
+from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, StageConfig
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.diffusion.schedules import schedule_for
 from engine.text.tokenizer import train_tokenizer
@@ -47,8 +47,9 @@ def scaled(vae, images):
 def run(loss, params, frozen, batch_at, steps, learning_rate, decay_steps=0):
     """The loss at each step (every step draws other noise), and the state after the last."""
     optimizer = optim.optimizer(OptimConfig(learning_rate, warmup_steps=10, decay_steps=decay_steps), steps)
-    train = jax.jit(step.train_step(loss, optimizer, 0.9), donate_argnums=0)
-    state, losses = step.init(params, optimizer), []
+    config = StageConfig(ema=(0.9,))
+    train = jax.jit(step.train_step(loss, optimizer, config), donate_argnums=0)
+    state, losses = step.init(params, optimizer, config), []
     for i in range(steps):
         state, metrics = train(state, frozen, batch_at(i), KEY)
         losses.append(metrics["loss"])
@@ -83,9 +84,9 @@ def test_a_text_encoder_learns_what_captions_say():
     _, state = run(loss, params, {}, batch_at, WORDS, 1e-2, decay_steps=50)
 
     value, unseen = jax.jit(loss), batch_at(WORDS)
-    before, after = (value(p, {}, unseen, KEY)[0] for p in (params, state.ema_params))
+    before, after = (value(p, {}, unseen, KEY)[0] for p in (params, state.ema_params["ema_0.9"]))
     np.testing.assert_allclose(before, np.log([*scenes.FACTS.values()]).sum(), rtol=1e-5)  # it knows nothing
-    wrong = value(state.ema_params, {}, unseen | {"facts": unseen["facts"][::-1]}, KEY)[0]
+    wrong = value(state.ema_params["ema_0.9"], {}, unseen | {"facts": unseen["facts"][::-1]}, KEY)[0]
     assert after < 0.92 * wrong  # more than what is usual in any scene
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from engine.config import OptimConfig
+from engine.config import OptimConfig, StageConfig
 from engine.train import ema, optim, step
 
 
@@ -21,6 +21,7 @@ FROZEN = {"target": jnp.full((4, 2), 3.0)}
 BATCH = {"x": jnp.asarray(np.random.default_rng(0).standard_normal((4, 3), np.float32))}
 KEY = jax.random.key(0, impl="threefry2x32")
 OPTIM = OptimConfig(learning_rate=0.1, warmup_steps=0, decay_steps=0)
+STAGE = StageConfig(ema=(0.9,), ema_sigma_rel=(0.1,))
 
 
 def same(a, b) -> bool:
@@ -29,12 +30,12 @@ def same(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def train_step():
-    return jax.jit(step.train_step(squares, optim.optimizer(OPTIM, 100), ema_decay=0.9))
+    return jax.jit(step.train_step(squares, optim.optimizer(OPTIM, 100), STAGE))
 
 
 @pytest.fixture
 def state():
-    return step.init(PARAMS, optim.optimizer(OPTIM, 100))
+    return step.init(PARAMS, optim.optimizer(OPTIM, 100), STAGE)
 
 
 def test_a_step_is_pure(train_step, state):
@@ -45,7 +46,7 @@ def test_a_step_is_pure(train_step, state):
     assert same(state, before)
     assert not same(first.params, state.params)
     assert int(first.step) == 1
-    assert metrics.keys() == {"loss", "grad_norm", "largest"}
+    assert metrics.keys() == {"loss", "grad_norm", "largest", "skipped", "skipped_in_a_row"}
 
 
 def test_every_step_and_every_seed_draws_noise_of_its_own(train_step, state):

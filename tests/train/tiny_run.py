@@ -57,7 +57,8 @@ def saved(folder: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray
     """Every array of a checkpoint, the newest by default, by its path: params, averages, optimizer state."""
     with ocp.CheckpointManager(folder.absolute()) as manager:
         step = manager.latest_step() if step is None else step
-        wanted = {name: ocp.args.StandardRestore() for name in ("params", "ema_params", "opt_state")}
+        names = [item.name for item in (folder / str(step)).iterdir() if item.is_dir()]
+        wanted = {name: ocp.args.StandardRestore() for name in sorted(names) if name != "position"}
         items = manager.restore(step, args=ocp.args.Composite(**wanted))
         leaves = jax.tree_util.tree_leaves_with_path({name: items[name] for name in wanted})
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
