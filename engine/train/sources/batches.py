@@ -1,0 +1,196 @@
+"""Batches of pictures with captions, addressed by step.
+
+When a run begins, the header and the caption of every picture are read, and what cannot be used is left out.
+Damage behind the header shows only when a picture is decoded: then the one that would stand at the same place
+of a later batch stands in, so that which pictures a step sees still follows from the step and the data alone.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from engine import scenes
+from engine.config import DataConfig
+from engine.text.tokenizer import Tokenizer
+from engine.train.buckets import Order, nearest_shape, shapes
+from engine.train.data import Batch, BatchAt, shuffled
+from engine.train.sources.finding import open_source
+from engine.train.sources.item import Unusable
+from engine.train.sources.pictures import Look, Pictures
+from engine.train.sources.pixels import Crop
+from engine.train.sources.skipped import Skipped
+from engine.types import UserError
+
+CROP = 2  # what is drawn, in seeds; see engine.train.buckets
+Rows = tuple[np.ndarray, list[str]]  # pictures and captions
+
+
+def training_batches(
+    config: DataConfig,
+    batch_size: int,
+    tokenizer: Tokenizer | None,
+    *,
+    size: int,
+    workdir: pathlib.Path,
+    process: int = 0,
+    processes: int = 1,
+    keep_tags: int | None = None,
+) -> BatchAt:
+    """The pictures of a config, or the drawn scenes where it names none.
+
+    Args:
+      batch_size: of all hosts together.
+      tokenizer: None leaves out the captions' ids.
+      size: of the pictures, where the config does not say.
+      workdir: for skipped.jsonl, the list of what was left out, and data.json, which tells other data.
+      process, processes: each host makes its part of the batch, rows process * n to (process + 1) * n.
+      keep_tags: None, or captions are `engine.train.data.shuffled`.
+
+    Returns:
+      step -> {"image": uint8 (B / processes, H, W, 3), "ids": int32 (B / processes, L)}.
+
+    Raises:
+      UserError: the config is wrong, or nothing that it names can be used.
+    """
+    config.validate()
+    if batch_size % processes:
+        raise UserError(f"batch_size={batch_size}: write a multiple of the {processes} processes")
+    share = batch_size // processes
+    first = process * share
+    rows = _rows(config, batch_size, config.size or size, workdir, process)
+
+    def batch_at(step: int) -> Batch:
+        images, captions = rows(step, first, share)
+        if tokenizer is None:
+            return {"image": images}
+        if keep_tags is not None:
+            captions = shuffled(captions, config.seed, step, keep_tags, first)
+        return {"image": images, "ids": tokenizer.encode(captions)}
+
+    return batch_at
+
+
+def _rows(
+    config: DataConfig, batch_size: int, size: int, workdir: pathlib.Path, process: int
+) -> Callable[[int, int, int], Rows]:
+    """(step, first row, number of rows) -> pictures and captions."""
+    if not config.paths:
+        return lambda step, first, count: scenes.batch(config.seed, step * batch_size + first, count, size)[
+            :2
+        ]
+    workdir.mkdir(parents=True, exist_ok=True)
+    skipped = Skipped(workdir / ("skipped.jsonl" if process == 0 else f"skipped-{process}.jsonl"))
+    batches = PictureBatches(config, batch_size, size, skipped)
+    if process == 0:
+        print(batches.summary(), flush=True)
+        _same_data(workdir / "data.json", batches.fingerprint)
+    return batches.rows
+
+
+def _same_data(file: pathlib.Path, fingerprint: str) -> None:
+    """Says so where a run goes on with other data than it began with."""
+    if file.exists() and json.loads(file.read_text())["fingerprint"] != fingerprint:
+        print("data: changed since this run began; the batches from here on are others", flush=True)
+    file.write_text(json.dumps({"fingerprint": fingerprint}))
+
+
+class PictureBatches:
+    """All pictures of a config, in batches.
+
+    Attributes: shapes, those that have pictures, by bucket; usable and skipped, how many pictures; order;
+    fingerprint, which is that of the same pictures, wherever they lie.
+    """
+
+    def __init__(self, config: DataConfig, batch_size: int, size: int, skipped: Skipped):
+        self._config, self._batch_size, self._skipped = config, batch_size, skipped
+        self._pool = concurrent.futures.ThreadPoolExecutor(config.workers, "decode")
+        self._pictures = Pictures(
+            [open_source(path, config.kind, config.caption_field) for path in config.paths]
+        )
+        among = shapes(size, config.buckets, config.multiple, config.max_aspect)
+        shape_of, digests = self._look_at_all(among)
+        if not len(digests):
+            raise UserError(
+                f"{', '.join(config.paths)[:200]}: no picture can be used; skipped.jsonl says why"
+            )
+        self.usable, self.skipped = len(digests), len(self._pictures) - len(digests)
+        self._numbers = self._repeated(np.flatnonzero(shape_of >= 0))
+        used, buckets = np.unique(shape_of[self._numbers], return_inverse=True)
+        self.shapes, self._counts = [among[i] for i in used], np.bincount(buckets)
+        self.order = Order(buckets, batch_size, config.seed)
+        self.fingerprint = _digest(digests, config)
+        self._bad: set[int] = set()  # numbers that were found damaged: known, they need no second try
+
+    def rows(self, step: int, first: int, count: int) -> Rows:
+        """Rows first .. first + count - 1 of a step's batch: uint8 (count, H, W, 3), and captions."""
+        bucket, start = self.order.batch(step)
+        places = range(start + first, start + first + count)
+        images, captions = zip(*self._pool.map(functools.partial(self._row, bucket), places), strict=True)
+        return np.stack(images), list(captions)
+
+    def summary(self) -> str:
+        each = ", ".join(f"{s.width}x{s.height}: {n}" for s, n in zip(self.shapes, self._counts, strict=True))
+        skipped = f"; {self.skipped} skipped, see skipped.jsonl" if self.skipped else ""
+        return f"data: {self.usable} pictures ({each}){skipped}"
+
+    def _look_at_all(self, among: list) -> tuple[np.ndarray, list[bytes]]:
+        """The shape of each picture, -1 for what cannot be used; and digests of the others."""
+        shape_of, digests = np.full(len(self._pictures), -1, np.int32), []
+        for number, look in enumerate(self._pictures.look_at_all(self._pool, self._judge)):
+            if isinstance(look, Unusable):
+                self._skipped.add(self._pictures.name(number), str(look))
+            else:
+                shape_of[number] = nearest_shape(look.width, look.height, among)
+                digests.append(look.digest)
+        return shape_of, digests
+
+    def _judge(self, look: Look) -> None:
+        if min(look.width, look.height) < self._config.min_size:
+            raise Unusable(f"{look.width} x {look.height} pixels: less than min_size={self._config.min_size}")
+
+    def _repeated(self, numbers: np.ndarray) -> np.ndarray:
+        """Each number as often as an epoch shows it."""
+        source = np.searchsorted(self._pictures.ends, numbers, "right")
+        repeats = np.broadcast_to(self._config.repeats, len(self._config.paths))
+        return np.repeat(numbers, repeats[source])
+
+    def _row(self, bucket: int, place: int) -> tuple[np.ndarray, str]:
+        for slot, round in self._candidates(bucket, place):
+            number = int(self._numbers[slot])
+            if number in self._bad:
+                continue
+            try:
+                return self._pictures.read(number, *self.shapes[bucket], self._crop(slot, round))
+            except Unusable as problem:
+                self._bad.add(number)
+                self._skipped.add(self._pictures.name(number), str(problem))
+        raise UserError("data: no picture can be decoded; skipped.jsonl says why")
+
+    def _candidates(self, bucket: int, place: int) -> Iterator[tuple[int, int]]:
+        """The picture at the place; then those that stand in for it: of its bucket, then any.
+
+        B places on lies the same row of another batch, so that what another host reads stays its own.
+        """
+        for later in range(self.order.count(bucket)):
+            yield self.order.picture(bucket, place + later * self._batch_size)
+        yield from ((slot, 0) for slot in range(len(self._numbers)))
+
+    def _crop(self, slot: int, round: int) -> Crop:
+        """Drawn for the picture and the round, whatever batch it comes into."""
+        rng = np.random.default_rng([self._config.seed, CROP, slot, round])
+        across, down, flip = rng.random(3).tolist()
+        if self._config.crop == "center":
+            across = down = 0.5
+        return Crop(across, down, flip < self._config.flip)
+
+
+def _digest(digests: list[bytes], config: DataConfig) -> str:
+    """Of all pictures, and of what of the config decides on their order and shape."""
+    names = ("repeats", "size", "buckets", "max_aspect", "multiple", "crop", "flip", "seed")
+    settings = json.dumps({name: getattr(config, name) for name in names})
+    return hashlib.sha256(b"".join(digests) + settings.encode()).hexdigest()

@@ -1,0 +1,130 @@
+"""A folder of pictures, with captions in the way that is found first for each picture:
+
+  metadata.jsonl   in its folder or one above: {"file_name": "a/1.png", "text": "a fox"}, a line each
+  1.txt            beside 1.png
+  1.json           beside it: {"caption": "a fox"}, or text, or prompt
+  1.png            in its own settings, as `engine.finish` writes them
+
+A row of metadata.jsonl names files below its folder and no others: neither `..` nor a link leads out of it,
+since such files are often someone else's. Links that lie in the folder themselves are read.
+"""
+
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from engine.text.row_files import open_rows
+from engine.train.sources.item import (
+    PICTURES,
+    Item,
+    Unusable,
+    caption_in,
+    caption_in_json,
+    caption_of,
+    open_file,
+    open_picture,
+    read_text,
+)
+
+METADATA = "metadata.jsonl"
+
+
+class Entry(NamedTuple):
+    name: str  # a path from the folder on, or a row of a file
+    caption: str | None = None  # None: beside the picture
+    problem: str = ""  # why there is no picture
+
+
+class Files:
+    """A folder and those below it, in the order of the names; hidden ones are left out."""
+
+    def __init__(self, root: str, field: str = ""):
+        self._root, self._field = root, field
+        self._beside: set[str] = set()  # names of caption files
+        self._entries = self._find()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def name(self, i: int) -> str:
+        return os.path.join(self._root, self._entries[i].name)
+
+    def read(self, i: int) -> Item:
+        entry = self._entries[i]
+        if entry.problem:
+            raise Unusable(entry.problem)
+        caption = self._caption(entry.name) if entry.caption is None else entry.caption
+        return Item(open_picture(self.name(i)), caption)
+
+    def _caption(self, name: str) -> str | None:
+        stem = os.path.splitext(name)[0]
+        for suffix in (".json", ".txt") if self._field else (".txt", ".json"):
+            if (beside := stem + suffix) in self._beside:
+                data = read_text(open_file(os.path.join(self._root, beside)))
+                return caption_of(data) if suffix == ".txt" else caption_in_json(data, self._field)
+        return None
+
+    def _find(self) -> list[Entry]:
+        names, problems = list_files(self._root)
+        entries = [Entry(name, problem=problem) for name, problem in problems]
+        for name in names:
+            if os.path.basename(name) == METADATA:
+                entries += self._rows(os.path.dirname(name))
+        told = {entry.name for entry in entries}
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in PICTURES and name not in told:
+                entries.append(Entry(name))
+            elif suffix in (".txt", ".json"):
+                self._beside.add(name)
+        return sorted(entries, key=lambda entry: (entry.name, entry.caption or ""))
+
+    def _rows(self, folder: str) -> Iterator[Entry]:
+        """The pictures that the metadata of a folder names; a bad row is an entry too."""
+        file = os.path.join(folder, METADATA)
+        base = os.path.realpath(os.path.join(self._root, folder))
+        with open_rows(os.path.join(self._root, file), None) as source:
+            for number, row in enumerate(source.rows, 1):
+                here = f"{file}, row {number}"
+                try:
+                    name = os.path.join(folder, file_of(row, base))
+                except Unusable as problem:
+                    yield Entry(here, problem=str(problem))
+                    continue
+                try:
+                    yield Entry(name, caption_in(row, self._field))
+                except Unusable as problem:
+                    yield Entry(name, problem=str(problem))
+
+
+def file_of(row: dict | str, base: str) -> str:
+    """The path that a row of metadata names, from `base` (a real path) on; Unusable if it leads away."""
+    if isinstance(row, str):
+        raise Unusable(row)
+    name = row.get("file_name")
+    if not isinstance(name, str) or not name.strip():
+        raise Unusable("no file_name")
+    if os.path.isabs(name) or pathlib.PureWindowsPath(name).drive:
+        raise Unusable("file_name is an absolute path; write one from the folder on")
+    try:
+        real = os.path.realpath(os.path.join(base, name))
+        if os.path.commonpath([real, base]) != base:
+            raise Unusable("file_name leads out of the folder")
+    except (ValueError, OSError):
+        raise Unusable("file_name is no path") from None
+    return os.path.normpath(name)
+
+
+def list_files(root: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Paths below a folder from it on, sorted and without the hidden; and folders that cannot be read."""
+    names, problems = [], []
+
+    def note(error: OSError) -> None:
+        problems.append((os.path.relpath(error.filename, root), error.strerror or str(error)))
+
+    for folder, folders, files in os.walk(root, onerror=note):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = os.path.relpath(folder, root)
+        names += [os.path.normpath(os.path.join(below, f)) for f in files if not f.startswith(".")]
+    return sorted(names), problems

@@ -1,0 +1,98 @@
+"""The pictures of several sources under one number each; and a first look at all of them."""
+
+import bisect
+import concurrent.futures
+import hashlib
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from engine.finish import SETTINGS_KEY
+from engine.train.sources.item import NO_CAPTION, Item, Source, Unusable, caption_in_json
+from engine.train.sources.pixels import Crop, read_header, read_pixels
+
+AT_ONCE = 256  # pictures that a thread looks at before it takes others
+
+
+class Look(NamedTuple):
+    """What the header of a picture and its caption tell."""
+
+    width: int
+    height: int
+    digest: bytes  # of size and caption
+
+
+class Pictures:
+    """Pictures by number. Threads may read at once."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self._sources = sources
+        self.ends = list(itertools.accumulate(map(len, sources)))  # of each source's numbers
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def name(self, number: int) -> str:
+        source, i = self._find(number)
+        return source.name(i)
+
+    def look(self, number: int) -> Look:
+        """Raises Unusable for what cannot be read, and where there is no caption."""
+        item = self._open(number)
+        with item.file as file:
+            header = read_header(file, SETTINGS_KEY)
+            caption = item.caption if item.caption is not None else _caption_inside(header.settings)
+        told = f"{header.width} {header.height} {caption}".encode()
+        return Look(header.width, header.height, hashlib.sha256(told).digest()[:8])
+
+    def read(self, number: int, width: int, height: int, crop: Crop) -> tuple[np.ndarray, str]:
+        """Pixels, as `read_pixels` gives them, and caption. Raises Unusable."""
+        item = self._open(number)
+        with item.file as file:
+            caption = item.caption
+            if caption is None:
+                caption = _caption_inside(read_header(file, SETTINGS_KEY).settings)
+                file.seek(0)
+            return read_pixels(file, width, height, crop), caption
+
+    def look_at_all(
+        self, pool: concurrent.futures.Executor, judge: Callable[[Look], None]
+    ) -> Iterator[Look | Unusable]:
+        """A look at each picture, in order.
+
+        Args:
+          judge: raises Unusable for what a run has no use for.
+        """
+
+        def look_at(first: int) -> list[Look | Unusable]:
+            return [judged(number) for number in range(first, min(first + AT_ONCE, len(self)))]
+
+        def judged(number: int) -> Look | Unusable:
+            try:
+                judge(look := self.look(number))
+                return look
+            except Unusable as problem:
+                return problem
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # they are skipped
+            for looks in pool.map(look_at, range(0, len(self), AT_ONCE)):
+                yield from looks
+
+    def _find(self, number: int) -> tuple[Source, int]:
+        place = bisect.bisect_right(self.ends, number)
+        return self._sources[place], number - (self.ends[place - 1] if place else 0)
+
+    def _open(self, number: int) -> Item:
+        source, i = self._find(number)
+        return source.read(i)
+
+
+def _caption_inside(settings: str | None) -> str:
+    if settings is None:
+        raise Unusable(NO_CAPTION)
+    return caption_in_json(settings.encode("utf-8", "surrogatepass"), "prompt")

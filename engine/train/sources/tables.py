@@ -1,0 +1,129 @@
+"""Parquet: a column `image` of pictures' bytes, as Hugging Face datasets and our jobs write it, and captions.
+
+Parquet is read in groups of rows, and for a picture in the middle all of its group; in shuffled order that
+would be most of the work. So all pictures are copied once, when a run begins, into a file without structure
+in the folder of temporary files (TMPDIR), which is as large as they are together and goes with the program.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from engine.train.sources.item import CAPTIONS, Item, Unusable, caption_of, open_part
+from engine.types import UserError
+
+ROWS_AT_ONCE = 16
+IMAGE = "image"
+
+
+class Entry(NamedTuple):
+    name: str
+    start: int = 0
+    size: int = 0
+    caption: str | None = None
+    problem: str = ""
+
+
+class Tables:
+    """The rows of several files, one file after the other."""
+
+    def __init__(self, paths: Sequence[str], field: str = ""):
+        self._copy = tempfile.NamedTemporaryFile(prefix="fogsculpt-")  # noqa: SIM115, as long as this
+        self._entries: list[Entry] = []
+        for path in paths:
+            try:
+                self._entries += self._read(path, field)
+                self._copy.flush()
+            except OSError as error:
+                advice = "free some space, or write another folder into TMPDIR"
+                raise UserError(f"{path}: cannot be copied: {error.strerror}; {advice}") from None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def name(self, i: int) -> str:
+        return self._entries[i].name
+
+    def read(self, i: int) -> Item:
+        entry = self._entries[i]
+        if entry.problem:
+            raise Unusable(entry.problem)
+        return Item(open_part(self._copy.name, entry.start, entry.size), entry.caption)
+
+    def _read(self, path: str, field: str) -> Iterator[Entry]:
+        place = 0
+        for row in _rows(path, field):
+            if isinstance(row, str):
+                yield Entry(path, problem=row)
+                return
+            name, (image, text) = f"{path}/{place}", row
+            place += 1
+            try:
+                caption = None if text is None else caption_of(text)
+                if image is None:
+                    raise Unusable("no picture")
+            except Unusable as problem:
+                yield Entry(name, problem=str(problem))
+                continue
+            start = self._copy.tell()
+            self._copy.write(image)
+            yield Entry(name, start, len(image), caption)
+
+
+def _rows(path: str, field: str) -> Iterator[tuple[bytes | None, bytes | None] | str]:
+    """Picture and caption of each row; a text, at the end, where the rest cannot be read."""
+    pa = _pyarrow(path)
+    try:
+        table = pa.parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+        schema = table.schema_arrow
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield f"damaged or no Parquet ({' '.join(str(error).split())[:80]})"
+        return
+    columns = [IMAGE, *_caption_columns(pa, schema, field, path)]
+    batches = table.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            yield f"damaged ({' '.join(str(error).split())[:80]}): what follows is lost"
+            return
+        if batch is None:
+            return
+        image = batch.column(IMAGE)
+        if pa.types.is_struct(image.type):
+            image = pa.compute.struct_field(image, "bytes")
+        texts = [batch.column(name).cast(pa.binary()).to_pylist() for name in columns[1:]]
+        for i, picture in enumerate(image.to_pylist()):
+            yield picture, next((text[i] for text in texts if text[i] is not None), None)
+
+
+def _caption_columns(pa: Any, schema: Any, field: str, path: str) -> list[str]:
+    """Those that hold captions; none where they stand inside of the pictures."""
+    if IMAGE not in schema.names or not _holds_bytes(pa, schema.field(IMAGE).type):
+        raise UserError(
+            f"{path}: no column 'image' of bytes; its columns are {', '.join(schema.names)[:200]}"
+        )
+    if field and field not in schema.names:
+        raise UserError(f"{path}: no column {field!r}; its columns are {', '.join(schema.names)[:200]}")
+    wanted = (field,) if field else CAPTIONS
+    is_text = (pa.types.is_string, pa.types.is_large_string)
+    found = [n for n in wanted if n in schema.names and any(is_it(schema.field(n).type) for is_it in is_text)]
+    if field and not found:
+        raise UserError(f"{path}: column {field!r} holds no texts; write another caption_field")
+    return found
+
+
+def _holds_bytes(pa: Any, type: Any) -> bool:
+    if pa.types.is_struct(type):
+        place = type.get_field_index("bytes")
+        return place >= 0 and _holds_bytes(pa, type.field(place).type)
+    return pa.types.is_binary(type) or pa.types.is_large_binary(type)
+
+
+def _pyarrow(where: str) -> Any:
+    try:
+        import pyarrow.compute
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{where}: needs a package; write pip install 'fogsculpt[jobs]'") from None
+    return pyarrow
