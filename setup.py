@@ -63,6 +63,7 @@ setup(
             "torch==2.13.0",  # the originals that everything is held against
             "diffusers>=0.35",
             "transformers>=4.50",
+            "peft>=0.17",  # LoRAs in PyTorch diffusers
         ],
     },
 )

@@ -85,7 +85,10 @@ class Batch(NamedTuple):
 
 
 def load(
-    model: str | os.PathLike | None = None, dtype: str = "float32", parallel: str | Devices = "shard_map"
+    model: str | os.PathLike | None = None,
+    dtype: str = "float32",
+    parallel: str | Devices = "shard_map",
+    lora: Sequence[tuple[str | os.PathLike, float]] = (),
 ) -> "Pipeline":
     """Loads a model onto the devices.
 
@@ -93,6 +96,8 @@ def load(
       model: a folder in the diffusers layout; None for the model in the package.
       dtype: float32 or bfloat16, of params and activations. The sampler is float32 in any case.
       parallel: "shard_map", "jit" or "pmap" over all local devices, or `Devices` of your own.
+      lora: files in the format of diffusers, each with its scale: 1 is as trained. They become part of the
+        weights, so that pictures take no longer.
 
     Raises:
       UserError: the folder or an argument is wrong; the message says what to write instead.
@@ -102,7 +107,7 @@ def load(
     devices = Devices(parallel) if isinstance(parallel, str) else parallel
     use_compilation_cache()
     folder = SHIPPED if model is None else pathlib.Path(model)
-    loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=devices.place)
+    loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=devices.place, loras=lora)
     channels, latent = loaded.unet.config.in_channels, loaded.vae.config.latent_channels
     if channels != latent:
         raise UserError(

@@ -42,6 +42,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 
 # ("unet.down_blocks.0.resnets.0.conv1.kernel", array) -> the same on a device or on many
 Place = Callable[[str, np.ndarray], jax.Array]
+Change = Callable[[str, np.ndarray], np.ndarray]  # the same, on the host: an array to take its place
 
 
 class Kind(NamedTuple):
@@ -92,6 +93,7 @@ def load_component(
     dtype: DTypeLike = jnp.float32,
     variant: str | None = None,
     place: Place | None = None,
+    change: Change | None = None,
 ) -> Component:
     """Reads one model.
 
@@ -103,6 +105,7 @@ def load_component(
         there are no others.
       place: puts a host array on its device or devices; called with "kind.path.of.the.parameter" and the
         array in Flax's layout, maybe a view. None: the default device.
+      change: called with the same before the cast, in the type of the file; what it gives is kept.
 
     Raises:
       UserError: anything missing, broken, unexpected or of another shape; all such keys in one line.
@@ -118,6 +121,7 @@ def load_component(
             for path, (stored, tensor) in tensors.items():
                 name = ".".join(map(str, (kind, *path)))
                 array = names.to_flax(path, read_tensor(opened, stored, tensor), len(shapes[path].shape))
+                array = change(name, array) if change else array
                 leaf = (place or _on_default_device)(name, cast(array, dtype, f"{file}: {stored}"))
                 flat[path] = jax.block_until_ready(leaf)  # or the transfers in flight would pile up
                 del array, leaf
@@ -178,7 +182,7 @@ def read_headers(weights: Path) -> dict[Path, dict[str, Tensor]]:
     for file, header in headers.items():
         differing = header.keys() ^ {key for key, shard in shards.items() if shard == file.name}
         if differing:
-            raise UserError(f"{weights} and {file.name} disagree on {_listed(sorted(differing))}")
+            raise UserError(f"{weights} and {file.name} disagree on {listed(sorted(differing))}")
     return headers
 
 
@@ -217,12 +221,13 @@ def _match(
         "given twice": twice,
     }
     if any(faults.values()):
-        told = "; ".join(f"{fault}: {_listed(keys)}" for fault, keys in faults.items() if keys)
+        told = "; ".join(f"{fault}: {listed(keys)}" for fault, keys in faults.items() if keys)
         raise UserError(f"{weights} does not fit {weights.parent / 'config.json'}: {told}")
     return sources
 
 
-def _listed(keys: list[str], limit: int = 20) -> str:
+def listed(keys: list[str], limit: int = 20) -> str:
+    """How many keys, and their names, the first `limit` of them."""
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
     return f"({len(keys)}) {', '.join(keys[:limit])}{more}"
 
@@ -256,7 +261,7 @@ def write_component(
     leaves = traverse_util.flatten_dict(component.params)
     if leaves.keys() != shapes.keys():
         differing = sorted(".".join(map(str, path)) for path in leaves.keys() ^ shapes.keys())
-        raise ValueError(f"params and config of the {component.kind} disagree on {_listed(differing)}")
+        raise ValueError(f"params and config of the {component.kind} disagree on {listed(differing)}")
     paths = names.keys(shapes)
 
     def tensor(key: str) -> np.ndarray:

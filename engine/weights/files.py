@@ -1,4 +1,4 @@
-"""JSON files, and folders that appear whole or not at all."""
+"""JSON files, and files and folders that appear whole or not at all."""
 
 import contextlib
 import json
@@ -80,8 +80,27 @@ def _exchange(new: Path, path: Path, old: Path) -> None:
         if existed:
             old.rename(path)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A hidden path beside `path` to write to, which takes its place when the block ends well."""
+    path = path.expanduser().resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
     try:
-        os.fsync(directory)  # a rename is on the disk only when its folder is
+        yield new
+        new.replace(path)
+        _sync(path.parent)
     finally:
-        os.close(directory)
+        new.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on the disk only when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

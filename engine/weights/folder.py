@@ -12,6 +12,7 @@ picture depends on them, and a folder without them is complete.
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from engine.config import nearest
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.text.tokenizer import Tokenizer
 from engine.types import UserError
+from engine.weights import lora, lora_files
 from engine.weights.component import (
     DIFFUSERS_VERSION,
     KINDS,
@@ -28,6 +30,7 @@ from engine.weights.component import (
     Component,
     Place,
     load_component,
+    read_config,
     write_component,
 )
 from engine.weights.files import new_folder, read_json, write_json
@@ -53,11 +56,16 @@ def load_folder(
     dtype: DTypeLike = jnp.float32,
     variant: str | None = None,
     place: Place | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
 ) -> Model:
     """Reads a whole model; `dtype`, `variant`, `place` as in `load_component`.
 
+    Args:
+      loras: files (see engine.weights.lora_files) and scales. They are merged in float32, before the cast.
+
     Raises:
-      UserError: no such folder, or anything in it is missing, broken or of a kind that the engine lacks.
+      UserError: no such folder, or anything in it is missing, broken or of a kind that the engine lacks; or
+        a LoRA that is not for this model.
     """
     folder = Path(os.path.expanduser(path))  # unlike Path's own, silent about users that do not exist
     scheduler_class = read_index(folder)["scheduler"]
@@ -66,7 +74,11 @@ def load_folder(
     options = read_json(scheduler_file) | {"_class_name": scheduler_class}
     scheduler = SchedulerConfig.from_json(options, str(scheduler_file))
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    parts = {kind: load_component(folder / kind, kind, dtype, variant, place) for kind in KINDS}
+    change = None
+    if loras:
+        configs = {kind: read_config(folder / kind / "config.json", kind) for kind in lora.KINDS}
+        change = lora_files.read_all(loras, configs)
+    parts = {kind: load_component(folder / kind, kind, dtype, variant, place, change) for kind in KINDS}
     model = Model(**parts, tokenizer=tokenizer, scheduler=scheduler)
     _check_parts_fit(model, folder)
     return model

@@ -12,7 +12,8 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,10 +59,26 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 def read_header(path: Path) -> dict[str, Tensor]:
     """Name -> tensor, in the order of the bytes. Raises UserError, with the file, where it is broken."""
+    header, data = _read_header(path)
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = (data + offset for offset in entry["data_offsets"])
+            tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), start, end)
+    return dict(sorted(tensors.items(), key=lambda item: item[1].start))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the writer noted beside the tensors. Raises UserError as `read_header`."""
+    return _read_header(path)[0].get("__metadata__") or {}
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON of a checked header, and where the tensors' bytes begin."""
     try:
         with safe_open(path, "numpy"), open(path, "rb") as file:  # safe_open checks everything used below
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            return json.loads(file.read(length)), 8 + length
     except SafetensorError as error:
         if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
             raise UserError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull") from None
@@ -70,12 +87,6 @@ def read_header(path: Path) -> dict[str, Tensor]:
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = (8 + length + offset for offset in entry["data_offsets"])
-            tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), start, end)
-    return dict(sorted(tensors.items(), key=lambda item: item[1].start))
 
 
 def read_tensor(file: BinaryIO, name: str, tensor: Tensor) -> np.ndarray:
@@ -92,16 +103,18 @@ def write(
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, np.dtype],
     tensor: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes one file, and waits until it is on the disk.
 
     Args:
       shapes, dtypes: of each name.
       tensor: name -> array of that shape and dtype; called once for each, as it is written.
+      metadata: notes beside the tensors.
     """
     # The order of the library, which puts the widest types first to keep every tensor aligned.
     order = sorted(shapes, key=lambda name: (-dtypes[name].itemsize, CODES[dtypes[name]], name))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": {"format": "pt", **metadata}}, 0
     for name in order:
         shape, dtype = shapes[name], dtypes[name]
         start, end = end, end + math.prod(shape) * dtype.itemsize

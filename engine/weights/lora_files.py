@@ -1,0 +1,219 @@
+"""Files of LoRAs, as PyTorch diffusers writes them and its `load_lora_weights` reads them.
+
+    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, ...lora_B.weight
+    text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight, ...
+
+Rank and alpha stand in the metadata `lora_adapter_metadata`, under the names of PEFT's LoraConfig. Where a
+file does not say alpha, it is the rank.
+"""
+
+import collections
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.types import UserError
+from engine.weights import names
+from engine.weights.component import PICKLES, Change, listed
+from engine.weights.files import new_file
+from engine.weights.lora import KINDS, Layer, Lora, layers_of, merging
+from engine.weights.safetensors_io import DTYPES, Tensor, read_header, read_metadata, read_tensor, write
+
+FILE = "pytorch_lora_weights.safetensors"  # in a folder
+METADATA = "lora_adapter_metadata"
+EXAMPLE = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+
+# How diffusers has named A and B over time. The oldest put the layer's name into a processor's.
+SIDES = {"lora_A": "a", "lora.down": "a", "lora_linear_layer.down": "a"}
+SIDES |= {"lora_B": "b", "lora.up": "b", "lora_linear_layer.up": "b"}
+_KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, SIDES))})\.weight")
+_OLDEST = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.")
+
+
+# ---- written
+
+
+def save(path: str | Path, lora: Lora) -> Path:
+    """Writes a file in the format of diffusers, whole or not at all, and returns its path.
+
+    Args:
+      path: FILE.safetensors; anything else is a folder, and the file in it has the name that diffusers gives.
+
+    Raises:
+      OSError: no space left, or the place cannot be written.
+    """
+    path = Path(os.path.expanduser(path))
+    path = path if path.suffix == ".safetensors" else path / FILE
+    tensors = {}
+    for name, layer in lora.layers.items():
+        for side, stored in (("a", "lora_A"), ("b", "lora_B")):
+            array = np.asarray(layer[side])
+            tensors[f"{name}.{stored}.weight"] = array.transpose(names.TO_TORCH[array.ndim])
+    shapes = {key: array.shape for key, array in tensors.items()}
+    dtypes = {key: array.dtype for key, array in tensors.items()}
+    notes = json.dumps(_notes(lora), indent=2, sort_keys=True)
+    with new_file(path) as new:
+        write(new, shapes, dtypes, tensors.__getitem__, {METADATA: notes})
+    return path
+
+
+def _notes(lora: Lora) -> dict[str, Any]:
+    """PEFT's LoraConfig of each part: "unet.r", "unet.lora_alpha", ...; what differs from it, by layer."""
+    notes = {}
+    for kind in KINDS:
+        ours = {name: layer for name, layer in lora.layers.items() if name.startswith(f"{kind}.")}
+        if not ours:
+            continue
+        # transformers 5 has no text_model, and PEFT takes ends of names
+        short = {name: name.removeprefix(f"{kind}.").removeprefix("text_model.") for name in ours}
+        rank, ranks = _usual({short[name]: layer["a"].shape[-1] for name, layer in ours.items()})
+        alpha, alphas = _usual({short[name]: lora.alphas[name] for name in ours})
+        config = {"r": rank, "rank_pattern": ranks, "lora_alpha": alpha, "alpha_pattern": alphas}
+        config["target_modules"] = sorted(short.values())
+        notes |= {f"{kind}.{option}": value for option, value in config.items()}
+    return notes
+
+
+def _usual(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and all others by name."""
+    usual = collections.Counter(values.values()).most_common(1)[0][0]
+    return usual, {name: value for name, value in values.items() if value != usual}
+
+
+# ---- read
+
+
+def find(path: str | Path) -> Path:
+    """The file of a LoRA: `path`, or the one that diffusers writes into a folder; UserError without one."""
+    path = Path(os.path.expanduser(path))
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no LoRA {path}: write the path of a .safetensors file, or of a folder with {FILE}")
+    if path.name.endswith(PICKLES):
+        raise UserError(
+            f"{path} is in a format that is never opened because it can run code: convert it with PyTorch "
+            "diffusers, load_lora_weights(...) and save_lora_weights(..., safe_serialization=True)"
+        )
+    return path
+
+
+def read(path: str | Path, configs: Mapping[str, Any]) -> Lora:
+    """Reads the LoRA of a model with these configs ("unet", "text_encoder"); its arrays are on the host.
+
+    Raises:
+      UserError: no file, a broken one, one without a LoRA, or the LoRA of another model; in one line.
+    """
+    path = find(path)
+    matrices, numbers = _sorted_out(path, read_header(path), layers_of(configs))
+    layers, alphas, notes = {}, {}, _read_notes(path)
+    with open(path, "rb") as file:
+        for name, sides in matrices.items():
+            arrays = {side: read_tensor(file, *stored) for side, stored in sides.items()}
+            layers[name] = {
+                side: array.transpose(names.TO_FLAX[array.ndim]) for side, array in arrays.items()
+            }
+            alphas[name] = _alpha(path, notes, name, layers[name]["a"].shape[-1])
+        for name in numbers.keys() & layers.keys():
+            alphas[name] = float(read_tensor(file, *numbers[name]).reshape(()))
+    if strange := [name for name, alpha in alphas.items() if not math.isfinite(alpha)]:
+        raise UserError(f"{path}: alpha is no number for {listed(strange)}")
+    return Lora(layers, alphas)
+
+
+Stored = tuple[str, Tensor]  # a key of the file, and where it is
+
+
+def _sorted_out(
+    path: Path, header: Mapping[str, Tensor], layers: Mapping[str, Layer]
+) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
+    """Layer -> side -> where it is stored, and layer -> where its alpha is; UserError unless all fits."""
+    matrices, alphas, unknown, foreign = {}, {}, [], []
+    for key, tensor in header.items():
+        name, side = _parsed(key)
+        if side is None:
+            unknown.append(key)
+        elif name not in layers:
+            foreign.append(key)
+        elif side == "alpha":
+            alphas[name] = (key, tensor)
+        else:
+            matrices.setdefault(name, {})[side] = (key, tensor)
+    if not matrices and not foreign:
+        kohya = " (the naming of kohya, which this version does not read)"
+        hint = kohya if any(key.startswith("lora_") for key in unknown) else ""
+        raise UserError(
+            f"{path} holds no LoRA of PyTorch diffusers, such as {EXAMPLE}; "
+            f"it holds {listed(unknown, 3)}{hint}"
+        )
+    faults = {"unknown keys": unknown, "layers that the model does not have": foreign}
+    faults["A without B or B without A"] = [name for name, sides in matrices.items() if len(sides) < 2]
+    whole = {name: sides for name, sides in matrices.items() if len(sides) == 2}
+    faults["wrong shape"] = _misshapen(whole, layers)
+    every = [stored for sides in matrices.values() for stored in sides.values()] + [*alphas.values()]
+    faults["wrong type"] = [f"{key} is {tensor.code}" for key, tensor in every if tensor.code not in DTYPES]
+    faults["no single number"] = [key for key, tensor in alphas.values() if math.prod(tensor.shape) != 1]
+    if any(faults.values()):
+        told = "; ".join(f"{fault}: {listed(keys, 5)}" for fault, keys in faults.items() if keys)
+        raise UserError(f"{path} does not fit this model: {told}")
+    return matrices, alphas
+
+
+def _parsed(key: str) -> tuple[str, str | None]:
+    """The layer's name, and "a", "b" or "alpha"; None for what is none of them."""
+    kind, _, rest = key.partition(".")
+    rest = _OLDEST.sub(lambda old: f".{old[1].replace('to_out', 'to_out.0')}.lora.", rest)
+    layer, alpha, end = rest.rpartition(".alpha")
+    found = _KEY.fullmatch(rest)
+    if kind not in KINDS or not (found or (alpha and not end)):
+        return key, None
+    layer, side = (found[1], SIDES[found[2]]) if found else (layer, "alpha")
+    return f"{kind}.{names.canonical(kind, layer)}", side
+
+
+def _misshapen(matrices: Mapping[str, dict[str, Stored]], layers: Mapping[str, Layer]) -> list[str]:
+    faults = []
+    for name, sides in matrices.items():
+        rank = max([1, *sides["a"][1].shape[:1]])
+        for side, shape in layers[name].shapes(rank).items():
+            key, tensor = sides[side]
+            wanted = names.torch_shape(layers[name].path, shape)
+            if tensor.shape != wanted:
+                faults.append(f"{key} is {tensor.shape}, not {wanted}")
+    return faults
+
+
+def _read_notes(path: Path) -> dict[str, Any]:
+    """What the file says of itself, as PEFT's LoraConfig."""
+    try:
+        notes = json.loads(read_metadata(path).get(METADATA, "{}"))
+    except (ValueError, RecursionError):
+        notes = None
+    if not isinstance(notes, dict):
+        raise UserError(f"{path}: its metadata {METADATA} is no JSON object: write the file again")
+    return notes
+
+
+def _alpha(path: Path, notes: Mapping[str, Any], name: str, rank: int) -> float:
+    """A layer's alpha, as PEFT finds it in a LoraConfig: by pattern, else the one for all, else the rank."""
+    kind, _, layer = name.partition(".")
+    try:
+        patterns = dict(notes.get(f"{kind}.alpha_pattern") or {})
+        hits = (alpha for end, alpha in patterns.items() if re.match(rf"(.*\.)?({end})$", layer))
+        alpha = float(next(hits, notes.get(f"{kind}.lora_alpha", rank)))
+    except (TypeError, ValueError, re.error):
+        raise UserError(f"{path}: its metadata {METADATA} has a strange alpha for {kind}") from None
+    return alpha * rank**0.5 if notes.get(f"{kind}.use_rslora") else alpha
+
+
+# ---- what a model is loaded with
+
+
+def read_all(loras: Sequence[tuple[str | Path, float]], configs: Mapping[str, Any]) -> Change:
+    """Reads (file, scale) pairs, and returns what merges them into params as these are loaded."""
+    return merging([(read(path, configs), scale) for path, scale in loras])
