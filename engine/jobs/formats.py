@@ -9,14 +9,15 @@ give equal bytes in every format.
   parquet      shards/000012.parquet   image {bytes, path} (as Hugging Face datasets read it), id, prompt, ...
 """
 
+import errno
 import io
 import json
+import os
 import pathlib
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from engine import finish
 from engine.config import FORMATS
@@ -24,6 +25,8 @@ from engine.jobs.store import Store
 from engine.types import UserError
 
 ROWS_AT_ONCE = 64  # pictures of one Parquet row group
+# By this Hugging Face datasets know that the column holds pictures.
+PICTURES = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
 
 
 class Entry(NamedTuple):
@@ -38,11 +41,22 @@ def member_name(facts: Mapping[str, Any]) -> str:
     return f"{facts['number']:08d}"
 
 
+def member_of(format: str, facts: Mapping[str, Any], place: int) -> str | int:
+    """Where in its shard the picture is: the name of a file, or (arrayrecord, parquet) its place from 0."""
+    if format == "files":
+        return f"{member_name(facts)}-{finish.slug(facts['prompt'])}.png"
+    return f"{member_name(facts)}.png" if format == "webdataset" else place
+
+
+def path_of(format: str, name: str) -> str:
+    """Of a shard, in the output folder."""
+    return f"shards/{name}{SUFFIXES[format]}"
+
+
 def _write_files(path: pathlib.Path, entries: Sequence[Entry]) -> None:
     path.mkdir()
-    for entry in entries:
-        name = f"{member_name(entry.facts)}-{finish.slug(entry.facts['prompt'])}.png"
-        (path / name).write_bytes(entry.png)
+    for place, entry in enumerate(entries):
+        (path / str(member_of("files", entry.facts, place))).write_bytes(entry.png)
 
 
 def _write_tar(path: pathlib.Path, entries: Sequence[Entry]) -> None:
@@ -58,16 +72,21 @@ def _write_tar(path: pathlib.Path, entries: Sequence[Entry]) -> None:
 
 def _write_arrayrecord(path: pathlib.Path, entries: Sequence[Entry]) -> None:
     # group_size 1: a reader that shuffles decodes one picture, not a group of them. PNGs are compressed.
-    writer = _array_record().ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-    for entry in entries:
-        writer.write(entry.png)
-    writer.close()
+    try:
+        writer = _array_record().ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        for entry in entries:
+            writer.write(entry.png)
+        writer.close()
+    except RuntimeError as error:  # it knows no OSErrors
+        full = os.strerror(errno.ENOSPC) in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from None
 
 
 def _write_parquet(path: pathlib.Path, entries: Sequence[Entry]) -> None:
     pa = _pyarrow()
     schema = _schema(pa)
-    with pa.parquet.ParquetWriter(path, schema, compression="NONE") as writer:  # PNGs are compressed
+    # PNGs are compressed.
+    with pa.parquet.ParquetWriter(path, schema, compression="NONE", write_page_checksum=True) as writer:
         for first in range(0, len(entries), ROWS_AT_ONCE):
             rows = [_table_row(entry) for entry in entries[first : first + ROWS_AT_ONCE]]
             writer.write_table(pa.Table.from_pylist(rows, schema))
@@ -85,14 +104,13 @@ def _schema(pa: Any) -> Any:
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]
         + [(name, pa.string()) for name in texts]
         + [(name, pa.int64()) for name in whole]
-        + [("seed", pa.uint64()), ("guidance_scale", pa.float64())]
+        + [("seed", pa.uint64()), ("guidance_scale", pa.float64())],
+        PICTURES,
     )
 
 
 SUFFIXES = dict(zip(FORMATS, ("", ".tar", ".arrayrecord", ".parquet"), strict=True))
-WRITERS = dict(
-    zip(FORMATS, (_write_files, _write_tar, _write_arrayrecord, _write_parquet), strict=True)
-)
+WRITERS = dict(zip(FORMATS, (_write_files, _write_tar, _write_arrayrecord, _write_parquet), strict=True))
 
 
 def check_installed(format: str) -> None:
@@ -118,18 +136,21 @@ def read_pngs(store: Store, format: str, name: str) -> Iterator[bytes]:
       FileNotFoundError: there is no such shard.
       ValueError: it cannot be read as what it should be.
     """
-    path = f"shards/{name}{SUFFIXES[format]}"
+    path = path_of(format, name)
     if format == "files":
-        for file in sorted(store.names(path), key=_number_in):
+        files = sorted(store.names(path), key=_number_in)
+        if not files:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        for file in files:
             yield store.read(f"{path}/{file}")
         return
-    try:
-        with store.open(path) as file:
+    with store.open(path) as file:
+        try:
             yield from READERS[format](file)
-    except (tarfile.TarError, RuntimeError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
+        except UserError:
             raise
-        raise ValueError(f"{path} is damaged: {error}") from None
+        except Exception as error:  # each reader has its own, and damage brings up still others
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
 def _number_in(name: str) -> int:
@@ -137,26 +158,27 @@ def _number_in(name: str) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def _read_tar(file: Any) -> Iterator[bytes]:
-    with tarfile.open(fileobj=file, mode="r|") as tar:
-        for member in tar:
-            if member.name.endswith(".png"):
-                yield tar.extractfile(member).read()
+def _read_tar(file: BinaryIO) -> Iterator[bytes]:
+    """Stricter than tarfile, to which a damaged header is the end."""
+    while any(header := file.read(tarfile.BLOCKSIZE)):
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        data = file.read(member.size)
+        file.read(-member.size % tarfile.BLOCKSIZE)
+        if member.name.endswith(".png"):
+            yield data
+    if not header or any(file.read()):
+        raise ValueError("it ends where no end is marked")
 
 
-def _read_arrayrecord(file: Any) -> Iterator[bytes]:
-    module = _array_record()
-    with tempfile.NamedTemporaryFile(suffix=".arrayrecord") as local:  # it reads paths, not open files
-        shutil.copyfileobj(file, local)
-        local.flush()
-        reader = module.ArrayRecordReader(local.name)
-        for i in range(reader.num_records()):
-            yield reader.read([i])[0]
-        reader.close()
+def _read_arrayrecord(file: BinaryIO) -> Iterator[bytes]:
+    reader = _array_record().ArrayRecordReader(file.name)  # it reads paths, not open files
+    for i in range(reader.num_records()):
+        yield reader.read([i])[0]
+    reader.close()
 
 
-def _read_parquet(file: Any) -> Iterator[bytes]:
-    table = _pyarrow().parquet.ParquetFile(file)
+def _read_parquet(file: BinaryIO) -> Iterator[bytes]:
+    table = _pyarrow().parquet.ParquetFile(file, page_checksum_verification=True)
     for batch in table.iter_batches(ROWS_AT_ONCE, columns=["image"]):
         for image in batch.column(0).to_pylist():
             yield image["bytes"]
