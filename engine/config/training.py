@@ -169,6 +169,25 @@ class DiffusionStage(ObjectiveConfig, StageConfig):
 
 
 @dataclasses.dataclass
+class LoraConfig:
+    """A LoRA (Hu et al. 2021): which layers it changes, and by matrices of which rank."""
+
+    rank: int = 8
+    alpha: float = 8.0  # the change is alpha / rank times the product of its matrices
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # ends of names, * for anything
+    text_encoder: bool = False  # the projections of its attention, too
+
+    def validate(self, where: str = "lora") -> None:
+        """Raises UserError; `where` is what the config calls this part."""
+        if not self.rank >= 1:
+            raise UserError(f"{where}.rank={self.rank}: write a number from 1; 4 to 64 are usual")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"{where}.alpha={self.alpha}: write a number above 0; the rank is usual")
+        if isinstance(self.targets, str) or not self.targets:
+            raise UserError(f"{where}.targets={self.targets!r}: write a tuple, such as ('to_q', 'to_v')")
+
+
+@dataclasses.dataclass
 class TrainConfig:
     """A model: its autoencoder, its text encoder, its U-Net, then its decoder again.
 
