@@ -1,7 +1,7 @@
 """Batches of the drawn world, addressed by step: the position of the data is the step itself."""
 
 import concurrent.futures
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -28,20 +28,43 @@ def captioned_pictures(
     tokenizer: Tokenizer,
     easy: float = 0.0,
     easy_steps: int = 0,
+    keep_tags: int | None = None,
 ) -> BatchAt:
     """{"image": uint8 (B, size, size, 3), "ids": int32 (B, L)}
 
     Args:
       easy: the share of easy scenes at step 0 (see `scenes.sample_scene`); it falls in a line to none at
         step `easy_steps`.
+      keep_tags: None, or captions are `shuffled`.
     """
 
     def batch_at(step: int) -> Batch:
         share = easy * (1 - step / easy_steps) if step < easy_steps else 0.0
         images, captions, _ = scenes.batch(seed, step * batch_size, batch_size, size, share)
+        if keep_tags is not None:
+            captions = shuffled(captions, seed, step, keep_tags)
         return {"image": images, "ids": tokenizer.encode(captions)}
 
     return batch_at
+
+
+def shuffled(
+    captions: Sequence[str], seed: int, step: int, keep_tags: int = 0, first_place: int = 0
+) -> list[str]:
+    """The comma-separated tags of each caption in an order drawn for (seed, step, place in the batch).
+
+    Args:
+      keep_tags: that many first tags keep their places.
+      first_place: of the first of these captions in the whole batch.
+    """
+
+    def shuffle(caption: str, place: int) -> str:
+        tags = [tag.strip() for tag in caption.split(",")]
+        first, rest = tags[:keep_tags], tags[keep_tags:]
+        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(step, place)))
+        return ", ".join([*first, *(rest[i] for i in rng.permutation(len(rest)))])
+
+    return [shuffle(caption, place) for place, caption in enumerate(captions, first_place)]
 
 
 def captions_with_facts(seed: int, batch_size: int, tokenizer: Tokenizer) -> BatchAt:

@@ -8,9 +8,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from engine.config import AutoencoderStage, DiffusionStage
-from engine.diffusion.losses import diffusion_loss
-from engine.diffusion.schedules import Schedule
+from engine.config import AutoencoderStage, ObjectiveConfig
+from engine.diffusion.losses import by_timestep, check_terminal, diffusion_loss
+from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.diffusion.schedules import schedule_for
 from engine.scenes import FACTS
 from engine.train.step import Loss
 from engine.types import Params
@@ -84,14 +85,19 @@ def text_to_image_loss(
     unet: nnx.GraphDef,
     text_encoder: nnx.GraphDef,
     vae: nnx.GraphDef,
-    schedule: Schedule,
-    prediction_type: str,
-    config: DiffusionStage,
+    scheduler: SchedulerConfig,
+    objective: ObjectiveConfig,
 ) -> Loss:
-    """The denoising loss of the U-Net.
+    """The denoising loss of the U-Net, see `diffusion_loss`; its metrics are those of `by_timestep`.
 
     params: the U-Net's; frozen: {"vae": params, "text_encoder": params, "empty_ids": (L,)}.
+
+    Raises:
+      UserError: the objective is wrong, or does not go with the scheduler.
     """
+    objective.validate()
+    check_terminal(scheduler)
+    schedule, prediction_type = schedule_for(scheduler), scheduler.prediction_type
     build_unet, build_text, build_vae = applier(unet), applier(text_encoder), applier(vae)
 
     def loss(params, frozen, batch, key):
@@ -100,7 +106,7 @@ def text_to_image_loss(
         latents = vae_module.encode(to_float(batch["image"])).mean  # a draw would be noise to learn
         latents = latents * vae_module.config.scaling_factor
 
-        drop = jax.random.bernoulli(drop_key, config.caption_dropout, batch["ids"].shape[:1])
+        drop = jax.random.bernoulli(drop_key, objective.caption_dropout, batch["ids"].shape[:1])
         ids = jnp.where(drop[:, None], frozen["empty_ids"][None], batch["ids"])
         context = build_text(frozen["text_encoder"]).context(ids)
         module = build_unet(params)
@@ -108,16 +114,7 @@ def text_to_image_loss(
         def apply(x, t):
             return module(x, t, context)
 
-        losses, _ = diffusion_loss(
-            apply,
-            latents,
-            loss_key,
-            schedule,
-            prediction_type,
-            config.time_sampling,
-            config.time_mean,
-            config.time_std,
-        )
-        return losses.mean(), {}
+        losses, sigma = diffusion_loss(apply, latents, loss_key, schedule, prediction_type, objective)
+        return losses.mean(), by_timestep(losses, sigma, schedule)
 
     return loss

@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 from engine import scenes
 from engine.config import TrainConfig
+from engine.diffusion.losses import check_terminal
 from engine.diffusion.scheduler_config import SchedulerConfig
-from engine.diffusion.schedules import schedule_for
 from engine.models.autoencoder import AutoencoderConfig
 from engine.models.clip import CLIPTextConfig
 from engine.models.unet import UNetConfig
@@ -43,7 +43,7 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path | None:
       UserError: the config is wrong, or `workdir` holds the run of a model of another shape.
     """
     config.validate()
-    _scheduler(config)  # a mistake in it is told now, not when its stage begins
+    check_terminal(_scheduler(config))  # a mistake in it is told now, not when its stage begins
     _check_same_run(config, workdir)
     if config.start:
         tokenizer, parts = started(config)
@@ -201,15 +201,14 @@ def train_diffusion(
     config: TrainConfig, parts: dict[str, Component], tokenizer: Tokenizer, workdir: pathlib.Path
 ) -> Component | None:
     """The U-Net, averaged over its last steps."""
-    stage, scheduler = config.diffusion, _scheduler(config)
+    stage = config.diffusion
     if stage.steps == 0:
         return parts["unet"]
     loss = objectives.text_to_image_loss(
         parts["unet"].graphdef,
         parts["text_encoder"].graphdef,
         parts["vae"].graphdef,
-        schedule_for(scheduler),
-        scheduler.prediction_type,
+        _scheduler(config),
         stage,
     )
     params = loop.fit(
@@ -225,7 +224,13 @@ def train_diffusion(
         stage,
         seed=config.seed + 1,
         batch_at=captioned_pictures(
-            config.seed + 1, stage.batch_size, config.image_size, tokenizer, stage.easy, stage.easy_steps
+            config.seed + 1,
+            stage.batch_size,
+            config.image_size,
+            tokenizer,
+            stage.easy,
+            stage.easy_steps,
+            keep_tags=stage.keep_tags if stage.caption_shuffle else None,
         ),
         workdir=workdir,
     )

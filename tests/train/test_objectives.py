@@ -1,17 +1,23 @@
 """What is minimised: tiny networks learn a few pictures by heart."""
 
 import dataclasses
+import functools
+import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from engine import scenes
-from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, StageConfig
-from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.config import AutoencoderStage, ObjectiveConfig, OptimConfig, StageConfig
+from engine.diffusion.losses import diffusion_loss
+from engine.diffusion.scheduler_config import FLOW, SchedulerConfig
 from engine.diffusion.schedules import schedule_for
 from engine.text.tokenizer import train_tokenizer
-from engine.train import data, objectives, optim, stages, step
+from engine.train import data, loop, objectives, optim, stages, step
+from engine.types import UserError
 from tests.tiny import CAPTIONS, tiny_tokenizer
 from tests.train.tiny_run import get_config
 
@@ -26,15 +32,27 @@ def batch():
     return {"image": coarse.repeat(2, axis=1).repeat(2, axis=2), "ids": tiny_tokenizer().encode(CAPTIONS)}
 
 
-def denoising(parts, caption_dropout):
+SCHEDULER = SchedulerConfig.from_json(get_config().scheduler, "tiny_run")
+ZERO_SNR = {"rescale_betas_zero_snr": True}
+OBJECTIVES = {
+    "eps, min-SNR": (SchedulerConfig("DDPMScheduler"), {"weighting": "min_snr"}),
+    "eps, P2, offset noise": (SchedulerConfig("DDPMScheduler"), {"weighting": "p2", "noise_offset": 0.1}),
+    "v, zero terminal SNR": (
+        SchedulerConfig("DDPMScheduler", prediction_type="v_prediction", **ZERO_SNR),
+        {"time_sampling": "uniform"},
+    ),
+    "v, min-SNR": (SCHEDULER, {"weighting": "min_snr"}),
+    "x0": (SchedulerConfig("DDPMScheduler", prediction_type="sample"), {}),
+    "x0, P2": (SchedulerConfig("DDPMScheduler", prediction_type="sample"), {"weighting": "p2"}),
+    "flow": (SchedulerConfig(FLOW, prediction_type="flow_prediction"), {}),
+    "flow, min-SNR": (SchedulerConfig(FLOW, prediction_type="flow_prediction"), {"weighting": "min_snr"}),
+}
+
+
+def denoising(parts, scheduler=SCHEDULER, **objective):
     """The loss of the U-Net, its params and what it keeps frozen."""
-    scheduler = SchedulerConfig.from_json(get_config().scheduler, "tiny_run")
-    loss = objectives.text_to_image_loss(
-        *(parts[kind].graphdef for kind in ("unet", "text_encoder", "vae")),
-        schedule_for(scheduler),
-        scheduler.prediction_type,
-        DiffusionStage(caption_dropout=caption_dropout),
-    )
+    graphdefs = (parts[kind].graphdef for kind in ("unet", "text_encoder", "vae"))
+    loss = objectives.text_to_image_loss(*graphdefs, scheduler, ObjectiveConfig(**objective))
     frozen = {kind: parts[kind].params for kind in ("vae", "text_encoder")}
     return loss, parts["unet"].params, frozen | {"empty_ids": tiny_tokenizer().encode([""])[0]}
 
@@ -73,6 +91,62 @@ def test_a_u_net_learns_four_pictures(batch):
         assert not np.array_equal(before, after)  # nothing is cut off from the loss
 
 
+@pytest.fixture(scope="module")
+def learner(batch):
+    """A fresh U-Net as (params, x, t) -> F and an update of its params, compiled once; params; latents."""
+    parts = stages.components(get_config(), tiny_tokenizer())
+    vae, text = (objectives.applier(parts[k].graphdef)(parts[k].params) for k in ("vae", "text_encoder"))
+    latents = vae.encode(objectives.to_float(jnp.asarray(batch["image"]))).mean
+    build, context = objectives.applier(parts["unet"].graphdef), text.context(jnp.asarray(batch["ids"]))
+    network = jax.jit(lambda params, x, t: build(params)(x, t, context))
+    optimizer = optim.optimizer(OptimConfig(1e-2, warmup_steps=0), 1000)
+
+    @jax.jit
+    def update(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = parts["unet"].params
+    return network, update, params, optimizer.init(params), (latents - latents.mean()) / latents.std()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_learned(learner, name):
+    """Five draws of noise levels and noise over and over: the sum of their losses must fall."""
+    scheduler, options = OBJECTIVES[name]
+    schedule, objective = schedule_for(scheduler), ObjectiveConfig(**options)
+    network, update, params, state, latents = learner
+
+    @jax.value_and_grad
+    def gradient(params, key):
+        apply = functools.partial(network, params)
+        return diffusion_loss(apply, latents, key, schedule, scheduler.prediction_type, objective)[0].mean()
+
+    losses = []
+    for i in range(40):
+        loss, grads = gradient(params, jax.random.fold_in(KEY, i % 5))
+        params, state = update(params, state, grads)
+        losses.append(float(loss))
+    assert np.isfinite(losses).all()
+    assert sum(losses[-5:]) < sum(losses[:5]) / 1.5, losses
+
+
+def test_eps_of_pure_noise_is_refused():
+    parts = stages.components(get_config(), tiny_tokenizer())
+    with pytest.raises(UserError, match="cannot learn from pure noise, where rescale_betas_zero_snr ends"):
+        denoising(parts, SchedulerConfig("DDPMScheduler", **ZERO_SNR))
+
+
+def test_the_loss_by_time_goes_to_the_file(tmp_path, capsys):
+    progress = loop.Progress("diffusion", tmp_path / "metrics.jsonl", 0, StageConfig(steps=2))
+    metrics = {"loss": jnp.float32(0.5), "loss_by_time": jnp.array([0.25, 0.0]), "skipped": jnp.int32(0)}
+    progress.report(1, metrics, force=True)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["loss"] == 0.5 and line["loss_by_time"] == [0.25, 0.0]
+    out = capsys.readouterr().out
+    assert "loss 0.5000" in out and "by_time" not in out
+
+
 def test_a_text_encoder_learns_what_captions_say():
     """Of captions that it did not see."""
     tokenizer = train_tokenizer(scenes.told(0, 0, 500)[0], 1024, 24, sorted(scenes.words()))
@@ -93,9 +167,11 @@ def test_a_text_encoder_learns_what_captions_say():
 @pytest.mark.parametrize("caption_dropout, words_matter", [(0.0, True), (1.0, False)])
 def test_captions_are_dropped_as_the_config_says(batch, caption_dropout, words_matter):
     parts = stages.components(get_config(), tiny_tokenizer())
-    loss, params, frozen = denoising(parts, caption_dropout)
+    loss, params, frozen = denoising(parts, caption_dropout=caption_dropout)
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # a new U-Net predicts 0 whatever it is told
     loss = jax.jit(loss)
     others = batch | {"ids": batch["ids"][::-1]}
-    values = [float(loss(params, frozen, one, KEY)[0]) for one in (batch, others)]
-    assert (values[0] != values[1]) == words_matter
+    (before, metrics), (after, _) = (loss(params, frozen, one, KEY) for one in (batch, others))
+    assert (before != after) == words_matter
+    np.testing.assert_allclose(metrics["loss_by_time"].sum() / len(batch["ids"]), before, rtol=1e-4)
+    assert metrics["count_by_time"].sum() == len(batch["ids"])
