@@ -10,6 +10,7 @@ makes every object whole by itself; `create` there is a conditional PUT.
 
 import errno
 import logging
+import os
 import pathlib
 import secrets
 import time
@@ -31,14 +32,11 @@ SHORTEST_TIMEOUT, LONGEST_TIMEOUT = 5.0, 60.0  # seconds without an answer that 
 TRIES = 4  # that fit into patience where none is answered
 
 WRITTEN, READ = "written", "read"
-HOPELESS = (
-    PermissionError,
-    FileNotFoundError,
-    NotADirectoryError,
-)  # when a job begins: a wrong name, or no rights
-
-# Not of the folder that was chosen, but of disks and networks. EREMOTEIO: what s3fs makes of 500.
-TROUBLES = (errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT)
+# Names that are wrong, and rights that are missing: when a job begins, nobody waits for them.
+HOPELESS = (PermissionError, FileNotFoundError, NotADirectoryError)
+# With these another folder helps; with all others, such as networks that fail, time does.
+OF_THE_FOLDER = (*HOPELESS, FileExistsError, IsADirectoryError)
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG)
 
 
 class Store:
@@ -174,7 +172,7 @@ def open_store(
         timeout = min(max(patience / TRIES, SHORTEST_TIMEOUT), LONGEST_TIMEOUT)
         files = Objects(_file_system(scheme, url, timeout), rest.strip("/"), timeout)
     else:
-        root = pathlib.Path(url).expanduser()
+        root = pathlib.Path(os.path.expanduser(url))
         url, files = str(root), Disk(root)
     store = Store(url, files, patience, tell, pause)
     store.prepare(writable)
@@ -225,7 +223,7 @@ def _gs(timeout: float) -> Any:
 def _excuse(place: str, error: OSError, verb: str) -> UserError:
     """What to say when patience has ended."""
     reason = _reason(error)
-    if verb == WRITTEN and error.errno not in TROUBLES:
+    if verb == WRITTEN and (isinstance(error, OF_THE_FOLDER) or error.errno in OF_THE_DISK):
         return finish.unwritable(place, OSError(error.errno, reason))
     return UserError(f"{place}: cannot be {verb}: {reason}; once that is mended, the same command goes on")
 

@@ -1,5 +1,6 @@
 """A real S3 server on this machine (moto), that can be told to fail."""
 
+import gc
 import itertools
 import logging
 import os
@@ -128,6 +129,8 @@ class Bucket(NamedTuple):
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[Server]:
     server = Server()
+    gc.collect()
+    gc.freeze()  # so many objects of moto and JAX: each client of S3 would have them searched
     yield server
     server.stop()
 

@@ -102,6 +102,13 @@ def test_s3_that_loses_its_answers(s3):
     store.delete("b")
     s3.server.lose_answers(2)
     assert store.names("") == ["a", "other"]
+    store._patience = PATIENCE
+    s3.server.lose_answers(10_000)
+    with (
+        takes(PATIENCE, PATIENCE),
+        refused("cannot be read: .*; once that is mended, the same command goes on"),
+    ):
+        store.read("a")
 
 
 def test_s3_that_loses_the_rest_of_a_file(s3, monkeypatch):
