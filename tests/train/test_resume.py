@@ -228,6 +228,8 @@ def test_a_killed_program_goes_on_and_a_terminated_one_ends_well(tmp_path):
         ("--config.autoencoder.steps=0", "autoencoder.steps=0: write a number from 1"),
         ("--config.start=nowhere", "nowhere"),
         ("--config.diffusion.easy=2.0", "diffusion.easy=2.0: write 0 to 1"),
+        ("--config.diffusion.weighting=minsnr", "diffusion.weighting='minsnr' is unknown (did you mean min_"),
+        ("--config.diffusion.keep_tags=2", "write diffusion.caption_shuffle=True"),
         ("--config.diffusion.easy_steps=0", "diffusion.easy=0.5 for 0 steps: write easy_steps from 1"),
     ],
 )
