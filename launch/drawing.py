@@ -53,6 +53,12 @@ def make_config(given: dict[str, Any], like: str | None) -> GenerateConfig:
         raise UserError(
             f"{like} was drawn by the model {config.model}, which is not here; write --model FOLDER"
         )
+    if "lora" not in given:
+        for file, _ in config.loras():
+            if not os.path.exists(os.path.expanduser(file)):
+                raise UserError(
+                    f"{like} was drawn with the LoRA {file}, which is not here; write --lora FILE"
+                )
     return config
 
 
@@ -67,7 +73,8 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
     if config.split_params:
         parallel = Devices(config.parallel, rules=SPLIT, all_hosts=all_hosts)
     with advice_where_memory_runs_out("--dtype bfloat16, or --parallel jit --split_params"):
-        pipe = engine.load(None if is_shipped(config) else config.model, config.dtype, parallel)
+        model = None if is_shipped(config) else config.model
+        pipe = engine.load(model, config.dtype, parallel, config.loras())
     cli.stop_if_asked()
     return pipe
 

@@ -40,6 +40,11 @@ FLAGS: cli.Groups = {
     },
     "How": {
         "model": ("FOLDER", "in the layout of PyTorch diffusers, or the one in the package"),
+        "lora": (
+            "FILE[=SCALE]",
+            "changes the model by a LoRA in the format of PyTorch diffusers: 1 is as it was trained, 0 is\n"
+            "nothing. Several with commas between them",
+        ),
         "sampler": (
             "NAME",
             "ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde or pndm;\n"

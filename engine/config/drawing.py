@@ -1,6 +1,7 @@
 """What pictures to draw: a few, or a job of many."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from engine.config.reader import nearest
@@ -21,6 +22,7 @@ class GenerateConfig:
     seed: int | None = None  # None: a fresh one
     first_index: int = 0  # of the first picture; seed and index address its noise
     model: str = "shipped"  # a folder, or this word for the one in the package
+    lora: str = ""  # FILE or FILE=SCALE, several with commas between them: see `loras`
     sampler: str | None = None  # None: the one that the model's folder names
     steps: int = 30
     guidance_scale: float = 5.0
@@ -46,8 +48,28 @@ class GenerateConfig:
             )
         self.check_drawing()
 
+    def loras(self) -> tuple[tuple[str, float], ...]:
+        """The files and scales that `lora` names; UserError where it is no such list."""
+        found = []
+        for entry in self.lora.split(",") if self.lora else ():
+            file, equals, number = entry.strip().rpartition("=")
+            if not equals:
+                file, number = number, "1"
+            try:
+                scale = float(number)
+            except ValueError:
+                scale = math.nan
+            if not file or not math.isfinite(scale):
+                raise UserError(
+                    f"lora={self.lora!r}: write FILE or FILE=SCALE, with commas between several, "
+                    "such as a.safetensors=0.8,b.safetensors"
+                )
+            found.append((file, scale))
+        return tuple(found)
+
     def check_drawing(self) -> None:
         """The part of `validate` that has nothing to do with where prompts come from."""
+        self.loras()
         if self.split_params and self.parallel != "jit":
             raise UserError(f"split_params with parallel={self.parallel!r}: write --parallel jit")
         if self.seed is not None and not 0 <= self.seed < 2**64:

@@ -149,13 +149,14 @@ def write_sheet(plan: Plan, drawn: Sequence[Drawn]) -> pathlib.Path:
 def remember(config: GenerateConfig, prompt: str, index: int) -> dict[str, Any]:
     """What a picture says of itself: enough to make it again."""
     settings = {name: getattr(config, name) for name in REMEMBERED}
+    settings |= {"lora": config.lora} if config.lora else {}
     return {"prompt": prompt, "index": index, **settings, "version": engine.__version__}
 
 
 def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """The options of GenerateConfig that draw this picture again, and the version that drew it.
 
-    A strip's number of frames is among them.
+    A strip's number of frames is among them, and the LoRA where there was one.
 
     Raises:
       UserError: no picture with settings, or settings that this version cannot follow.
@@ -167,7 +168,7 @@ def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     names = {name: name for name in REMEMBERED} | {"prompt": "prompts", "index": "first_index"}
     if missing := names.keys() - settings.keys():
         raise UserError(f"{path} does not say its {', '.join(sorted(missing))}; write the settings as flags")
-    if unknown := settings.keys() - names.keys() - {"frames"}:
+    if unknown := settings.keys() - names.keys() - {"frames", "lora"}:
         raise UserError(
             f"{path}, drawn by fogsculpt {version}, has settings unknown to this version: "
             f"{', '.join(sorted(unknown))}; install fogsculpt {version}"

@@ -22,6 +22,7 @@ from engine.jobs.pictures import BATCH_IMAGES, BATCH_PIXELS
 from engine.pipeline import Pipeline, Request, Settings
 from engine.text.rows import Rejected, Row, Rows
 from engine.types import UserError
+from engine.weights import lora_files
 
 # Options that say which pictures a job makes. Where and how fast it makes them is no part of it.
 FINGERPRINT = (
@@ -79,6 +80,7 @@ class Job:
     rows: Rows
     groups: tuple[Group, ...]
     weights: str  # digest of the model's files
+    lora: str = ""  # scale and digest of each LoRA
 
     @property
     def shards(self) -> int:
@@ -123,6 +125,7 @@ class Job:
         ]
         options = {name: getattr(self.config, name) for name in FINGERPRINT}
         version = {"version": engine.__version__, "rows": self.rows.digest, "weights": self.weights}
+        version |= {"lora": self.lora} if self.lora else {}
         sizes = {"shards": self.shards, "pictures": self.pictures, "row_count": len(self.rows)}
         return {"fingerprint": version | options, **sizes, "groups": groups}
 
@@ -186,7 +189,7 @@ def _program(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in shown} | {"guided": settings.guidance_scale != 1}
 
 
-def make_plan(config: JobConfig, rows: Rows, settle: Settle, weights: str) -> Job:
+def make_plan(config: JobConfig, rows: Rows, settle: Settle, weights: str, lora: str = "") -> Job:
     """Sorts every row into its group. `config` is complete: its seed is known."""
     found: dict[Settings | None, int] = {}
     group_of = np.empty(len(rows), np.int32)
@@ -200,7 +203,7 @@ def make_plan(config: JobConfig, rows: Rows, settle: Settle, weights: str) -> Jo
         count = len(members) * (1 if settings is None else config.num_images)
         groups.append(Group(settings, members, count, first_shard))
         first_shard += shards_of(count, config.shard_size)
-    return Job(config, rows, tuple(groups), weights)
+    return Job(config, rows, tuple(groups), weights, lora)
 
 
 def first_index(config: JobConfig, row: Row) -> int:
@@ -240,6 +243,17 @@ def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
         for name in names
     ]
     return ", ".join(said) or None
+
+
+def lora_digest(config: JobConfig) -> str:
+    """Tells the LoRAs of a job apart: their names, scales and contents. Where they lie is no part of it."""
+    told = []
+    for file, scale in config.loras():
+        path = lora_files.find(file)
+        with open(path, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        told.append(f"{path.name}={scale} ({digest[:16]})")
+    return ", ".join(told)
 
 
 def weights_digest(folder: pathlib.Path) -> str:

@@ -40,7 +40,13 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def load_once():
     """engine.load with a memory: what it has compiled serves all tests."""
-    return functools.cache(pipeline.load)
+    cached = functools.cache(pipeline.load)
+
+    def load(model, dtype, parallel, lora=()):
+        return cached(model, dtype, parallel, lora)
+
+    load.cache_clear = cached.cache_clear
+    return load
 
 
 @pytest.fixture
