@@ -77,6 +77,10 @@ class Order:
         round, place = divmod(place, self._counts[bucket])
         return int(self._round(bucket, round)[place]), round
 
+    def pictures(self, bucket: int) -> np.ndarray:
+        """All of a bucket, in the order in which they were given."""
+        return self._buckets[bucket]
+
     def count(self, bucket: int) -> int:
         return self._counts[bucket]
 

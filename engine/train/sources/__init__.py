@@ -6,5 +6,6 @@ batch_at = training_batches(DataConfig(paths=("pictures",)), 32, tokenizer, size
 from engine.train.sources.batches import PictureBatches, training_batches
 from engine.train.sources.finding import open_source
 from engine.train.sources.item import Item, Source, Unusable
+from engine.train.sources.skipped import Skipped
 
-__all__ = ["Item", "PictureBatches", "Source", "Unusable", "open_source", "training_batches"]
+__all__ = ["Item", "PictureBatches", "Skipped", "Source", "Unusable", "open_source", "training_batches"]

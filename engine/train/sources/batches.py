@@ -133,6 +133,25 @@ class PictureBatches:
         images, captions = zip(*self._pool.map(functools.partial(self._row, bucket), places), strict=True)
         return np.stack(images), list(captions)
 
+    def numbers(self, bucket: int) -> np.ndarray:
+        """Of the pictures of a bucket, each once."""
+        return np.unique(self._numbers[self.order.pictures(bucket)])
+
+    def whole(self, bucket: int, numbers: np.ndarray) -> Rows:
+        """These pictures of a bucket, cropped at the centre; the damaged are left out, and listed."""
+        shape = self.shapes[bucket]
+
+        def read(number: int) -> tuple[np.ndarray, str] | None:
+            try:
+                return self._pictures.read(number, *shape, Crop())
+            except Unusable as problem:
+                self._note(number, problem)
+                return None
+
+        found = [each for each in self._pool.map(read, numbers.tolist()) if each is not None]
+        images = np.stack([image for image, _ in found]) if found else np.empty((0, 1, 1, 3), np.uint8)
+        return images, [caption for _, caption in found]
+
     def summary(self) -> str:
         each = ", ".join(f"{s.width}x{s.height}: {n}" for s, n in zip(self.shapes, self._counts, strict=True))
         skipped = f"; {self.skipped} skipped, see skipped.jsonl" if self.skipped else ""
@@ -167,9 +186,12 @@ class PictureBatches:
             try:
                 return self._pictures.read(number, *self.shapes[bucket], self._crop(slot, round))
             except Unusable as problem:
-                self._bad.add(number)
-                self._skipped.add(self._pictures.name(number), str(problem))
+                self._note(number, problem)
         raise UserError("data: no picture can be decoded; skipped.jsonl says why")
+
+    def _note(self, number: int, problem: Unusable) -> None:
+        self._bad.add(number)
+        self._skipped.add(self._pictures.name(number), str(problem))
 
     def _candidates(self, bucket: int, place: int) -> Iterator[tuple[int, int]]:
         """The picture at the place; then those that stand in for it: of its bucket, then any.

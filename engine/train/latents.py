@@ -1,0 +1,230 @@
+"""Pictures as latents and captions as contexts, computed once: a folder of safetensors that training reads.
+
+    00-00000.safetensors   of pictures of one shape: mean, logvar (N, h, w, C) and context (N, L, D), float16
+    empty.safetensors      context (1, L, D) of no caption at all
+    cache.json             written last: what it was made of
+
+The autoencoder and the text encoder do not train with the U-Net; without them a step has no more to do than
+the U-Net itself. What is drawn anew in every epoch is lost: crops are central, nothing is mirrored, captions
+keep their order, and a batch trains on the posterior's mean, as `text_to_image_loss` does.
+"""
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from engine.config import ObjectiveConfig
+from engine.diffusion.losses import by_timestep, check_terminal, diffusion_loss
+from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.diffusion.schedules import schedule_for
+from engine.parallel import Devices
+from engine.train.buckets import Order
+from engine.train.data import Batch, BatchAt
+from engine.train.objectives import applier, to_float
+from engine.train.sources import PictureBatches
+from engine.train.step import Loss
+from engine.types import UserError
+from engine.weights.files import read_json, write_json
+from engine.weights.folder import Model
+from engine.weights.safetensors_io import DTYPES, cast, read_header, write
+
+SHARD = 512  # pictures in a file; some 100 MB of Stable Diffusion's
+FLOAT16 = np.dtype(np.float16)
+MARKER, EMPTY = "cache.json", "empty.safetensors"
+ARRAYS = ("mean", "logvar", "context")
+
+Arrays = dict[str, np.ndarray]
+Encode = Callable[[np.ndarray, list[str]], Arrays]
+
+
+class Shard(NamedTuple):
+    name: str
+    bucket: int
+    numbers: np.ndarray  # of its pictures
+
+
+def write_cache(
+    model: Model,
+    pictures: PictureBatches,
+    folder: pathlib.Path,
+    batch_size: int,
+    report: Callable[[int, int], None] = lambda done, whole: None,
+) -> None:
+    """Encodes all pictures, each once. Files that are there already, from before a stop, are kept.
+
+    Args:
+      batch_size: pictures that a device encodes at once.
+      report: called with how many pictures are done, of how many.
+
+    Raises:
+      UserError: the folder holds a cache of other pictures or of another model; or a shape of theirs does not
+        suit the autoencoder.
+    """
+    scale = model.vae.config.scale
+    if any(side % scale for shape in pictures.shapes for side in shape):
+        raise UserError(f"this autoencoder takes multiples of {scale}: write another size or multiple")
+    about = {"fingerprint": pictures.fingerprint, "model": _digest(model)}
+    begun = folder / f".{MARKER}"
+    for file in (folder / MARKER, begun):
+        if file.exists() and any(read_json(file).get(name) != value for name, value in about.items()):
+            raise UserError(f"{folder} holds other pictures, or those of another model: write another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(begun, about)
+    encode = _encoder(model, batch_size)
+    done = 0
+    for shard in _shards(pictures):
+        if not (folder / shard.name).exists():
+            _write(folder / shard.name, _encoded(pictures, shard, encode, batch_size))
+        done += len(shard.numbers)
+        report(done, pictures.usable)
+    _write(
+        folder / EMPTY,
+        {"context": encode(np.zeros((1, *pictures.shapes[0][::-1], 3), np.uint8), [""])["context"]},
+    )
+    write_json(begun, {**about, "scaling_factor": model.vae.config.scaling_factor})
+    begun.replace(folder / MARKER)
+
+
+def _shards(pictures: PictureBatches) -> Iterator[Shard]:
+    for bucket in range(len(pictures.shapes)):
+        numbers = pictures.numbers(bucket)
+        for place in range(0, len(numbers), SHARD):
+            name = f"{bucket:02}-{place // SHARD:05}.safetensors"
+            yield Shard(name, bucket, numbers[place : place + SHARD])
+
+
+def _encoded(pictures: PictureBatches, shard: Shard, encode: Encode, batch_size: int) -> Arrays:
+    parts = []
+    for place in range(0, len(shard.numbers), batch_size):
+        images, captions = pictures.whole(shard.bucket, shard.numbers[place : place + batch_size])
+        if captions:  # or all of them are damaged
+            parts.append(encode(images, captions))
+    return {name: np.concatenate([part[name] for part in parts]) for name in ARRAYS} if parts else {}
+
+
+def _encoder(model: Model, batch_size: int) -> Encode:
+    """uint8 (B, H, W, 3) and B captions -> ARRAYS in float16, on all devices; B is at most batch_size."""
+    devices = Devices()
+    build_vae, build_text = applier(model.vae.graphdef), applier(model.text_encoder.graphdef)
+    params = devices.share({"vae": model.vae.params, "text_encoder": model.text_encoder.params})
+    batch_size += -batch_size % devices.count
+
+    @devices.map
+    def run(params: Any, batch: Any) -> Any:
+        posterior = build_vae(params["vae"]).encode(to_float(batch["image"]))
+        context = build_text(params["text_encoder"]).context(batch["ids"])
+        return {"mean": posterior.mean, "logvar": posterior.logvar, "context": context}
+
+    def encode(images: np.ndarray, captions: list[str]) -> Arrays:
+        rows = np.minimum(np.arange(batch_size), len(images) - 1)  # one size, so that one program will do
+        batch = {"image": images[rows], "ids": model.tokenizer.encode(captions)[rows]}
+        results = devices.fetch(run(params, devices.shard_batch(batch)))
+        return {
+            name: cast(np.asarray(x, np.float32), FLOAT16, name)[: len(images)] for name, x in results.items()
+        }
+
+    return encode
+
+
+def _write(path: pathlib.Path, arrays: Arrays) -> None:
+    unfinished = path.with_name(f".{path.name}.part")
+    shapes = {name: array.shape for name, array in arrays.items()}
+    write(unfinished, shapes, dict.fromkeys(shapes, FLOAT16), arrays.__getitem__)
+    os.replace(unfinished, path)
+
+
+def _digest(model: Model) -> str:
+    """Of the two networks that make the arrays."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves({"vae": model.vae.params, "text_encoder": model.text_encoder.params}):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def cached_batches(
+    folder: pathlib.Path, batch_size: int, seed: int, process: int = 0, processes: int = 1
+) -> BatchAt:
+    """step -> {"mean", "logvar": (B / processes, h, w, C), "context": (B / processes, L, D)}, float16.
+
+    The pictures come in the order in which `training_batches` gives them with the same seed, unless some were
+    damaged or repeated; process, processes as there.
+
+    Raises:
+      UserError: the folder holds no whole cache.
+    """
+    if not (folder / MARKER).exists():
+        raise UserError(
+            f"{folder} holds no whole cache: write one with python -m launch.cache --out {folder}"
+        )
+    if batch_size % processes:
+        raise UserError(f"batch_size={batch_size}: write a multiple of the {processes} processes")
+    paths = sorted(folder.glob("[0-9]*.safetensors"))
+    shards = [_mapped(path) for path in paths]
+    counts = [len(shard.get("mean", ())) for shard in shards]  # none, where all were damaged
+    places = [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
+    if not places:
+        raise UserError(f"{folder} holds no pictures")
+    names = [paths[shard].name.split("-")[0] for shard, _ in places]
+    order = Order(np.unique(names, return_inverse=True)[1], batch_size, seed)
+    share = batch_size // processes
+
+    def batch_at(step: int) -> Batch:
+        bucket, start = order.batch(step)
+        first = start + process * share
+        chosen = [places[order.picture(bucket, first + row)[0]] for row in range(share)]
+        return {name: np.stack([shards[shard][name][row] for shard, row in chosen]) for name in ARRAYS}
+
+    return batch_at
+
+
+def empty_context(folder: pathlib.Path) -> np.ndarray:
+    """The context of no caption (L, D), float16."""
+    return np.array(_mapped(folder / EMPTY)["context"][0])
+
+
+def _mapped(path: pathlib.Path) -> Arrays:
+    """The arrays of a file, which stay on the disk."""
+    header = read_header(path)
+    return {
+        name: np.memmap(path, DTYPES[tensor.code], "r", tensor.start, tensor.shape)
+        for name, tensor in header.items()
+    }
+
+
+def cached_loss(
+    unet: nnx.GraphDef, scheduler: SchedulerConfig, objective: ObjectiveConfig, scaling_factor: float
+) -> Loss:
+    """`text_to_image_loss` of what `cached_batches` gives: the same numbers, up to float16.
+
+    params: the U-Net's; frozen: {"empty_context": (L, D)}.
+
+    Raises:
+      UserError: the objective is wrong, or does not go with the scheduler.
+    """
+    objective.validate()
+    check_terminal(scheduler)
+    schedule, build = schedule_for(scheduler), applier(unet)
+
+    def loss(params, frozen, batch, key):
+        drop_key, loss_key = jax.random.split(key)
+        latents = batch["mean"].astype(jnp.float32) * scaling_factor
+        drop = jax.random.bernoulli(drop_key, objective.caption_dropout, latents.shape[:1])
+        context = jnp.where(drop[:, None, None], frozen["empty_context"][None], batch["context"])
+        module = build(params)
+
+        def apply(x, t):
+            return module(x, t, context.astype(jnp.float32))
+
+        losses, sigma = diffusion_loss(
+            apply, latents, loss_key, schedule, scheduler.prediction_type, objective
+        )
+        return losses.mean(), by_timestep(losses, sigma, schedule)
+
+    return loss
