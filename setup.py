@@ -53,6 +53,7 @@ setup(
             *train,
             *jobs,
             "moto[server]>=5.0.20",  # a real S3 server on this machine
+            "gcp-storage-emulator>=2024.8.3",  # a Google Cloud Storage on this machine
             "webdataset>=1.0",  # reads the shards that we write
             "kubeflow-trainer-api>=2.3",  # the published schema of JobSet, as models
             "jsonschema>=4.23",  # jobset.yaml against it

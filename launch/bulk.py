@@ -24,7 +24,6 @@ from engine.text.rows import Rows, read_rows, unread_columns
 from launch import cli
 from launch.drawing import advice_where_memory_runs_out, open_model
 
-STOP_POLL = 0.1  # seconds between looks at whether the program is to stop
 POLL = 1.0  # seconds between looks at what other workers have done
 LINE_EVERY = 10.0  # seconds between lines of progress where nobody watches a bar
 
@@ -40,7 +39,7 @@ def run(given: dict[str, Any]) -> int:
     with read_rows(config.prompts_file, sys.stdin.buffer) as rows:
         for warning in unread_columns(rows.columns):
             cli.tell(f"warning: {warning}")
-        store = open_store(config.out, config.patience, cli.tell, pause=pause)
+        store = open_store(config.out, config.patience, cli.tell, pause=cli.pause)
         together = config.split_params and not config.elastic and processes.count > 1
         if together:
             meet(config.coordinator, processes.count, processes.id)
@@ -56,15 +55,6 @@ def run(given: dict[str, Any]) -> int:
     if not pipe.devices.leads:
         return cli.DONE
     return cli.FAILED if folder.write_failures(store) else cli.DONE
-
-
-def pause(seconds: float) -> None:
-    """Waits, and stops where the program is asked to."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        if threading.current_thread() is threading.main_thread():
-            cli.stop_if_asked()
-        time.sleep(min(left, STOP_POLL))
 
 
 def begin(config: JobConfig, rows: Rows, pipe: Pipeline, store: Store) -> tuple[Job, Settle]:

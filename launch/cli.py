@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import types
 import typing
@@ -69,6 +70,18 @@ def stop_if_asked() -> None:
     """Raises KeyboardInterrupt after a stop that was put off. To be called often, where it is safe."""
     if _signals:
         raise Terminated if _signals[0] == signal.SIGTERM else KeyboardInterrupt
+
+
+STOP_POLL = 0.1  # seconds between looks at whether the program is to stop
+
+
+def pause(seconds: float) -> None:
+    """Waits, and stops where the program is asked to."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if threading.current_thread() is threading.main_thread():
+            stop_if_asked()
+        time.sleep(min(left, STOP_POLL))
 
 
 @contextlib.contextmanager

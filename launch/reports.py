@@ -18,7 +18,7 @@ SHOWN_PROBLEMS = 50
 
 def report(kind: str, url: str) -> int:
     """--status, --verify and --merge; returns the exit code."""
-    store = open_store(url, JobConfig.patience, cli.tell, writable=kind == "merge")
+    store = open_store(url, JobConfig.patience, cli.tell, writable=kind == "merge", pause=cli.pause)
     return {"status": tell_status, "verify": verify, "merge": merge}[kind](store)
 
 

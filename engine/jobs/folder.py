@@ -121,8 +121,16 @@ def read_failures(store: Store) -> Iterator[dict[str, Any]]:
 
 
 def read_failures_of(store: Store, file: str) -> list[dict[str, Any]]:
-    """What failed in one shard."""
-    return [json.loads(line) for line in store.read(f"failures/{file}").splitlines()]
+    """What failed in one shard. UserError where the list is damaged."""
+    try:
+        failures = [json.loads(line) for line in store.read(f"failures/{file}").splitlines()]
+        _ = [(failure["row"], failure["id"], failure["reason"]) for failure in failures]
+        return failures
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{store.url}/failures/{file} is damaged; remove it and manifests/{file.partition('.')[0]}.json, "
+            "and the same command draws that shard again"
+        ) from None
 
 
 def write_failures(store: Store) -> int:

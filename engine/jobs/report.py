@@ -6,6 +6,7 @@ Nothing here needs the model, the prompts or a device.
 import dataclasses
 import hashlib
 import json
+import pathlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 
 from engine.jobs import folder, formats
 from engine.jobs.store import Store
+from engine.types import UserError
 
 RECENT = 64  # manifests that say how fast the job is
 FORGOTTEN = 3  # a worker that has finished nothing for so many times its usual time has stopped
@@ -165,18 +167,28 @@ def _verify_data(store: Store, format: str, name: str, pictures: list[dict[str, 
 
 
 def merge(store: Store) -> int:
-    """Writes index.jsonl, a line a picture, in the order of the shards; returns how many."""
-    count = 0
-    done = sorted(folder.done(store))
-    path = store.spool() / "index.jsonl"
+    """Writes index.jsonl, a line a picture, in the order of the shards; returns how many.
+
+    Raises:
+      UserError: a manifest is damaged, or the folder cannot be written.
+    """
+    path, count = store.patiently(lambda: _write_index(store))
+    store.publish(path, "index.jsonl")
+    folder.write_failures(store)
+    return count
+
+
+def _write_index(store: Store) -> tuple[pathlib.Path, int]:
+    path, count = store.spool() / "index.jsonl", 0
     with open(path, "w", encoding="utf-8") as file:
-        for name in done:
-            manifest = folder.read_manifest(store, name)
+        for name in sorted(folder.done(store)):
+            try:
+                manifest = folder.read_manifest(store, name)
+            except ValueError as error:
+                raise UserError(f"{store.url}: {error}; --verify tells what else is") from None
             where = formats.path_of(manifest["format"], name)
             for place, picture in enumerate(manifest["pictures"]):
                 member = formats.member_of(manifest["format"], picture, place)
                 file.write(json.dumps({"file": where, "member": member, **picture}) + "\n")
                 count += 1
-    store.publish(path, "index.jsonl")
-    folder.write_failures(store)
-    return count
+    return path, count

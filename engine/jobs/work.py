@@ -41,7 +41,7 @@ from engine.types import UserError
 BATCHES_AHEAD = 4  # of words before drawing, and of drawn pictures before writing
 ON_DEVICES = 2  # batches: one at work, one that waits
 TEXT_BATCH = 16  # prompts a device encodes at once
-CONTEXTS, CONTEXT_BYTES = 4096, 2**28  # that are kept, for prompts that come again
+CONTEXTS, CONTEXT_BYTES = 1024, 2**28  # that are kept, for prompts that come again
 
 
 class Load(NamedTuple):
