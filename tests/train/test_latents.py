@@ -21,12 +21,18 @@ from tests.train.laid_out import LAYOUTS, listed, noisy, plain_png, write
 
 BATCH = 4
 CONFIG = DataConfig(buckets=3, multiple=8, size=16, workers=2, seed=1)
+SHALLOW = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "mid_block_type": None,
+}
 OBJECTIVE = ObjectiveConfig(caption_dropout=0.5)
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return tiny_model()
+    return tiny_model(unet=SHALLOW)
 
 
 @pytest.fixture(scope="module")
