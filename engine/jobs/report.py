@@ -47,7 +47,7 @@ def status(store: Store, now: float | None = None) -> Status:
     """
     job, done = folder.read_job(store), sorted(folder.done(store))
     sizes = {name: folder.pictures_of(job, int(name)) for name in done}
-    recent = [folder.read_manifest(store, name) for name in done[-RECENT:]]
+    recent = [_sound_manifest(store, name) for name in done[-RECENT:]]
     return Status(
         shards=job["shards"],
         shards_done=len(done),
@@ -182,13 +182,20 @@ def _write_index(store: Store) -> tuple[pathlib.Path, int]:
     path, count = store.spool() / "index.jsonl", 0
     with open(path, "w", encoding="utf-8") as file:
         for name in sorted(folder.done(store)):
-            try:
-                manifest = folder.read_manifest(store, name)
-            except ValueError as error:
-                raise UserError(f"{store.url}: {error}; --verify tells what else is") from None
+            manifest = _sound_manifest(store, name)
             where = formats.path_of(manifest["format"], name)
             for place, picture in enumerate(manifest["pictures"]):
                 member = formats.member_of(manifest["format"], picture, place)
                 file.write(json.dumps({"file": where, "member": member, **picture}) + "\n")
                 count += 1
     return path, count
+
+
+def _sound_manifest(store: Store, name: str) -> dict[str, Any]:
+    try:
+        return folder.read_manifest(store, name)
+    except ValueError as error:
+        raise UserError(
+            f"{store.url}/{error}; remove it, and the same command draws that shard again (--verify tells "
+            "what else is wrong)"
+        ) from None

@@ -233,9 +233,12 @@ def test_verify_finds_what_is_wrong(job, run, tmp_path):
     manifest.write_text(text[: len(text) // 2])
     outcome = run("--verify", out)
     assert "manifests/000001.json is damaged" in map(str, outcome.paths)
-    outcome = run("--merge", out)
-    assert outcome.code == cli.MISTAKE and "manifests/000001.json is damaged" in outcome.told[-1]
+    for report in ("--merge", "--status"):
+        outcome = run(report, out)
+        assert outcome.code == cli.MISTAKE
+        assert "manifests/000001.json is damaged; remove it, and" in outcome.told[-1]
 
+    manifest.write_text(text)
     (out / "failures").mkdir()
     (out / "failures" / "000000.jsonl").write_text('{"row": 0')
     for report in ("--status", "--verify"):
