@@ -9,7 +9,7 @@ from engine.errors import UserError
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 DECAYS = ("linear", "cosine")
-REMATS = ("none", "dots", "full")
+REMATS = ("none", "dots")
 MAX_SIGMA_REL = 0.28  # sqrt(1/12) is the uniform average
 TIME_SAMPLINGS = ("uniform", "logit_normal")
 WEIGHTINGS = ("uniform", "min_snr", "p2")
@@ -61,7 +61,8 @@ class StageConfig:
     batch_size: int = 32  # of all devices together, and of all parts of a step
     accumulate: int = 1  # the parts of a batch whose gradients are averaged: less memory, more time
     compute_dtype: str = "float32"  # or "bfloat16": of the networks; params, averages and optimizer stay
-    remat: str = "none"  # what the gradient computes again: see REMATS
+    shard_params: bool = False  # params, averages and optimizer over the devices (FSDP), not a copy on each
+    remat: str = "none"  # or "dots": all but products and convolutions is computed again, in less memory
     ema: tuple[float, ...] = (0.999,)  # decays of averages of the params; the first is what a stage ends with
     ema_sigma_rel: tuple[float, ...] = ()  # widths of power-function averages; (0.05, 0.1) serve for all
     ema_snapshot_every: int = 0  # steps between the files that keep them; 0: none
@@ -78,7 +79,7 @@ def _check_known(where: str, value: str, known: tuple[str, ...]) -> None:
         raise UserError(f"{where}={value!r} is unknown{nearest(value, known)}; write {', '.join(known)}")
 
 
-def _check_stage(name: str, stage: StageConfig, least_steps: int) -> None:
+def check_stage(name: str, stage: StageConfig, least_steps: int) -> None:
     """Raises UserError for what every stage has."""
     least = {
         **dict.fromkeys(("batch_size", "accumulate", "checkpoint_every", "keep_last", "max_skipped"), 1),
@@ -219,7 +220,7 @@ class TrainConfig:
         for name in ("autoencoder", "words", "diffusion", "decoder"):
             stage = getattr(self, name)
             left_out = self.start or name == "decoder"
-            _check_stage(name, stage, least_steps=0 if left_out else 1)
+            check_stage(name, stage, least_steps=0 if left_out else 1)
         self.diffusion.validate("diffusion")
         if not 0 <= self.diffusion.easy <= 1:
             raise UserError(f"diffusion.easy={self.diffusion.easy}: write 0 to 1")

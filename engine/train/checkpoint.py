@@ -1,14 +1,19 @@
 """Checkpoints of a training run, by Orbax: whole or not at all, written beside the training."""
 
+import dataclasses
 import hashlib
+import json
+import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
-from orbax.checkpoint import checkpoint_managers
+from jaxtyping import Array, UInt32
 
 from engine.train.step import Tally, TrainState
 from engine.types import Params, UserError
@@ -16,26 +21,41 @@ from engine.types import Params, UserError
 BROKEN = "broken-"  # before the name of what could not be read
 
 
+@dataclasses.dataclass
+class NewestAndBest:
+    """Which checkpoints stay, by the losses in their positions: one torn file of Orbax's metrics stops it."""
+
+    folder: pathlib.Path
+    last: int
+    best: int
+    losses: dict[int, float] = dataclasses.field(default_factory=dict)  # step -> loss, as far as known
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = sorted(each.step for each in checkpoints)
+        kept = {*steps[-self.last :], *sorted(steps, key=self._loss)[: self.best]}
+        return [each.step in kept for each in checkpoints]
+
+    def _loss(self, step: int) -> float:
+        if step not in self.losses:
+            try:
+                self.losses[step] = _position(self.folder / str(step))["loss"]
+            except (OSError, ValueError):
+                self.losses[step] = math.inf
+        return self.losses[step]
+
+
 class Checkpoints:
     """The checkpoints in one folder: the newest ones, and the best ones by the average of the loss.
 
     Items, each of which can be read without the others: params; the averages, as ema_0.999; opt_state;
-    position (JSON: the step, the tally, the data's place, and which arrays the items hold).
+    position (JSON: the step, the tally, the data's place; which arrays the items hold, and their sums, so
+    that a bit that changed on the disk is noticed).
     """
 
     def __init__(self, folder: pathlib.Path, keep_last: int = 2, keep_best: int = 0):
         self._folder = folder.absolute()
-        newest = checkpoint_managers.LatestN(keep_last)
-        best = checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics["loss"],
-            reverse=True,  # the lowest come last, and the last are kept
-            n=keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
-            cleanup_tmp_directories=True,
-        )
+        self._policy = NewestAndBest(self._folder, keep_last, keep_best)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._policy, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -53,10 +73,11 @@ class Checkpoints:
             return
         items = _items(state)
         counted = {name: value.item() for name, value in state.tally._asdict().items()}
-        position = {"step": step, **counted, **position, "arrays": _digests(items)}
+        position = {"step": step, **counted, **position, "arrays": _digests(items), "sums": _sums(items)}
+        self._policy.losses[step] = counted["loss"]
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        args["position"] = ocp.args.JsonSave(position)
-        self._manager.save(step, args=ocp.args.Composite(**args), metrics={"loss": counted["loss"]})
+        args["position"] = ocp.args.JsonSave(position | {"digest": _digest(position)})
+        self._manager.save(step, args=ocp.args.Composite(**args))
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state that can be read, if any, with the shapes, dtypes and devices of `like`.
@@ -83,8 +104,7 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, like: TrainState) -> TrainState:
-        args = ocp.args.Composite(position=ocp.args.JsonRestore())
-        position = self._manager.restore(step, args=args).position
+        position = _position(self._folder / str(step))
         wanted = _items(like)
         if position["arrays"] != (digests := _digests(wanted)):
             names = sorted(digests.keys() | position["arrays"].keys())
@@ -96,6 +116,7 @@ class Checkpoints:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
         args = {name: ocp.args.StandardRestore(item) for name, item in shapes.items()}
         items = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
+        _compare(position, {name: items[name] for name in wanted})
 
         def scalar(name: str, like: jax.Array) -> jax.Array:
             return jax.device_put(np.asarray(position[name], like.dtype), like.sharding)
@@ -131,10 +152,15 @@ def restore_params(folder: pathlib.Path, which: str = "params", step: int | None
         raise UserError(f"{folder / str(step)} has no {which}: write one of {', '.join(averages)}")
     here = SingleDeviceSharding(jax.devices()[0])
     try:
-        with ocp.StandardCheckpointer() as reader:
-            found = reader.metadata(folder / str(step) / which).item_metadata
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), found.tree)
-            return _with_indices(reader.restore(folder / str(step) / which, shapes))
+        handlers = {which: ocp.StandardCheckpointHandler()}
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        with ocp.CheckpointManager(folder, item_handlers=handlers, options=options) as reader:
+            tree = reader.item_metadata(step)[which].tree
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+            args = ocp.args.Composite(**{which: ocp.args.StandardRestore(shapes)})
+            params = _with_indices(reader.restore(step, args=args)[which])
+        _compare(_position(folder / str(step)), {which: params})
+        return params
     except Exception as error:  # as in Checkpoints.restore
         raise UserError(f"{folder / str(step) / which} cannot be read ({_reason(error)})") from None
 
@@ -146,12 +172,53 @@ def _items(state: TrainState) -> dict[str, Any]:
 def _digests(items: dict[str, Any]) -> dict[str, str]:
     """Of each item, what tells its arrays' names, shapes and dtypes from others."""
 
-    def digest(item: Any) -> str:
+    def arrays(item: Any) -> list[str]:
         leaves = jax.tree_util.tree_leaves_with_path(item)
-        told = [f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}" for path, leaf in leaves]
-        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+        return [f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}" for path, leaf in leaves]
 
-    return {name: digest(item) for name, item in items.items()}
+    return {name: _digest(arrays(item)) for name, item in items.items()}
+
+
+def _digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _position(folder: pathlib.Path) -> dict[str, Any]:
+    """The position of a checkpoint; ValueError where it is not as it was written."""
+    position = json.loads((folder / "position" / "metadata").read_text())
+    if position.pop("digest", None) != _digest(position):
+        raise ValueError("position is not as it was written")
+    return position
+
+
+def _compare(position: dict[str, Any], items: dict[str, Any]) -> None:
+    """ValueError where the items' arrays are not those that were written."""
+    for name, total in _sums(items).items():
+        if position["sums"][name] != total:
+            raise ValueError(f"{name} is not as it was written")
+
+
+def _sums(items: dict[str, Any]) -> dict[str, int]:
+    """A sum of the bits of each item, the same on any number of devices."""
+    sums = jax.device_get(
+        {name: [bits(leaf) for leaf in jax.tree.leaves(item)] for name, item in items.items()}
+    )
+    return {
+        name: sum((2 * i + 1) * int(each) for i, each in enumerate(found)) % 2**32
+        for name, found in sums.items()
+    }
+
+
+@jax.jit
+def bits(x: Array) -> UInt32[Array, ""]:
+    """sum_i (2i + 1) x_i modulo 2^32, x_i the bits of element i: any one bit changes it, as any odd factor
+    leaves it a power of two; so does a change of places, but for those 2^31 apart.
+    """
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    raw = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    return jnp.sum((2 * index + 1) * raw, dtype=jnp.uint32)
 
 
 def _with_indices(tree: Any) -> Any:
@@ -162,4 +229,4 @@ def _with_indices(tree: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

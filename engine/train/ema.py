@@ -109,7 +109,7 @@ def _parts(file: pathlib.Path) -> tuple[str, str]:
     return step, width
 
 
-def inner(t_a: ArrayLike, gamma_a: ArrayLike, t_b: ArrayLike, gamma_b: ArrayLike) -> np.ndarray:
+def inner(t_a: ArrayLike, gamma_a: ArrayLike, t_b: ArrayLike, gamma_b: ArrayLike) -> ArrayLike:
     """The integral of the product of two profiles (algorithm 3, p_dot_p); float64."""
     t_a, gamma_a, t_b, gamma_b = (np.asarray(x, np.float64) for x in (t_a, gamma_a, t_b, gamma_b))
     first, last = np.minimum(t_a, t_b), np.maximum(t_a, t_b)

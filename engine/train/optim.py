@@ -9,7 +9,6 @@ from optax.contrib import MuonDimensionNumbers, muon
 from engine.config import OptimConfig
 from engine.types import Params
 
-# optax's Adafactor: a matrix is factored from this width on
 ADAFACTOR_CLIPPING = 1.0
 MUON_RMS = 0.2  # of an update per learning rate: that of AdamW's (Liu et al. 2025, equation 4)
 
@@ -56,8 +55,8 @@ def direction(config: OptimConfig) -> optax.GradientTransformation:
                the update's root mean square clipped at 1 (section 6); with our learning rate, not its own
     lion       Chen et al. 2023: the sign of a momentum; a learning rate 3 to 10 times smaller than AdamW's
     muon       Jordan et al. 2024: the momentum of a matrix, made orthogonal. Kernels of convolutions are
-               matrices of (height * width * in, out); embeddings, norms and biases have Adam. The scale of
-               Liu et al. 2025 lets both share AdamW's learning rate
+               matrices of (height * width * in, out); embeddings, norms and biases have Adam with Nesterov's
+               momentum. The scale of Liu et al. 2025 lets both share AdamW's learning rate
     """
     if config.name == "adafactor":
         clip = optax.clip_by_block_rms(ADAFACTOR_CLIPPING)
@@ -65,14 +64,13 @@ def direction(config: OptimConfig) -> optax.GradientTransformation:
     if config.name == "lion":
         return optax.scale_by_lion(config.b1, config.b2)
     if config.name == "muon":
-        both = muon(
+        return muon(
             -1.0,  # the sign of descent comes with the learning rate
             adam_b1=config.b1,
             adam_b2=config.b2,
             consistent_rms=MUON_RMS,
             muon_weight_dimension_numbers=matrices,
         )
-        return both
     return optax.scale_by_adam(config.b1, config.b2)
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 import engine
 from engine.config import AutoencoderStage, OptimConfig
 from engine.parallel import MODES, Devices
-from engine.train import loop, optim, stages, step
+from engine.train import checkpoint, loop, optim, stages, step
 from engine.train.data import pictures
 from engine.train.objectives import autoencoder_loss
 from engine.types import UserError
@@ -242,3 +242,36 @@ def test_training_over_eight_devices_is_training_over_one(tmp_path, capsys):
         state, metrics = train_step(state, {}, batch_at(i), key)
         losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(told, [losses[2], losses[4]], rtol=1e-4)
+
+
+def test_a_checkpoint_of_eight_devices_is_restored_on_four_and_on_one(tmp_path):
+    """Each array lies as the new devices have it, and its sum of bits is the one that eight devices took."""
+    stage = AutoencoderStage(ema=(0.9,), ema_sigma_rel=(0.1,))
+    params = stages.components(get_config(), tiny_tokenizer())["vae"].params
+    state = step.init(params, optim.optimizer(stage.optim, 5), stage)._replace(step=np.int32(3))
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(Devices("jit").share(state), {})
+    for count in (4, 1):
+        few = Devices("jit", devices=jax.devices()[:count])
+        with checkpoint.Checkpoints(tmp_path) as checkpoints:
+            found = checkpoints.restore(few.share(jax.tree.map(np.zeros_like, state)))
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(found)} == {count}
+        jax.tree.map(np.testing.assert_array_equal, found, state)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.restore_params(tmp_path, "ema_0.9"), params)
+
+
+def test_parts_of_a_batch_stay_on_their_devices():
+    """Four parts on eight devices: the gradients are summed over the devices, and no image moves."""
+    stage = AutoencoderStage(batch_size=64, accumulate=4, ema=(0.9,))
+    params, optimizer = {"kernel": np.ones((4, 4), np.float32)}, optim.optimizer(stage.optim, 5)
+
+    def squares(params, frozen, batch, key):
+        return ((batch["x"] @ params["kernel"]) ** 2).mean(), {}
+
+    devices = Devices("jit")
+    state = devices.share(step.init(params, optimizer, stage))
+    batch = devices.shard_batch({"x": np.ones((64, 4), np.float32)})
+    train = jax.jit(step.train_step(squares, optimizer, stage))
+    program = train.lower(state, {}, batch, jax.random.key(0)).compile().as_text()
+    used = re.findall(r"(all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", program)
+    assert set(used) == {"all-reduce"}

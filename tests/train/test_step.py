@@ -1,13 +1,12 @@
-"""One training step, its optimizer and its averages, on networks of one matrix."""
+"""One training step: what it draws, skips, averages and keeps in memory, on networks of one matrix or two."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from engine.config import OptimConfig, StageConfig
-from engine.train import ema, optim, step
+from engine.train import optim, step
 
 
 def squares(params, frozen, batch, key):
@@ -65,53 +64,115 @@ def test_the_state_owns_its_arrays(state):
 
 
 def test_ema_follows_its_formula(train_step, state):
-    expected = np.array(state.ema_params["kernel"], np.float64)
+    expected = np.array(PARAMS["kernel"], np.float64)
     for k in range(20):
         state, _ = train_step(state, FROZEN, BATCH, KEY)
         decay = min(0.9, (1 + k) / (10 + k))
         expected = decay * expected + (1 - decay) * np.asarray(state.params["kernel"], np.float64)
-        np.testing.assert_allclose(state.ema_params["kernel"], expected, rtol=1e-5)
+        np.testing.assert_allclose(state.ema_params["ema_0.9"]["kernel"], expected, rtol=1e-5)
 
 
-def test_ema_of_what_does_not_move_does_not_move():
-    params = {"a": jnp.float32(0.1)}
-    assert float(ema.update(params, params, jnp.int32(5), 0.999)["a"]) == float(params["a"])
+def test_the_average_of_the_loss_is_its_mean_over_the_first_steps(train_step, state):
+    losses = []
+    for _ in range(20):
+        state, metrics = train_step(state, FROZEN, BATCH, KEY)
+        losses.append(metrics["loss"])
+        np.testing.assert_allclose(state.tally.loss, np.mean(losses), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "at, rate", [(0, 0.0), (5, 0.5), (10, 1.0), (50, 1.0), (80, 1.0), (90, 0.5), (99, 0.05), (100, 0.0)]
-)
-def test_learning_rate_rises_stays_and_falls(at, rate):
-    schedule = optim.learning_rate(OptimConfig(learning_rate=2.0, warmup_steps=10, decay_steps=20), 100)
-    assert float(schedule(at)) == pytest.approx(2.0 * rate, abs=1e-6)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30], ids=["nan", "inf", "overflow"])
+def test_a_step_without_finite_gradients_changes_nothing_but_the_count(train_step, state, bad):
+    """1e30 is finite, and so is every gradient's entry, but not the square that their norm takes."""
+    good, _ = train_step(state, FROZEN, BATCH, KEY)
+    wrong = {"x": BATCH["x"].at[0, 0].set(bad)}
+    after, metrics = train_step(good, FROZEN, wrong, KEY)
+    for name in ("params", "ema_params", "opt_state"):
+        assert same(getattr(after, name), getattr(good, name))
+    assert int(after.step) == 2
+    assert float(after.tally.loss) == float(good.tally.loss)
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (1, 1)
+
+    twice, _ = train_step(after, FROZEN, wrong, KEY)
+    assert (int(twice.tally.skipped), int(twice.tally.skipped_in_a_row)) == (2, 2)
+    well, metrics = train_step(twice, FROZEN, BATCH, KEY)
+    assert (int(well.tally.skipped), int(well.tally.skipped_in_a_row)) == (2, 0)
+    assert not same(well.params, twice.params)
+    assert np.isfinite(float(metrics["loss"]))
 
 
-def test_learning_rate_of_a_run_that_is_shorter_than_its_decay():
-    schedule = optim.learning_rate(OptimConfig(learning_rate=1.0, warmup_steps=10, decay_steps=1000), 30)
-    assert [float(schedule(i)) for i in (0, 10, 20, 30)] == pytest.approx([0.0, 1.0, 0.5, 0.0])
+def plain(params, frozen, batch, key):
+    """Least squares without noise: a mean over the images."""
+    y = jnp.tanh(batch["x"] @ params["kernel"] + params["bias"])
+    return jnp.mean((y - batch["y"]) ** 2), {"largest": jnp.abs(y).mean()}
 
 
-def test_learning_rate_without_warm_up_and_decay_is_constant():
-    schedule = optim.learning_rate(OptimConfig(learning_rate=1.0, warmup_steps=0, decay_steps=0), 30)
-    assert [float(schedule(i)) for i in (0, 15, 29)] == [1.0, 1.0, 1.0]
+def test_four_parts_of_eight_are_a_batch_of_thirty_two():
+    rng = np.random.default_rng(0)
+    batch = {"x": rng.standard_normal((32, 3), np.float32), "y": rng.standard_normal((32, 2), np.float32)}
+    results = []
+    for parts in (1, 4):
+        config, optimizer = StageConfig(batch_size=32, accumulate=parts), optim.optimizer(OPTIM, 100)
+        train, state = (
+            jax.jit(step.train_step(plain, optimizer, config)),
+            step.init(PARAMS, optimizer, config),
+        )
+        for _ in range(10):
+            state, metrics = train(state, {}, batch, KEY)
+        assert int(state.step) == 10
+        results.append((state, metrics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
 
 
-def test_weight_decay_is_for_matrices_alone():
-    config = OptimConfig(learning_rate=0.5, warmup_steps=0, decay_steps=0, weight_decay=0.1)
-    optimizer = optim.optimizer(config, 10)
-    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], -0.5 * 0.1, rtol=1e-6)
-    np.testing.assert_array_equal(updates["bias"], 0.0)
+def test_every_part_draws_noise_of_its_own():
+    def drawn(params, frozen, batch, key):
+        return jnp.sum(params["bias"]) * 0, {"noise": jax.random.normal(key)}
+
+    config = StageConfig(batch_size=4, accumulate=2)
+    run = step.accumulated(jax.value_and_grad(drawn, has_aux=True), config.accumulate)
+    (_, metrics), _ = run(PARAMS, {}, BATCH, KEY)
+    noise = [jax.random.normal(jax.random.fold_in(KEY, i)) for i in range(2)]
+    np.testing.assert_allclose(metrics["noise"], np.mean(noise), rtol=1e-6)
 
 
-def test_gradients_are_clipped_by_their_global_norm():
-    """Adam forgets the scale of a constant gradient, but its second moment tells what it was given."""
-    optimizer = optim.optimizer(OptimConfig(clip_norm=2.0, b2=0.9), 10)
-    params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(1)}
-    grads = {"kernel": jnp.full((2, 2), 6.0), "bias": jnp.full(1, 9.0)}  # norm 15
-    _, state = optimizer.update(grads, optimizer.init(params), params)
-    moments = optax.tree.get(state, "nu")
-    np.testing.assert_allclose(moments["kernel"], 0.1 * (6 * 2 / 15) ** 2, rtol=1e-5)
-    np.testing.assert_allclose(moments["bias"], 0.1 * (9 * 2 / 15) ** 2, rtol=1e-5)
+def convolutions(params, frozen, batch, key):
+    """Three convolutions with activations: what a U-Net's memory is made of."""
+    x = batch["image"].astype(params["kernels"][0].dtype)
+    for kernel in params["kernels"].values():
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.nn.silu(x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5))
+    return jnp.mean(jnp.square(x - 1.0)), {}
+
+
+KERNELS = {"kernels": {i: jax.random.normal(jax.random.key(i), (3, 3, 8, 8)) / 8 for i in range(3)}}
+IMAGES = {"image": np.random.default_rng(0).standard_normal((4, 16, 16, 8), np.float32)}
+
+
+def gradient(**options):
+    """The gradient of `convolutions`, and the bytes that its forward half keeps for the backward half."""
+    loss = step.computed(convolutions, StageConfig(**options))
+    _, backward = jax.vjp(lambda params: loss(params, {}, IMAGES, KEY)[0], KERNELS)
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
+    return jax.jit(jax.grad(lambda params: loss(params, {}, IMAGES, KEY)[0]))(KERNELS), kept
+
+
+def test_gradients_that_compute_again_are_the_same_and_keep_less():
+    (plain, much), (again, less) = gradient(), gradient(remat="dots")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), plain, again)
+    assert less < 0.6 * much
+
+
+def test_bfloat16_computes_and_float32_is_kept():
+    (exact, much), (rough, less) = gradient(), gradient(compute_dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(rough)} == {jnp.dtype("float32")}
+    flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (exact, rough)]
+    difference = np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[0])
+    assert 1e-4 < difference < 0.03
+    assert less < 0.6 * much
+
+    config, optimizer = StageConfig(compute_dtype="bfloat16", ema=(0.9,)), optim.optimizer(OPTIM, 10)
+    state = step.init(KERNELS, optimizer, config)
+    after, metrics = jax.jit(step.train_step(convolutions, optimizer, config))(state, {}, IMAGES, KEY)
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+    assert metrics["loss"].dtype == jnp.float32
