@@ -1,5 +1,7 @@
 """A run that was stopped, or that died, ends exactly as one that was not."""
 
+import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -46,12 +48,14 @@ def uninterrupted(tmp_path_factory):
 @pytest.fixture
 def in_stage(monkeypatch):
     """Calls `happen` when `stage`, and no other, asks for the batch of `step`; once."""
-    draw, fit = loop.batches, loop.fit
-    running, plans = [], []
+    draw, running, plans = loop.batches, [], []
 
-    def watched_fit(name, *args, **kwargs):
-        running[:] = [name]
-        return fit(name, *args, **kwargs)
+    class Progress(loop.Progress):
+        """Made once a stage, before its first batch: tells which one runs."""
+
+        def __init__(self, name, *args):
+            super().__init__(name, *args)
+            running[:] = [name]
 
     def watched_batches(batch_at, first_step):
         for i, batch in enumerate(draw(batch_at, first_step), first_step):
@@ -59,7 +63,7 @@ def in_stage(monkeypatch):
                 plans.pop()[2]()
             yield batch
 
-    monkeypatch.setattr(loop, "fit", watched_fit)
+    monkeypatch.setattr(loop, "Progress", Progress)
     monkeypatch.setattr(loop, "batches", watched_batches)
     return lambda stage, step, happen: plans.append((stage, step, happen))
 
@@ -72,10 +76,25 @@ def power_cut() -> None:
     raise PowerCut
 
 
+def digest(workdir: pathlib.Path, stage: str) -> str:
+    """Of the whole state: params, averages, optimizer, and the position with its step, tally and data."""
+    position = json.loads(
+        (workdir / stage / str(steps_in(workdir / stage)[-1]) / "position/metadata").read_text()
+    )
+    whole = hashlib.sha256(json.dumps(position, sort_keys=True).encode())
+    for name, array in sorted(saved(workdir / stage).items()):
+        whole.update(f"{name} {array.dtype}{array.shape}".encode() + array.tobytes())
+    return whole.hexdigest()
+
+
 def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
     for stage, steps in STAGES.items():
         assert steps_in(workdir / stage)[-1] == steps
         assert_same_arrays(saved(workdir / stage), saved(other / stage))
+        assert digest(workdir, stage) == digest(other, stage)
+    for file in (snapshots := [*other.glob("*/ema/*")]):
+        assert file.read_bytes() == (workdir / file.relative_to(other)).read_bytes()
+    assert len(snapshots) == 2 * len([EVERY, 2 * EVERY, STEPS])
     weights = sorted((other / "model").rglob("*.safetensors"))
     assert len(weights) == 3
     for file in weights:
@@ -227,6 +246,14 @@ def test_a_killed_program_goes_on_and_a_terminated_one_ends_well(tmp_path):
         ("--config.image_size=0", "image_size"),
         ("--config.autoencoder.steps=0", "autoencoder.steps=0: write a number from 1"),
         ("--config.start=nowhere", "nowhere"),
+        (
+            "--config.autoencoder.optim.name=adam",
+            "autoencoder.optim.name='adam' is unknown (did you mean adamw?)",
+        ),
+        ("--config.words.ema=(0.9,1.5)", "words.ema=(0.9, 1.5): write one or more numbers from 0"),
+        ("--config.diffusion.accumulate=3", "diffusion.accumulate=3 does not divide diffusion.batch_size=2"),
+        ("--config.words.max_skipped=0", "words.max_skipped=0: write a number from 1"),
+        ("--config.words.compute_dtype=half", "words.compute_dtype='half' is unknown"),
         ("--config.diffusion.easy=2.0", "diffusion.easy=2.0: write 0 to 1"),
         ("--config.diffusion.weighting=minsnr", "diffusion.weighting='minsnr' is unknown (did you mean min_"),
         ("--config.diffusion.keep_tags=2", "write diffusion.caption_shuffle=True"),

@@ -47,7 +47,16 @@ def get_config() -> TrainConfig:
         autoencoder=AutoencoderStage(steps=STEPS, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
         words=WordsStage(steps=STEPS, batch_size=4, checkpoint_every=EVERY, optim=OPTIM),
         diffusion=DiffusionStage(
-            steps=STEPS, batch_size=2, checkpoint_every=EVERY, optim=OPTIM, easy=0.5, easy_steps=5
+            steps=STEPS,
+            batch_size=2,
+            accumulate=2,
+            ema=(0.999, 0.9),
+            ema_sigma_rel=(0.05, 0.1),
+            ema_snapshot_every=EVERY,
+            checkpoint_every=EVERY,
+            optim=OPTIM,
+            easy=0.5,
+            easy_steps=5,
         ),
         decoder=AutoencoderStage(steps=2, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
     )
