@@ -89,18 +89,29 @@ class Devices:
         return self.alone or jax.process_index() == 0
 
     def place(self, name: str, array: np.ndarray) -> jax.Array:
-        """Puts the parameter `name` (a dotted path) where it stays: on all devices, or split by the rules.
+        """Puts the parameter `name` (a dotted path) where it stays: on all devices, or split by the rules."""
+        return _put(array, self.sharding(name, array.shape))
 
-        An axis that the devices do not divide stays whole.
-        """
-        sharding = self._whole
-        if self.rules is not None:
-            spec = spec_for(name, self.rules)
-            parts = [None] * (array.ndim - len(spec)) + list(spec)
-            fits = (n % self.count == 0 for n in array.shape)
-            parts = [part if fit else None for part, fit in zip(parts, fits, strict=True)]
-            sharding = NamedSharding(self.mesh, PartitionSpec(*parts))
-        return _put(array, sharding)
+    def place_tree(self, tree: Any) -> Any:
+        """The same for every leaf of a tree, whose path is its name."""
+        return jax.tree.map(_put, tree, self.shardings(tree))
+
+    def shardings(self, tree: Any) -> Any:
+        """Where each leaf of a tree of arrays or shapes stays, by its path."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: self.sharding(jax.tree_util.keystr(path, simple=True, separator="."), x.shape),
+            tree,
+        )
+
+    def sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where the parameter `name` stays. An axis that the devices do not divide stays whole."""
+        if self.rules is None:
+            return self._whole
+        spec = spec_for(name, self.rules)
+        parts = [None] * (len(shape) - len(spec)) + list(spec)
+        fits = (n % self.count == 0 for n in shape)
+        parts = [part if fit else None for part, fit in zip(parts, fits, strict=True)]
+        return NamedSharding(self.mesh, PartitionSpec(*parts))
 
     def share(self, tree: Any) -> Any:
         """Copies small values (sigmas, a scale) to all devices."""
@@ -109,6 +120,11 @@ class Devices:
     def shard_batch(self, tree: Any) -> Any:
         """Splits the first axis of every leaf over the devices."""
         return _put(tree, self._split)
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Where `shard_batch` puts things."""
+        return self._split
 
     def fetch(self, tree: Any) -> Any:
         """Copies results to the host, those of the other hosts included. Waits for them."""

@@ -5,8 +5,15 @@
   python -m launch.train --config=configs/scenes_small.py --workdir=runs/longer --config.seed=1 \\
     --config.start=engine/assets/scenes-64 --config.autoencoder.steps=0 --config.words.steps=0
 
-Autoencoder, then text encoder, then U-Net, then the decoder again, then the export to WORKDIR/model. With
---config.start, a folder, the run begins with its weights, and 0 steps leave a stage out.
+Or trains a model that exists further, on your own pictures:
+
+  python -m launch.train --config=configs/finetune.py --workdir=runs/mine --config.data.paths='("pictures",)'
+  python -m launch.train --config=configs/lora.py --workdir=runs/style --config.data.paths='("sketches",)'
+
+--dry_run builds and compiles all of it, says what it takes in memory and arithmetic, and stops.
+
+From scratch: autoencoder, then text encoder, then U-Net, then the decoder again, then the export to
+WORKDIR/model. With --config.start, a folder, the run begins with its weights, and 0 steps leave a stage out.
 Loss, images/s and time left go to stdout and to WORKDIR/metrics.jsonl. Ctrl-C and SIGTERM save before they
 end the program; what a kill or a power cut leaves is the newest checkpoint.
 
@@ -15,22 +22,27 @@ Ctrl-C where there was nothing to save.
 """
 
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
 
+from engine.config import FinetuneConfig
 from engine.errors import UserError
 from launch import cli
 
 FLAGS: cli.Groups = {
     "What to train": {
-        "config": ("FILE", "of Python, whose get_config() gives an engine.config.TrainConfig"),
+        "config": ("FILE", "of Python, whose get_config() gives a TrainConfig or a FinetuneConfig"),
         "config.NAME": ("VALUE", "in place of what FILE says, as in --config.autoencoder.batch_size=16"),
     },
     "Where": {
         "workdir": ("DIR", "for checkpoints, metrics and the model; another run of it goes on"),
+    },
+    "Whether": {
+        "dry_run": ("", "compile, report parameters, memory and arithmetic of a step, and stop"),
     },
 }
 
@@ -40,21 +52,26 @@ def main(argv: Sequence[str]) -> int:
     if {"--help", "-help", "-h"} & set(argv):
         print(cli.help_text(__doc__ or "", FLAGS, {}))
         return cli.DONE
-    config, workdir = parse(argv)
-    from engine.train import stages  # JAX comes with it: --help should be quick
+    config, workdir, only_look = parse(argv)
+    from engine.train import dry_run, finetune, stages  # JAX comes with them: --help should be quick
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells much
+    train = finetune.train if isinstance(config, FinetuneConfig) else stages.train
+    if only_look:
+        with tempfile.TemporaryDirectory() as nowhere:
+            train(config, pathlib.Path(nowhere), dry_run.fit)
+        return cli.DONE
     try:
-        folder = stages.train(config, pathlib.Path(workdir))
+        result = train(config, pathlib.Path(workdir))
     except OSError as error:
         raise UserError(f"{workdir} cannot be written: {error.strerror or error}") from None
-    if folder is not None:
-        cli.say(f"model: {folder}")
+    if result is not None:
+        cli.say(f"model: {result}")
     return cli.DONE
 
 
-def parse(argv: Sequence[str]) -> tuple[Any, str]:
-    """The config, with its overrides, and the folder.
+def parse(argv: Sequence[str]) -> tuple[Any, str, bool]:
+    """The config, with its overrides, the folder, and whether to look only.
 
     Raises:
       UserError: for whatever of `argv` cannot be read.
@@ -64,6 +81,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, str]:
         "config", flag_values=values, lock_config=False, sys_argv=["", *argv]
     )
     workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+    dry_run = flags.DEFINE_bool("dry_run", False, "", flag_values=values)
     try:
         _, *others = values(["", *argv])
         chosen = config.value
@@ -79,14 +97,15 @@ def parse(argv: Sequence[str]) -> tuple[Any, str]:
         raise UserError(f"--config cannot be read: {' '.join(str(error).split())}") from None
     if others:
         raise UserError(f"{others[0]!r} is no flag: write --config={others[0]}")
-    for flag in (config, workdir):
+    for flag in (config,) if dry_run.value else (config, workdir):
         if flag.value in (None, ""):
             raise UserError(f"write --{flag.name}; --help explains it")
     if not fits:
         raise UserError(
-            f"--config: get_config() gives a {type(chosen).__name__}, not an engine.config.TrainConfig"
+            f"--config: get_config() gives a {type(chosen).__name__}, "
+            "neither a TrainConfig nor a FinetuneConfig of engine.config"
         )
-    return chosen, workdir.value
+    return chosen, workdir.value, dry_run.value
 
 
 if __name__ == "__main__":

@@ -15,12 +15,21 @@ from tests.tiny import tiny_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    python -m launch.")]
+PAGES = [README, (ROOT / "launch" / "README.md").read_text()]
+
+
+def commands(*pages: str) -> list[str]:
+    """Of launch, as they stand in a line of their own."""
+    lines = [line for page in pages for line in page.splitlines()]
+    return [line.strip() for line in lines if line.startswith("    python -m launch.")]
+
+
+COMMANDS = commands(README)
 
 # What a reader fills in, and what would take hours or gigabytes: those commands have tests of their own.
 MODEL = "path/to/stable-diffusion-v1-5"
 USAGE = "PROMPT..."
-LONG = ("launch.train", "launch.evaluate", "launch.random_model")
+LONG = ("launch.train", "launch.evaluate", "launch.random_model", "launch.scenes")
 
 
 def test_the_readme_shows_commands():
@@ -51,7 +60,7 @@ def test_commands_that_draw(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("module", LONG)
 def test_long_commands_are_read_at_least(module):
-    shown = [command for command in COMMANDS if module in command]
+    shown = [command for command in commands(*PAGES) if module in command]
     assert shown, f"the README does not show {module}"
     flags = {flag.split("=")[0] for command in shown for flag in re.findall(r"--[\w.]+", command)}
     page = subprocess.run(

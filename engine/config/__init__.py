@@ -2,6 +2,7 @@
 
 from engine.config.data import CROPS, DATA_KINDS, DataConfig
 from engine.config.drawing import FORMATS, GenerateConfig, JobConfig
+from engine.config.finetuning import WHAT, FinetuneConfig, FinetuneStage, PriorConfig, SamplesConfig
 from engine.config.reader import IN_WORDS, from_json, nearest, to_json
 from engine.config.training import (
     DECAYS,
@@ -29,14 +30,19 @@ __all__ = [
     "REMATS",
     "TIME_SAMPLINGS",
     "WEIGHTINGS",
+    "WHAT",
     "AutoencoderStage",
     "DataConfig",
     "DiffusionStage",
+    "FinetuneConfig",
+    "FinetuneStage",
     "GenerateConfig",
     "JobConfig",
     "LoraConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "PriorConfig",
+    "SamplesConfig",
     "StageConfig",
     "TrainConfig",
     "WordsStage",

@@ -200,16 +200,18 @@ def _compare(position: dict[str, Any], items: dict[str, Any]) -> None:
 
 def _sums(items: dict[str, Any]) -> dict[str, int]:
     """A sum of the bits of each item, the same on any number of devices."""
-    sums = jax.device_get(
-        {name: [bits(leaf) for leaf in jax.tree.leaves(item)] for name, item in items.items()}
-    )
     return {
         name: sum((2 * i + 1) * int(each) for i, each in enumerate(found)) % 2**32
-        for name, found in sums.items()
+        for name, found in jax.device_get(_bits_of_all(items)).items()
     }
 
 
 @jax.jit
+def _bits_of_all(items: dict[str, Any]) -> dict[str, list[Array]]:
+    """One program: in hundreds of small ones, simulated devices wait for each other for ever."""
+    return {name: [bits(leaf) for leaf in jax.tree.leaves(item)] for name, item in items.items()}
+
+
 def bits(x: Array) -> UInt32[Array, ""]:
     """sum_i (2i + 1) x_i modulo 2^32, x_i the bits of element i: any one bit changes it, as any odd factor
     leaves it a power of two; so does a change of places, but for those 2^31 apart.

@@ -1,20 +1,21 @@
 """The loop around the steps: progress, checkpoints, and a way out that loses nothing."""
 
 import contextlib
+import functools
 import json
 import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
 from engine.config import StageConfig
-from engine.parallel import Devices
+from engine.parallel import SPLIT, Devices
 from engine.train import ema
 from engine.train import step as steps
 from engine.train.checkpoint import Checkpoints
@@ -22,6 +23,38 @@ from engine.train.data import BatchAt, batches
 from engine.types import Params, UserError
 
 REPORT_SECONDS = 10.0
+
+
+class Watch(NamedTuple):
+    """Something to do with the averaged params now and then."""
+
+    every: int  # steps; 0: never
+    call: Callable[[int, Params], Any]  # (steps done, params)
+
+
+class Program(NamedTuple):
+    """A training step for the devices at hand."""
+
+    devices: Devices
+    init: Callable[[Params], steps.TrainState]
+    step: Callable[..., tuple[steps.TrainState, steps.Metrics]]  # gives back the memory of its state
+
+
+def program(
+    name: str, loss: steps.Loss, params: Params, optimizer: optax.GradientTransformation, config: StageConfig
+) -> Program:
+    """Builds the step; compiles nothing. With config.shard_params each device keeps a part of the state."""
+    # Mode jit: the compiler adds the sum of the gradients over the devices.
+    devices = Devices("jit", rules=SPLIT if config.shard_params else None)
+    _check_batch(name, config, devices.count)
+    init = functools.partial(steps.init, optimizer=optimizer, config=config)
+    places = devices.shardings(jax.eval_shape(init, params))
+    step = steps.train_step(loss, optimizer, config)
+    return Program(
+        devices,
+        jax.jit(init, out_shardings=places),
+        jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
+    )
 
 
 @contextlib.contextmanager
@@ -80,6 +113,7 @@ def fit(
     seed: int,
     batch_at: BatchAt,
     workdir: pathlib.Path,
+    watch: Watch | None = None,
 ) -> Params | None:
     """Trains `params` to the end of the stage, from its newest checkpoint if there is one.
 
@@ -89,13 +123,11 @@ def fit(
     Returns:
       The averaged params, or None when a signal stopped the run (the checkpoint is then saved).
     """
-    devices = Devices("jit")  # the compiler adds the sum of the gradients over the devices
-    _check_batch(name, config, devices.count)
+    devices, init, step = program(name, loss, params, optimizer, config)
     base_key = jax.random.key(seed, impl="threefry2x32")
-    step = jax.jit(steps.train_step(loss, optimizer, config), donate_argnums=0)
     with Checkpoints(workdir / name, config.keep_last, config.keep_best) as checkpoints:
-        state = devices.share(steps.init(params, optimizer, config))
-        frozen = devices.share(frozen)
+        state = init(devices.place_tree(params))
+        frozen = devices.place_tree(frozen)
         if (newest := checkpoints.restore(state)) is not None:
             state = newest
             print(f"{name}: goes on from step {int(state.step)}", flush=True)
@@ -116,6 +148,8 @@ def fit(
                     ema.save_snapshots(workdir / name / "ema", done, state.ema_params, config)
                 if last or stop.is_set() or (done % config.checkpoint_every == 0 and _is_sound(metrics)):
                     checkpoints.save(state, {"seed": seed, "data": {"next": done * config.batch_size}})
+                if watch and watch.every and (last or done % watch.every == 0):
+                    watch.call(done, state.ema_params[ema.chosen(config)])
                 if stop.is_set():
                     print(f"{name}: stopped and saved at step {done}; the same command goes on", flush=True)
                     return None

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,10 +22,16 @@ from engine.models.unet import UNetConfig
 from engine.text.tokenizer import Tokenizer, train_tokenizer
 from engine.train import loop, objectives, optim
 from engine.train.data import captioned_pictures, captions_with_facts, pictures
+from engine.train.workdir import check_same_run, remember
 from engine.types import Params, UserError
 from engine.weights.component import KINDS, Component
-from engine.weights.files import new_folder, read_json, write_json
+from engine.weights.files import new_folder
 from engine.weights.folder import Model, load_folder, save_folder
+
+Fit = Callable[..., Params | None]  # see loop.fit
+
+# Settings that a run keeps to its end.
+SETTLED = ("seed", "image_size", "vocab_size", "max_tokens", "start", "vae", "unet", "text_encoder")
 
 CAPTIONS_FOR_TOKENIZER = 20_000
 METRIC_IMAGES = 32
@@ -33,8 +39,11 @@ LATENT_IMAGES = 512
 LATENT_SEED = 2**31  # not the training's seeds: scenes of their own
 
 
-def train(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path | None:
+def train(config: TrainConfig, workdir: pathlib.Path, fit: Fit = loop.fit) -> pathlib.Path | None:
     """Trains what is not yet trained in `workdir` and exports it.
+
+    Args:
+      fit: what is done with a stage; `dry_run.fit` looks at it only.
 
     Returns:
       The folder of the model, or None when a signal stopped the run.
@@ -42,9 +51,15 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path | None:
     Raises:
       UserError: the config is wrong, or `workdir` holds the run of a model of another shape.
     """
+    model = build(config, workdir, fit)
+    return None if model is None or fit is not loop.fit else export(model, workdir / "model")
+
+
+def build(config: TrainConfig, workdir: pathlib.Path, fit: Fit) -> Model | None:
+    """The model that the stages make, one after the other; None where `fit` made None of one."""
     config.validate()
     check_terminal(_scheduler(config))  # a mistake in it is told now, not when its stage begins
-    _check_same_run(config, workdir)
+    check_same_run(config, workdir, SETTLED)
     if config.start:
         tokenizer, parts = started(config)
     else:
@@ -53,25 +68,27 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> pathlib.Path | None:
     _remember(config, tokenizer, workdir)
 
     stages = (
-        ("vae", lambda: train_autoencoder(config, parts["vae"], workdir)),
-        ("text_encoder", lambda: train_words(config, parts["text_encoder"], tokenizer, workdir)),
-        ("unet", lambda: train_diffusion(config, parts, tokenizer, workdir)),
-        ("vae", lambda: train_decoder(config, parts["vae"], workdir)),
+        ("vae", lambda: train_autoencoder(config, parts["vae"], workdir, fit)),
+        ("text_encoder", lambda: train_words(config, parts["text_encoder"], tokenizer, workdir, fit)),
+        ("unet", lambda: train_diffusion(config, parts, tokenizer, workdir, fit)),
+        ("vae", lambda: train_decoder(config, parts["vae"], workdir, fit)),
     )
     for kind, train_part in stages:
         trained = train_part()
         if trained is None:
             return None
         parts[kind] = trained
-    return export(config, parts, tokenizer, workdir)
+    return Model(**parts, tokenizer=tokenizer, scheduler=_scheduler(config))
 
 
-def train_autoencoder(config: TrainConfig, vae: Component, workdir: pathlib.Path) -> Component | None:
+def train_autoencoder(
+    config: TrainConfig, vae: Component, workdir: pathlib.Path, fit: Fit = loop.fit
+) -> Component | None:
     """The autoencoder, its latents brought to a scale that suits the diffusion."""
     stage = config.autoencoder
     if stage.steps == 0:
         return vae
-    params = loop.fit(
+    params = fit(
         "autoencoder",
         objectives.autoencoder_loss(vae.graphdef, stage),
         vae.params,
@@ -88,13 +105,15 @@ def train_autoencoder(config: TrainConfig, vae: Component, workdir: pathlib.Path
     return dataclasses.replace(vae, params=in_units_of_pixels(vae, params, images))
 
 
-def train_decoder(config: TrainConfig, vae: Component, workdir: pathlib.Path) -> Component | None:
+def train_decoder(
+    config: TrainConfig, vae: Component, workdir: pathlib.Path, fit: Fit = loop.fit
+) -> Component | None:
     """The autoencoder with a decoder trained further. The encoder stays: the U-Net knows its latents."""
     stage = config.decoder
     if stage.steps == 0:
         return vae
     decoding = {name: vae.params[name] for name in ("decoder", "post_quant_conv")}
-    params = loop.fit(
+    params = fit(
         "decoder",
         objectives.autoencoder_loss(vae.graphdef, stage),
         decoding,
@@ -170,7 +189,11 @@ def _root(matrix: Array) -> np.ndarray:
 
 
 def train_words(
-    config: TrainConfig, text_encoder: Component, tokenizer: Tokenizer, workdir: pathlib.Path
+    config: TrainConfig,
+    text_encoder: Component,
+    tokenizer: Tokenizer,
+    workdir: pathlib.Path,
+    fit: Fit = loop.fit,
 ) -> Component | None:
     """The text encoder, so that its vectors say what a scene shows, whatever the words and their order.
 
@@ -180,7 +203,7 @@ def train_words(
     stage = config.words
     if stage.steps == 0:
         return text_encoder
-    params = loop.fit(
+    params = fit(
         "words",
         objectives.words_loss(text_encoder.graphdef),
         {
@@ -198,7 +221,11 @@ def train_words(
 
 
 def train_diffusion(
-    config: TrainConfig, parts: dict[str, Component], tokenizer: Tokenizer, workdir: pathlib.Path
+    config: TrainConfig,
+    parts: dict[str, Component],
+    tokenizer: Tokenizer,
+    workdir: pathlib.Path,
+    fit: Fit = loop.fit,
 ) -> Component | None:
     """The U-Net, averaged over its last steps."""
     stage = config.diffusion
@@ -211,7 +238,7 @@ def train_diffusion(
         _scheduler(config),
         stage,
     )
-    params = loop.fit(
+    params = fit(
         "diffusion",
         loss,
         parts["unet"].params,
@@ -237,13 +264,9 @@ def train_diffusion(
     return None if params is None else dataclasses.replace(parts["unet"], params=params)
 
 
-def export(
-    config: TrainConfig, parts: dict[str, Component], tokenizer: Tokenizer, workdir: pathlib.Path
-) -> pathlib.Path:
-    """Writes workdir/model in the diffusers layout, in float16."""
-    folder = workdir / "model"
-    model = Model(**parts, tokenizer=tokenizer, scheduler=_scheduler(config))
-    save_folder(folder, model, dtype=jnp.float16, overwrite=True)
+def export(model: Model, folder: pathlib.Path, overwrite: bool = True) -> pathlib.Path:
+    """Writes the model in the diffusers layout, in float16."""
+    save_folder(folder, model, dtype=jnp.float16, overwrite=overwrite)
     return folder
 
 
@@ -320,26 +343,10 @@ def _fresh(kind: str, config: Any, seed: int) -> Component:
     return Component(kind, config, graphdef, nnx.to_pure_dict(params))
 
 
-def _check_same_run(config: TrainConfig, workdir: pathlib.Path) -> None:
-    """Refuses to go on with a model of another shape."""
-    file = workdir / "config.json"
-    if not file.exists():
-        return
-    before, now = read_json(file), json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
-    for name in ("seed", "image_size", "vocab_size", "max_tokens", "start", "vae", "unet", "text_encoder"):
-        if before.get(name) != now[name]:
-            raise UserError(
-                f"{workdir} holds a run with {name}={before.get(name)!r}, not {now[name]!r}: "
-                "give another --workdir, or the config that it began with"
-            )
-
-
 def _remember(config: TrainConfig, tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
     """Keeps what the run began with beside it, now that it is known to be sound."""
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "tokenizer").exists():
         with new_folder(workdir / "tokenizer", "vocab.json", overwrite=False) as new:
             tokenizer.save(new)
-    unfinished = workdir / ".config.json"
-    write_json(unfinished, dataclasses.asdict(config))
-    unfinished.replace(workdir / "config.json")
+    remember(config, workdir)

@@ -195,15 +195,19 @@ def test_the_checkpoints_of_another_run_are_refused(folder, change, named):
 
 def test_bits_tell_any_one_bit_and_any_two_places():
     x = np.random.default_rng(0).standard_normal((3, 4, 5), np.float32)
-    whole = int(checkpoint.bits(x))
+
+    def bits(array):
+        return int(checkpoint.bits(jnp.asarray(array)))
+
+    whole = bits(x)
     raw = x.view(np.uint32).reshape(-1)
     expected = sum((2 * i + 1) * int(value) for i, value in enumerate(raw)) % 2**32
     assert whole == expected
     for bit in range(32):
         other = raw.copy()
         other[17] ^= np.uint32(1 << bit)
-        assert int(checkpoint.bits(other.view(np.float32).reshape(x.shape))) != whole
-    assert int(checkpoint.bits(x[:, ::-1])) != whole
+        assert bits(other.view(np.float32).reshape(x.shape)) != whole
+    assert bits(x[:, ::-1]) != whole
 
 
 def test_a_run_with_a_damaged_checkpoint_ends_as_one_without(tmp_path):

@@ -1,0 +1,89 @@
+"""What to train further of a model that exists, and on which pictures."""
+
+import dataclasses
+
+from engine.config.data import DataConfig
+from engine.config.reader import nearest
+from engine.config.training import LoraConfig, ObjectiveConfig, StageConfig, check_stage
+from engine.errors import UserError
+
+WHAT = ("unet", "unet+text_encoder", "lora")
+
+
+@dataclasses.dataclass
+class FinetuneStage(ObjectiveConfig, StageConfig):
+    """The steps of a fine-tuning."""
+
+
+@dataclasses.dataclass
+class SamplesConfig:
+    """Pictures that are drawn during the training, of the same prompts from the same noise."""
+
+    prompts: tuple[str, ...] = ()
+    every: int = 0  # steps between them; 0: none
+    steps: int = 20  # of the sampler
+    guidance_scale: float = 5.0
+    seed: int = 0
+
+    def validate(self, where: str = "samples") -> None:
+        """Raises UserError; `where` is what the config calls this part."""
+        if isinstance(self.prompts, str):
+            raise UserError(f"{where}.prompts={self.prompts!r}: write a tuple, such as ('a fox',)")
+        if self.every < 0:
+            raise UserError(f"{where}.every={self.every}: write a number from 0")
+        if self.every and not self.prompts:
+            raise UserError(f"{where}.every={self.every} without prompts: write {where}.prompts too")
+
+
+@dataclasses.dataclass
+class PriorConfig:
+    """Prior preservation (Ruiz et al. 2023, "DreamBooth", equation 2).
+
+    Beside each batch the model learns pictures that it drew itself before, so that "a dog" stays any dog
+    while "a sks dog" becomes the one of the pictures.
+    """
+
+    prompt: str = ""  # of the class, such as "a dog"
+    num_images: int = 0  # drawn before the training; 0: none
+    weight: float = 1.0  # of their loss beside that of the pictures
+
+    def validate(self, where: str = "prior") -> None:
+        """Raises UserError; `where` is what the config calls this part."""
+        if self.num_images < 0:
+            raise UserError(f"{where}.num_images={self.num_images}: write a number from 0")
+        if bool(self.num_images) != bool(self.prompt):
+            raise UserError(f"{where}: write both {where}.prompt and {where}.num_images, or neither")
+        if not self.weight > 0:
+            raise UserError(f"{where}.weight={self.weight}: write a number above 0")
+
+
+@dataclasses.dataclass
+class FinetuneConfig:
+    """A model that exists, trained further on pictures with captions.
+
+    `scheduler` holds options in place of those of the model's scheduler config: another prediction type, or
+    rescale_betas_zero_snr.
+    """
+
+    model: str = "shipped"  # a folder, or this word for the one in the package
+    what: str = "unet"  # or "unet+text_encoder", "lora"
+    seed: int = 0
+    scheduler: dict = dataclasses.field(default_factory=dict)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    finetune: FinetuneStage = dataclasses.field(default_factory=FinetuneStage)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
+    samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
+
+    def validate(self) -> None:
+        """Raises UserError, saying what to write instead, before anything is compiled."""
+        if self.what not in WHAT:
+            raise UserError(
+                f"what={self.what!r} is unknown{nearest(self.what, WHAT)}; write {', '.join(WHAT)}"
+            )
+        check_stage("finetune", self.finetune, 1)
+        self.finetune.validate("finetune")
+        self.data.validate("data")
+        self.lora.validate("lora")
+        self.prior.validate("prior")
+        self.samples.validate("samples")

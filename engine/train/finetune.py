@@ -1,0 +1,198 @@
+"""A model that exists, trained further: its U-Net, with the text encoder, or a LoRA beside them."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine import finish
+from engine.config import FinetuneConfig
+from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.parallel import Devices
+from engine.pipeline import SHIPPED, SHIPPED_NAME, Pipeline
+from engine.train import adapters, loop, objectives, optim
+from engine.train.data import Batch, BatchAt
+from engine.train.samples import Samples
+from engine.train.sources import training_batches
+from engine.train.step import Loss
+from engine.train.workdir import STAGE, check_same_run, remember
+from engine.types import Params
+from engine.weights import lora_files
+from engine.weights.files import read_json
+from engine.weights.folder import Model, load_folder, save_folder
+from engine.weights.lora import Lora, merged
+
+SETTLED = ("model", "what", "seed", "scheduler", "lora")  # settings that a run keeps
+PRIOR_BATCH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained of a model: a tree of params, and what else its loss needs."""
+
+    model: Model
+    params: Any
+    frozen: dict[str, Any]
+    loss: Loss
+    lora: Lora | None  # as it begins, where params are the layers of one
+
+    def parts(self, params: Any) -> dict[str, Params]:
+        """The params of whole parts of the model, of trained `params`."""
+        if self.lora is None:
+            return params
+        weights = {kind: getattr(self.model, kind).params for kind in adapters.KINDS}
+        return merged(weights, Lora(params, self.lora.alphas))
+
+
+def train(
+    config: FinetuneConfig, workdir: pathlib.Path, fit: Callable[..., Any] = loop.fit
+) -> pathlib.Path | None:
+    """Trains to the end, from the newest checkpoint if there is one, and exports.
+
+    Args:
+      fit: what is done with a stage; `dry_run.fit` looks at it only.
+
+    Returns:
+      WORKDIR/model, or the LoRA's file; None when a signal stopped the run.
+
+    Raises:
+      UserError: the config is wrong, or `workdir` holds another run.
+    """
+    config.validate()
+    check_same_run(config, workdir, SETTLED)
+    task = begin(config)
+    remember(config, workdir)
+    batch_at = batches(config, task, workdir)
+    samples = Samples(config.samples, task.model, workdir / "samples")
+    params = fit(
+        STAGE,
+        task.loss,
+        task.params,
+        task.frozen,
+        optim.optimizer(config.finetune.optim, config.finetune.steps),
+        config.finetune,
+        seed=config.seed,
+        batch_at=batch_at,
+        workdir=workdir,
+        watch=loop.Watch(samples.every, lambda step, own: samples.draw(step, task.parts(own))),
+    )
+    if params is None or fit is not loop.fit:
+        return None
+    return export(task, params, workdir if task.lora else workdir / "model", overwrite=True)
+
+
+def folder_of(config: FinetuneConfig) -> pathlib.Path:
+    """Of the model that the run begins with."""
+    return SHIPPED if config.model == SHIPPED_NAME else pathlib.Path(config.model).expanduser()
+
+
+def begin(config: FinetuneConfig) -> Task:
+    """Loads the model, and says what of it is trained."""
+    folder = folder_of(config)
+    model = load_folder(folder, dtype=jnp.float32)
+    file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = SchedulerConfig.from_json(read_json(file) | config.scheduler, str(file))
+    model = dataclasses.replace(model, scheduler=scheduler)
+    loss = objectives.text_to_image_loss(
+        model.unet.graphdef, model.text_encoder.graphdef, model.vae.graphdef, scheduler, config.finetune
+    )
+    if config.prior.num_images:
+        loss = with_prior(loss, config.prior.weight)
+    frozen = {
+        "vae": model.vae.params,
+        "text_encoder": model.text_encoder.params,
+        "empty_ids": model.tokenizer.encode([""])[0],
+    }
+    if config.what == "lora":
+        lora = adapters.begin(vars(model), config.lora, config.seed)
+        frozen |= {"unet": model.unet.params}
+        return Task(model, lora.layers, frozen, adapters.lora_loss(loss, lora.alphas), lora)
+    params = {kind: getattr(model, kind).params for kind in config.what.split("+")}
+    for kind in params:
+        frozen.pop(kind, None)
+    return Task(model, params, frozen, over_parts(loss), None)
+
+
+def over_parts(loss: Loss) -> Loss:
+    """A loss of the U-Net's params as one of {"unet": params, ...}."""
+
+    def of_parts(params, frozen, batch, key):
+        rest = {**frozen, **params}
+        return loss(rest.pop("unet"), rest, batch, key)
+
+    return of_parts
+
+
+def with_prior(loss: Loss, weight: float) -> Loss:
+    """Adds `weight` times the loss of batch["prior"] (Ruiz et al. 2023, equation 2)."""
+
+    def both(params, frozen, batch, key):
+        keys = jax.random.split(key)
+        value, metrics = loss(params, frozen, {k: v for k, v in batch.items() if k != "prior"}, keys[0])
+        prior, _ = loss(params, frozen, batch["prior"], keys[1])
+        return value + weight * prior, {**metrics, "prior_loss": prior}
+
+    return both
+
+
+def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path) -> BatchAt:
+    """The data: pictures, and beside them those of the prior."""
+    stage, tokenizer = config.finetune, task.model.tokenizer
+    options = {
+        "size": task.model.unet.config.sample_size * task.model.vae.config.scale,
+        "keep_tags": stage.keep_tags if stage.caption_shuffle else None,
+    }
+    own = training_batches(config.data, stage.batch_size, tokenizer, workdir=workdir, **options)
+    if not config.prior.num_images:
+        return own
+    folder = draw_prior(config, task.model, workdir / "prior")
+    prior = training_batches(
+        dataclasses.replace(config.data, paths=(str(folder),), kind="files", repeats=(1,)),
+        stage.batch_size,
+        tokenizer,
+        workdir=workdir / "prior-data",
+        **options,
+    )
+
+    def both(step: int) -> Batch:
+        return {**own(step), "prior": prior(step)}
+
+    return both
+
+
+def draw_prior(config: FinetuneConfig, model: Model, folder: pathlib.Path) -> pathlib.Path:
+    """Draws the pictures of the prior that are not there yet: PNGs, and metadata.jsonl when all are."""
+    wanted, prompt = config.prior.num_images, config.prior.prompt
+    folder = finish.prepare_folder(folder)
+    names = [f"{index:06d}.png" for index in range(wanted)]
+    missing = [index for index, name in enumerate(names) if not (folder / name).exists()]
+    if missing:
+        print(f"prior: drawing {len(missing)} pictures of {prompt!r}", flush=True)
+        pipe = Pipeline(model, Devices(), config.model, "float32", folder)
+        for first in range(missing[0], wanted, PRIOR_BATCH):
+            count = min(PRIOR_BATCH, wanted - first)
+            images = pipe.generate([prompt] * count, seed=config.seed, first_index=first)
+            for index, image in enumerate(images, first):
+                finish.write_png(folder / names[index], image, {"prompt": prompt, "index": index})
+    lines = [json.dumps({"file_name": name, "text": prompt}) for name in names]
+    finish.write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
+    return folder
+
+
+def export(task: Task, params: Any, folder: pathlib.Path, overwrite: bool) -> pathlib.Path:
+    """Writes the model into the folder, in float16; of a LoRA, its file."""
+    if task.lora is not None:
+        return lora_files.save(folder, Lora(jax.tree.map(np.asarray, params), task.lora.alphas))
+    save_folder(folder, trained(task, params), dtype=jnp.float16, overwrite=overwrite)
+    return folder
+
+
+def trained(task: Task, params: Mapping[str, Params]) -> Model:
+    """The model with trained parts."""
+    parts = {kind: dataclasses.replace(getattr(task.model, kind), params=own) for kind, own in params.items()}
+    return dataclasses.replace(task.model, **parts)

@@ -1,0 +1,59 @@
+"""What a run keeps beside its checkpoints: the config that it began with."""
+
+import dataclasses
+import json
+import pathlib
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from engine.config import FinetuneConfig, TrainConfig
+from engine.types import UserError
+from engine.weights.files import new_file, read_json, write_json
+
+FILE = "config.json"
+STAGE = "finetune"  # the stage of a fine-tuning, and the folder of its checkpoints
+
+
+def check_same_run(config: Any, workdir: pathlib.Path, settled: Sequence[str]) -> None:
+    """Refuses to go on with another run: one that differs in the settings `settled`."""
+    file = workdir / FILE
+    if not file.exists():
+        return
+    before, now = read_json(file), json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    for name in settled:
+        if before.get(name) != now[name]:
+            raise UserError(
+                f"{workdir} holds a run with {name}={before.get(name)!r}, not {now[name]!r}: "
+                "give another --workdir, or the config that it began with"
+            )
+
+
+def recall(workdir: pathlib.Path) -> TrainConfig | FinetuneConfig:
+    """The config of the run there; UserError where there is none."""
+    file = workdir / FILE
+    if not file.exists():
+        raise UserError(f"{workdir} holds no run: write the --workdir of a training")
+    options = read_json(file)
+    return _built(FinetuneConfig if STAGE in options else TrainConfig, options)
+
+
+def _built(cls: type, options: dict[str, Any]) -> Any:
+    """A dataclass from its JSON, with those inside of it."""
+    kinds = typing.get_type_hints(cls)
+
+    def value_of(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(kinds[name]):
+            return _built(kinds[name], value)
+        return tuple(value) if isinstance(value, list) else value
+
+    if unknown := options.keys() - kinds.keys():
+        raise UserError(f"{FILE} is of another version: it has {', '.join(sorted(unknown))}")
+    return cls(**{name: value_of(name, value) for name, value in options.items()})
+
+
+def remember(config: Any, workdir: pathlib.Path) -> None:
+    """Writes the config, now that it is known to be sound."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with new_file(workdir / FILE) as new:
+        write_json(new, dataclasses.asdict(config))

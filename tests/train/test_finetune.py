@@ -1,0 +1,230 @@
+"""Models that exist, trained further: all of the U-Net, with the text encoder, a LoRA, beside a prior."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import engine
+from engine.config import (
+    DataConfig,
+    FinetuneConfig,
+    FinetuneStage,
+    LoraConfig,
+    OptimConfig,
+    PriorConfig,
+    SamplesConfig,
+)
+from engine.finish import to_uint8
+from engine.pipeline import use_compilation_cache
+from engine.train import dry_run, finetune
+from engine.train.objectives import applier, to_float
+from engine.types import UserError
+from engine.weights.folder import load_folder
+from launch import cli
+from launch import export as export_command
+from launch import train as train_command
+from tests.tiny import compiled_quickly, tiny_folder
+
+COLOURS = {"red": (220, 30, 30), "blue": (30, 40, 220), "green": (30, 200, 60), "white": (250, 250, 250)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quickly():
+    use_compilation_cache()  # most tests compile the same steps
+    with compiled_quickly():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Eight plain pictures: four colours, lighter above or below."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for colour, rgb in COLOURS.items():
+        for place in ("above", "below"):
+            image = np.full((16, 16, 3), rgb, np.uint8)
+            rows = slice(0, 8) if place == "above" else slice(8, 16)
+            image[rows] //= 2
+            Image.fromarray(image).save(folder / f"{colour}-{place}.png")
+            lines.append(
+                json.dumps({"file_name": f"{colour}-{place}.png", "text": f"a {colour} car {place}"})
+            )
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def config(model, pictures):
+    """Four steps of four pictures, unless told."""
+
+    def config(what="unet", steps=4, stage=None, **options):
+        own = {"batch_size": 4, "ema": (0.5,), "checkpoint_every": 100, "caption_dropout": 0.0}
+        own |= stage or {}
+        optimizer = own.pop("optim", OptimConfig(learning_rate=1e-3, warmup_steps=0, decay_steps=0))
+        return FinetuneConfig(
+            model=str(model),
+            what=what,
+            data=DataConfig(paths=(str(pictures),)),
+            finetune=FinetuneStage(steps=steps, optim=optimizer, **own),
+            **options,
+        )
+
+    return config
+
+
+def leaves(part):
+    """As they are on the disk of a model that was trained."""
+    return [np.asarray(leaf, np.float16) for leaf in jax.tree.leaves(part.params)]
+
+
+def differ(a, b):
+    return any(not np.array_equal(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("what", ["unet", "unet+text_encoder"])
+def test_only_what_is_named_is_trained(config, model, tmp_path, what):
+    folder = finetune.train(config(what), tmp_path)
+    before, after = load_folder(model), load_folder(folder)
+    assert differ(before.unet, after.unet)
+    assert differ(before.text_encoder, after.text_encoder) == ("text_encoder" in what)
+    assert not differ(before.vae, after.vae)
+
+
+def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(config, tmp_path):
+    finetune.train(config(steps=5), tmp_path / "whole")
+    finetune.train(config(steps=2), tmp_path / "parts")
+    finetune.train(config(steps=5), tmp_path / "parts")
+    whole, parts = (load_folder(tmp_path / run / "model") for run in ("whole", "parts"))
+    assert not differ(whole.unet, parts.unet)
+
+
+def test_a_lora_is_a_file_beside_the_model(config, model, tmp_path):
+    file = finetune.train(config("lora", lora=LoraConfig(rank=2, alpha=2.0)), tmp_path)
+    prompts = ["a red car above"]
+    plain = engine.load(model).generate(prompts, seed=1, steps=3)
+    with_lora = engine.load(model, lora=[(file, 1.0)]).generate(prompts, seed=1, steps=3)
+    assert (plain != with_lora).any()
+    assert (tmp_path / "model").exists() is False
+
+
+def test_the_prior_is_drawn_once_and_learned_beside(config, tmp_path):
+    prior = PriorConfig(prompt="a car", num_images=3)
+    finetune.train(config(prior=prior, steps=2), tmp_path)
+    files = sorted((tmp_path / "prior").glob("*.png"))
+    assert len(files) == 3
+    times = [file.stat().st_mtime_ns for file in files]
+    finetune.train(config(prior=prior, steps=3), tmp_path)
+    assert [file.stat().st_mtime_ns for file in files] == times
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["prior_loss"] > 0 for line in metrics)
+    plain = tmp_path / "plain"
+    finetune.train(config(steps=2), plain)
+    first = json.loads((plain / "metrics.jsonl").read_text().splitlines()[0])
+    assert metrics[0]["loss"] > first["loss"]
+
+
+def test_samples_show_the_way(config, tmp_path):
+    samples = SamplesConfig(prompts=("a red car above", "a cat"), every=2, steps=2)
+    finetune.train(config(samples=samples, steps=4), tmp_path)
+    sheets = [Image.open(tmp_path / "samples" / f"{step:08d}.png") for step in (2, 4)]
+    assert sheets[0].size == sheets[1].size and sheets[0].size[0] >= 2 * 16
+    assert sheets[0].tobytes() != sheets[1].tobytes()
+
+
+def test_eight_pictures_are_learned_by_heart(config, model, pictures, tmp_path):
+    """200 steps on 8 pictures reach a low loss and redraw them, each at its own words."""
+    optimizer = OptimConfig(learning_rate=2e-2, warmup_steps=20, decay_steps=100)
+    stage = {"optim": optimizer, "ema": (0.9,), "time_sampling": "uniform", "batch_size": 64}
+    folder = finetune.train(config(steps=200, stage=stage), tmp_path)
+    told = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert told[-1] < 0.1, "of about 1 at the start"
+    prompts = [f"a {colour} car {place}" for colour in COLOURS for place in ("above", "below")]
+    drawn = engine.load(folder).generate(prompts, seed=3, steps=10, guidance_scale=1.0).astype(float)
+    wanted = given_back(model, pictures, prompts)
+    distance = ((drawn[:, None] - wanted[None]) ** 2).mean((2, 3, 4))
+    assert (distance.argmin(1) == np.arange(8)).all(), distance.round(0)
+
+
+def given_back(model, pictures, prompts):
+    """The pictures of the prompts as the autoencoder, of random weights, gives them back."""
+    files = [prompt.removeprefix("a ").replace(" car ", "-") + ".png" for prompt in prompts]
+    images = np.stack([np.asarray(Image.open(pictures / file)) for file in files])
+    vae = load_folder(model).vae
+    module = applier(vae.graphdef)(vae.params)
+    latents = module.encode(to_float(jnp.asarray(images))).mean
+    return np.asarray(to_uint8(module.decode(latents)), float)
+
+
+def test_a_dry_run_says_what_it_takes(config, tmp_path, capsys):
+    assert finetune.train(config("lora"), tmp_path, dry_run.fit) is None
+    said = capsys.readouterr().out
+    rows = dict(line.split("  ", 1) for line in said.splitlines() if "  " in line)
+    trained = int(rows["parameters that are trained"].replace(",", ""))
+    stay = int(rows["parameters that stay"].replace(",", ""))
+    assert 0 < trained < stay / 5
+    assert float(rows["arithmetic of a step"].split()[0]) > 0
+    assert not (tmp_path / "finetune").exists()
+
+
+def test_export_of_any_average(config, tmp_path, capsys):
+    stage = {"ema": (0.1, 0.3), "ema_sigma_rel": (0.05, 0.1), "ema_snapshot_every": 2}
+    folder = finetune.train(config(steps=6, stage=stage), tmp_path / "run")
+    capsys.readouterr()
+    found = {}
+    for name, flags in {
+        "chosen": [],
+        "params": ["--which", "params"],
+        "longer": ["--which", "ema_0.3"],
+        "width": ["--sigma_rel", "0.08"],
+    }.items():
+        argv = ["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / name), *flags]
+        assert cli.exit_code(export_command.main, argv) == cli.DONE, capsys.readouterr().err
+        assert capsys.readouterr().out.strip() == str(tmp_path / name)
+        found[name] = load_folder(tmp_path / name).unet
+    assert not differ(found["chosen"], load_folder(folder).unet)
+    names = list(found)
+    assert all(differ(found[a], found[b]) for a in names for b in names if a < b)
+    argv = ["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "x"), "--which", "ema_0.8"]
+    assert cli.exit_code(export_command.main, argv) == cli.MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "write one of" in line and "ema_0.3" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"what": "vae"}, "what='vae' is unknown"),
+        ({"prior": PriorConfig(prompt="a dog")}, "write both prior.prompt and prior.num_images"),
+        ({"samples": SamplesConfig(every=3)}, "samples.every=3 without prompts"),
+        ({"scheduler": {"prediction_typ": "epsilon"}}, "unknown option 'prediction_typ'"),
+        ({"stage": {"weighting": "min_snrr"}}, "did you mean min_snr?"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(config, tmp_path, options, words):
+    with pytest.raises(UserError) as error:
+        finetune.train(config(**options), tmp_path / "run")
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_model_in_the_same_folder_is_refused(config, tmp_path):
+    finetune.train(config(steps=1), tmp_path)
+    with pytest.raises(UserError, match="holds a run with what='unet', not 'lora'"):
+        finetune.train(config("lora"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["finetune", "lora"])
+def test_the_configs_are_sound(name, tmp_path, model, pictures, capsys):
+    argv = [f"--config=configs/{name}.py", "--dry_run", f"--config.model={model}"]
+    argv += [f"--config.data.paths=('{pictures}',)", "--config.finetune.batch_size=2"]
+    assert cli.exit_code(train_command.main, argv) == cli.DONE, capsys.readouterr().err
+    assert "arithmetic of a step" in capsys.readouterr().out
