@@ -46,17 +46,9 @@ KINDS = {name: type(value) for name, value in DEFAULTS.items()} | dict.fromkeys(
 
 def main(argv: Sequence[str]) -> int:
     """From the command line to a folder; returns the exit code."""
-    parsed = cli.parse(argv, KINDS)
-    if parsed is None:
-        print(cli.help_text(__doc__ or "", FLAGS, DEFAULTS))
+    options = cli.options(argv, __doc__, FLAGS, KINDS, DEFAULTS, NEEDED, "data")
+    if options is None:
         return cli.DONE
-    others, given = parsed
-    if others:
-        raise UserError(f"{others[0]!r} is no flag: write --data {others[0]}")
-    for name, value in NEEDED.items():
-        if not given.get(name):
-            raise UserError(f"write --{name} {value}; --help explains it")
-    options = DEFAULTS | given
     if options["batch_size"] < 1:
         raise UserError(f"batch_size={options['batch_size']}: write 1 or more")
     config = DataConfig(paths=(options["data"],), **{name: options[name] for name in SETTINGS})

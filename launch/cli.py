@@ -154,6 +154,38 @@ def parse(argv: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str], dic
     return others, {name: values[name].value for name in kinds if values[name].present}
 
 
+def options(
+    argv: Sequence[str],
+    about: str | None,
+    groups: Groups,
+    kinds: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    needed: Mapping[str, str],
+    meant: str = "",
+) -> dict[str, Any] | None:
+    """The flags of a program that takes nothing else, over their defaults; None where --help was answered.
+
+    Args:
+      needed: flags that must be given, with what stands for their values.
+      meant: the flag that a word without one is likely to belong to.
+
+    Raises:
+      UserError: a flag is unknown, wrong or missing, or a word has none.
+    """
+    parsed = parse(argv, kinds)
+    if parsed is None:
+        print(help_text(about or "", groups, defaults))
+        return None
+    others, given = parsed
+    if others:
+        advice = f"write --{meant} {others[0]}" if meant else "--help lists them all"
+        raise UserError(f"{others[0]!r} is no flag: {advice}")
+    for name, value in needed.items():
+        if given.get(name) in (None, ""):
+            raise UserError(f"write --{name} {value}; --help explains it")
+    return {**defaults, **given}
+
+
 def mistake(error: flags.Error | ValueError, known: Iterable[str]) -> UserError:
     """What absl says of a command line, in one line that says what to write; `known`: the flags' names."""
     if isinstance(error, flags.UnrecognizedFlagError):

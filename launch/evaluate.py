@@ -54,14 +54,9 @@ DEFAULTS = {
 
 def main(argv: Sequence[str]) -> int:
     """From the command line to shares; returns the exit code."""
-    parsed = cli.parse(argv, KINDS)
-    if parsed is None:
-        print(cli.help_text(__doc__ or "", FLAGS, DEFAULTS))
+    options = cli.options(argv, __doc__, FLAGS, KINDS, DEFAULTS, {})
+    if options is None:
         return cli.DONE
-    others, given = parsed
-    if others:
-        raise UserError(f"{others[0]!r} is no flag: the prompts are made up; --help lists the flags")
-    options = DEFAULTS | given
     if options["num_prompts"] < 1:
         raise UserError(f"num_prompts={options['num_prompts']}: write 1 or more")
     if not 0 <= options["seed"] < 2**32:

@@ -29,15 +29,9 @@ KINDS = {"workdir": str, "out": str, "which": str, "sigma_rel": float, "step": i
 
 def main(argv: Sequence[str]) -> int:
     """From the command line to a folder; returns the exit code."""
-    parsed = cli.parse(argv, KINDS)
-    if parsed is None:
-        print(cli.help_text(__doc__ or "", FLAGS, {}))
+    given = cli.options(argv, __doc__, FLAGS, KINDS, {}, {"workdir": "DIR", "out": "FOLDER"}, "workdir")
+    if given is None:
         return cli.DONE
-    others, given = parsed
-    if others:
-        raise UserError(f"{others[0]!r} is no flag: write --workdir {others[0]}")
-    if missing := [name for name in ("workdir", "out") if name not in given]:
-        raise UserError(f"write --{missing[0]}; --help explains it")
     workdir, out = (pathlib.Path(given.pop(name)).expanduser() for name in ("workdir", "out"))
     from engine.train.export import export  # JAX comes with it: --help should be instant
 

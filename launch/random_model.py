@@ -24,18 +24,12 @@ DEFAULTS = {"architecture": "sd15", "dtype": "float16", "seed": 0}
 
 def main(argv: Sequence[str]) -> int:
     """From the command line to a folder; returns the exit code."""
-    parsed = cli.parse(argv, {name: type(value) for name, value in DEFAULTS.items()} | {"out": str})
-    if parsed is None:
-        print(cli.help_text(__doc__ or "", FLAGS, DEFAULTS))
+    kinds = {name: type(value) for name, value in DEFAULTS.items()} | {"out": str}
+    options = cli.options(argv, __doc__, FLAGS, kinds, DEFAULTS, {"out": "FOLDER"}, "out")
+    if options is None:
         return cli.DONE
-    others, given = parsed
-    if others:
-        raise UserError(f"{others[0]!r} is no flag: write --out {others[0]}")
-    if "out" not in given:
-        raise UserError("where to? write --out FOLDER")
     from engine.weights.random_folder import random_folder  # JAX comes with it: --help should be instant
 
-    options = DEFAULTS | given
     try:
         random_folder(options["out"], options["architecture"], options["dtype"], options["seed"])
     except OSError as error:

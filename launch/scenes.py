@@ -31,16 +31,10 @@ MOST = 100_000
 
 def main(argv: Sequence[str]) -> int:
     """From the command line to a folder; returns the exit code."""
-    parsed = cli.parse(argv, {name: type(value) for name, value in DEFAULTS.items()} | {"out": str})
-    if parsed is None:
-        print(cli.help_text(__doc__ or "", FLAGS, DEFAULTS))
+    kinds = {name: type(value) for name, value in DEFAULTS.items()} | {"out": str}
+    options = cli.options(argv, __doc__, FLAGS, kinds, DEFAULTS, {"out": "FOLDER"}, "out")
+    if options is None:
         return cli.DONE
-    others, given = parsed
-    if others:
-        raise UserError(f"{others[0]!r} is no flag: write --out {others[0]}")
-    if "out" not in given:
-        raise UserError("where to? write --out FOLDER")
-    options = DEFAULTS | given
     check(options)
     with cli.stops_put_off():
         write(options)
