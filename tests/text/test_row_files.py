@@ -126,7 +126,7 @@ def test_damaged_parquet(write):
 
 
 def test_parquet_without_the_package(write, monkeypatch):
-    path = write("r.parquet", ROWS)
+    path = write("r.parquet", [{"prompt": "a red fox"}])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(
         UserError, match=r"r\.parquet: needs a package; write pip install 'fogsculpt\[jobs\]'"
