@@ -121,10 +121,21 @@ class Devices:
         """Splits the first axis of every leaf over the devices."""
         return _put(tree, self._split)
 
+    def shard_own(self, tree: Any) -> Any:
+        """The same where each host has its own part of the batch, in the order of the hosts."""
+        if self.alone:
+            return self.shard_batch(tree)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._split, x), tree)
+
     @property
     def batch_sharding(self) -> NamedSharding:
         """Where `shard_batch` puts things."""
         return self._split
+
+    @property
+    def whole_sharding(self) -> NamedSharding:
+        """Where `share` puts things."""
+        return self._whole
 
     def fetch(self, tree: Any) -> Any:
         """Copies results to the host, those of the other hosts included. Waits for them."""
@@ -137,6 +148,10 @@ class Devices:
     def agree(self, value: np.ndarray) -> np.ndarray:
         """The value that the first host has, on all hosts."""
         return value if self.alone else multihost_utils.broadcast_one_to_all(value)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some host. All hosts must ask."""
+        return flag if self.alone else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
     def map(self, f: Function) -> Function:
         """`f`, compiled to run on every device at once.

@@ -41,6 +41,11 @@ FLAGS: cli.Groups = {
     "Where": {
         "workdir": ("DIR", "for checkpoints, metrics and the model; another run of it goes on"),
     },
+    "On how many hosts": {
+        "processes": ("N", "that fine-tune together; without it what SLURM, Open MPI or the TPU pod says"),
+        "process_id": ("N", "which of them this is, from 0"),
+        "coordinator": ("HOST:PORT", "of process 0; without it what the cluster says"),
+    },
     "Whether": {
         "dry_run": ("", "compile, report parameters, memory and arithmetic of a step, and stop"),
     },
@@ -52,12 +57,23 @@ def main(argv: Sequence[str]) -> int:
     if {"--help", "-help", "-h"} & set(argv):
         print(cli.help_text(__doc__ or "", FLAGS, {}))
         return cli.DONE
-    config, workdir, only_look = parse(argv)
-    from engine.train import dry_run, finetune, stages  # JAX comes with them: --help should be quick
+    config, given = parse(argv)
+    workdir = given["workdir"]
+    # JAX comes with these: --help should be quick.
+    from engine.jobs.processes import find_processes
+    from engine.parallel import meet
+    from engine.train import dry_run, finetune, stages
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells much
+    processes = find_processes(given["processes"], given["process_id"])
+    if processes.count > 1:
+        if not isinstance(config, FinetuneConfig):
+            raise UserError(
+                "a model from scratch is trained by one process; write --processes=1 --process_id=0"
+            )
+        meet(given["coordinator"], processes.count, processes.id)
     train = finetune.train if isinstance(config, FinetuneConfig) else stages.train
-    if only_look:
+    if given["dry_run"]:
         with tempfile.TemporaryDirectory() as nowhere:
             train(config, pathlib.Path(nowhere), dry_run.fit)
         return cli.DONE
@@ -70,8 +86,8 @@ def main(argv: Sequence[str]) -> int:
     return cli.DONE
 
 
-def parse(argv: Sequence[str]) -> tuple[Any, str, bool]:
-    """The config, with its overrides, the folder, and whether to look only.
+def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """The config, with its overrides, and the other flags.
 
     Raises:
       UserError: for whatever of `argv` cannot be read.
@@ -82,6 +98,9 @@ def parse(argv: Sequence[str]) -> tuple[Any, str, bool]:
     )
     workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
     dry_run = flags.DEFINE_bool("dry_run", False, "", flag_values=values)
+    flags.DEFINE_integer("processes", None, "", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "", flag_values=values)
     try:
         _, *others = values(["", *argv])
         chosen = config.value
@@ -105,7 +124,8 @@ def parse(argv: Sequence[str]) -> tuple[Any, str, bool]:
             f"--config: get_config() gives a {type(chosen).__name__}, "
             "neither a TrainConfig nor a FinetuneConfig of engine.config"
         )
-    return chosen, workdir.value, dry_run.value
+    names = ("workdir", "dry_run", "processes", "process_id", "coordinator")
+    return chosen, {name: values[name].value for name in names}
 
 
 if __name__ == "__main__":

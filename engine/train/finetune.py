@@ -58,7 +58,7 @@ def train(
       fit: what is done with a stage; `dry_run.fit` looks at it only.
 
     Returns:
-      WORKDIR/model, or the LoRA's file; None when a signal stopped the run.
+      WORKDIR/model, or the LoRA's file; None when a signal stopped the run, and on all hosts but the first.
 
     Raises:
       UserError: the config is wrong, or `workdir` holds another run.
@@ -81,7 +81,7 @@ def train(
         workdir=workdir,
         watch=loop.Watch(samples.every, lambda step, own: samples.draw(step, task.parts(own))),
     )
-    if params is None or fit is not loop.fit:
+    if params is None or fit is not loop.fit or jax.process_index():
         return None
     return export(task, params, workdir if task.lora else workdir / "model", overwrite=True)
 
@@ -146,6 +146,8 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path) -> BatchA
     options = {
         "size": task.model.unet.config.sample_size * task.model.vae.config.scale,
         "keep_tags": stage.keep_tags if stage.caption_shuffle else None,
+        "process": jax.process_index(),
+        "processes": jax.process_count(),
     }
     own = training_batches(config.data, stage.batch_size, tokenizer, workdir=workdir, **options)
     if not config.prior.num_images:

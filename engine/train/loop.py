@@ -45,7 +45,8 @@ def program(
 ) -> Program:
     """Builds the step; compiles nothing. With config.shard_params each device keeps a part of the state."""
     # Mode jit: the compiler adds the sum of the gradients over the devices.
-    devices = Devices("jit", rules=SPLIT if config.shard_params else None)
+    rules = SPLIT if config.shard_params else None
+    devices = Devices("jit", rules=rules, all_hosts=jax.process_count() > 1)
     _check_batch(name, config, devices.count)
     init = functools.partial(steps.init, optimizer=optimizer, config=config)
     places = devices.shardings(jax.eval_shape(init, params))
@@ -53,7 +54,7 @@ def program(
     return Program(
         devices,
         jax.jit(init, out_shardings=places),
-        jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
+        jax.jit(step, donate_argnums=0, out_shardings=(places, devices.whole_sharding)),
     )
 
 
@@ -75,13 +76,18 @@ class Progress:
     Metrics of more than one number go to the file alone, as lists.
     """
 
-    def __init__(self, name: str, file: pathlib.Path, first_step: int, config: StageConfig):
-        self._name, self._file, self._config = name, file, config
+    def __init__(
+        self, name: str, file: pathlib.Path, first_step: int, config: StageConfig, tells: bool = True
+    ):
+        """Args:
+        tells: of several hosts, one does.
+        """
+        self._name, self._file, self._config, self._tells = name, file, config, tells
         self._step, self._time = first_step, time.monotonic()
 
     def report(self, step: int, metrics: steps.Metrics, force: bool = False) -> None:
         now = time.monotonic()
-        if step == self._step or (now - self._time < REPORT_SECONDS and not force):
+        if not self._tells or step == self._step or (now - self._time < REPORT_SECONDS and not force):
             return
         values = {k: np.asarray(v).tolist() for k, v in metrics.items()}  # waits for the device: now only
         rate = (step - self._step) / (time.monotonic() - self._time)
@@ -117,8 +123,12 @@ def fit(
 ) -> Params | None:
     """Trains `params` to the end of the stage, from its newest checkpoint if there is one.
 
+    Where several processes have met (`engine.parallel.meet`), they train together: each calls this with the
+    same arguments but for its data.
+
     Args:
-      batch_at: the data, see `engine.train.data`.
+      batch_at: the data, see `engine.train.data`; of several processes, the part of the batch that is this
+        one's.
 
     Returns:
       The averaged params, or None when a signal stopped the run (the checkpoint is then saved).
@@ -130,13 +140,14 @@ def fit(
         frozen = devices.place_tree(frozen)
         if (newest := checkpoints.restore(state)) is not None:
             state = newest
-            print(f"{name}: goes on from step {int(state.step)}", flush=True)
+            if devices.leads:
+                print(f"{name}: goes on from step {int(state.step)}", flush=True)
         first = int(state.step)
-        progress = Progress(name, workdir / "metrics.jsonl", first, config)
+        progress = Progress(name, workdir / "metrics.jsonl", first, config, devices.leads)
         before = None
         with stop_signals() as stop, contextlib.closing(batches(batch_at, first)) as data:
             for done in range(first + 1, config.steps + 1):
-                state, metrics = step(state, frozen, devices.shard_batch(next(data)), base_key)
+                state, metrics = step(state, frozen, devices.shard_own(next(data)), base_key)
                 last = done == config.steps
                 # One step may be under way while the next is prepared, not dozens: a signal waits for them.
                 _check_skipped(name, done - 1, before, config)
@@ -145,15 +156,28 @@ def fit(
                     _check_skipped(name, done, metrics, config)
                 progress.report(done, metrics, force=last)
                 if config.ema_snapshot_every and (last or done % config.ema_snapshot_every == 0):
-                    ema.save_snapshots(workdir / name / "ema", done, state.ema_params, config)
-                if last or stop.is_set() or (done % config.checkpoint_every == 0 and _is_sound(metrics)):
+                    averages = devices.gather(state.ema_params)
+                    if devices.leads:
+                        ema.save_snapshots(workdir / name / "ema", done, averages, config)
+                stopping = devices.any(stop.is_set())
+                if last or stopping or (done % config.checkpoint_every == 0 and _is_sound(metrics)):
                     checkpoints.save(state, {"seed": seed, "data": {"next": done * config.batch_size}})
                 if watch and watch.every and (last or done % watch.every == 0):
-                    watch.call(done, state.ema_params[ema.chosen(config)])
-                if stop.is_set():
-                    print(f"{name}: stopped and saved at step {done}; the same command goes on", flush=True)
+                    params = on_this_host(devices, state.ema_params[ema.chosen(config)])
+                    if devices.leads:
+                        watch.call(done, params)
+                if stopping:
+                    if devices.leads:
+                        print(
+                            f"{name}: stopped and saved at step {done}; the same command goes on", flush=True
+                        )
                     return None
-    return state.ema_params[ema.chosen(config)]
+    return on_this_host(devices, state.ema_params[ema.chosen(config)])
+
+
+def on_this_host(devices: Devices, params: Params) -> Params:
+    """Params that this host can read by itself. Where there are several, all must ask."""
+    return params if devices.alone else devices.fetch(params)
 
 
 def _check_batch(name: str, config: StageConfig, devices: int) -> None:
