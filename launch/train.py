@@ -14,8 +14,9 @@ Or trains a model that exists further, on your own pictures:
 
 From scratch: autoencoder, then text encoder, then U-Net, then the decoder again, then the export to
 WORKDIR/model. With --config.start, a folder, the run begins with its weights, and 0 steps leave a stage out.
-Loss, images/s and time left go to stdout and to WORKDIR/metrics.jsonl. Ctrl-C and SIGTERM save before they
-end the program; what a kill or a power cut leaves is the newest checkpoint.
+Loss, images/s, time left and, on accelerators, the share of their peak rate (mfu) go to stdout and to
+WORKDIR/metrics.jsonl. Ctrl-C and SIGTERM save before they end the program; what a kill or a power cut leaves
+is the newest checkpoint.
 
 Exit code: 0 trained, or stopped and saved; 2 a mistake, explained in one line; 130 stopped with
 Ctrl-C where there was nothing to save.

@@ -16,7 +16,7 @@ import optax
 
 from engine.config import StageConfig
 from engine.parallel import SPLIT, Devices
-from engine.train import ema
+from engine.train import ema, flops
 from engine.train import step as steps
 from engine.train.checkpoint import Checkpoints
 from engine.train.data import BatchAt, batches
@@ -77,12 +77,20 @@ class Progress:
     """
 
     def __init__(
-        self, name: str, file: pathlib.Path, first_step: int, config: StageConfig, tells: bool = True
+        self,
+        name: str,
+        file: pathlib.Path,
+        first_step: int,
+        config: StageConfig,
+        tells: bool = True,
+        share_of_peak: float = 0.0,
     ):
         """Args:
         tells: of several hosts, one does.
+        share_of_peak: what one step a second would be of the devices' peak rate; 0 where that is unknown.
         """
         self._name, self._file, self._config, self._tells = name, file, config, tells
+        self._share_of_peak = share_of_peak
         self._step, self._time = first_step, time.monotonic()
 
     def report(self, step: int, metrics: steps.Metrics, force: bool = False) -> None:
@@ -91,6 +99,8 @@ class Progress:
             return
         values = {k: np.asarray(v).tolist() for k, v in metrics.items()}  # waits for the device: now only
         rate = (step - self._step) / (time.monotonic() - self._time)
+        if self._share_of_peak:
+            values["mfu"] = rate * self._share_of_peak
         self._step, self._time = step, time.monotonic()
         images = rate * self._config.batch_size
         with self._file.open("a") as f:
@@ -143,7 +153,8 @@ def fit(
             if devices.leads:
                 print(f"{name}: goes on from step {int(state.step)}", flush=True)
         first = int(state.step)
-        progress = Progress(name, workdir / "metrics.jsonl", first, config, devices.leads)
+        share = share_of_peak(devices, step, state, frozen, batch_at, base_key)
+        progress = Progress(name, workdir / "metrics.jsonl", first, config, devices.leads, share)
         before = None
         with stop_signals() as stop, contextlib.closing(batches(batch_at, first)) as data:
             for done in range(first + 1, config.steps + 1):
@@ -173,6 +184,17 @@ def fit(
                         )
                     return None
     return on_this_host(devices, state.ema_params[ema.chosen(config)])
+
+
+def share_of_peak(
+    devices: Devices, step: Callable, state: steps.TrainState, frozen: Any, batch_at: BatchAt, key: Any
+) -> float:
+    """What one step a second would be of all that the devices can do; 0 where that is unknown."""
+    peak = flops.peak(devices.devices[0])
+    if peak is None:
+        return 0.0
+    own = flops.count(step, state, frozen, batch_at(0), key)  # of this host's part of the batch
+    return own * jax.process_count() / (peak * devices.count)
 
 
 def on_this_host(devices: Devices, params: Params) -> Params:

@@ -73,8 +73,8 @@ class Workshop:
         assert told.splitlines()[-1] == f"{self.pictures} pictures and 0 failures: all sound", told
 
 
-def check(command: Sequence[str], environment: dict[str, str]) -> str:
-    """Runs a command that must succeed; returns what it says."""
+def check(command: Sequence[str], environment: dict[str, str] | None) -> str:
+    """Runs a command that must succeed, in this environment or ours; returns what it says."""
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout} {done.stderr}"
     return done.stdout

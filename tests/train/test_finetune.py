@@ -20,7 +20,7 @@ from engine.config import (
 )
 from engine.finish import to_uint8
 from engine.pipeline import use_compilation_cache
-from engine.train import dry_run, finetune
+from engine.train import dry_run, finetune, flops
 from engine.train.objectives import applier, to_float
 from engine.types import UserError
 from engine.weights.folder import load_folder
@@ -228,3 +228,16 @@ def test_the_configs_are_sound(name, tmp_path, model, pictures, capsys):
     argv += [f"--config.data.paths=('{pictures}',)", "--config.finetune.batch_size=2"]
     assert cli.exit_code(train_command.main, argv) == cli.DONE, capsys.readouterr().err
     assert "arithmetic of a step" in capsys.readouterr().out
+
+
+def test_utilisation_where_the_peak_is_known(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(flops.PEAKS, "cpu", 1e12)
+    finetune.train(config(steps=2), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    finetune.train(config(steps=2), tmp_path / "dry", dry_run.fit)
+    table = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line)
+    step = float(table["arithmetic of a step"].split()[0])
+    last = lines[-1]
+    rate = last["images/s"] / 4  # steps a second
+    assert last["mfu"] == pytest.approx(rate * step, rel=0.02)
