@@ -76,7 +76,8 @@ def test_a_job_is_that_of_its_lora(job, draw, configs, file, tmp_path):
     assert job(*flags, "--lora", f"{file}=0.5", rows=rows).code == cli.DONE
     (path,) = (tmp_path / "out").rglob("*.png")
     (single,) = draw("a red fox", "--seed", 7, "--lora", f"{file}=0.5", "--out", tmp_path / "single").paths
-    np.testing.assert_array_equal(pixels(path), pixels(single))
+    # A job encodes its words in batches of another size.
+    assert np.abs(pixels(path).astype(int) - pixels(single)).max() <= 1
 
     moved = tmp_path / "elsewhere" / file.name
     moved.parent.mkdir()

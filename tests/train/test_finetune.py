@@ -99,14 +99,6 @@ def test_only_what_is_named_is_trained(config, model, tmp_path, what):
     assert not differ(before.vae, after.vae)
 
 
-def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(config, tmp_path):
-    finetune.train(config(steps=5), tmp_path / "whole")
-    finetune.train(config(steps=2), tmp_path / "parts")
-    finetune.train(config(steps=5), tmp_path / "parts")
-    whole, parts = (load_folder(tmp_path / run / "model") for run in ("whole", "parts"))
-    assert not differ(whole.unet, parts.unet)
-
-
 def test_a_lora_is_a_file_beside_the_model(config, model, tmp_path):
     file = finetune.train(config("lora", lora=LoraConfig(rank=2, alpha=2.0)), tmp_path)
     prompts = ["a red car above"]
