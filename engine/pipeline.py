@@ -295,10 +295,7 @@ class Pipeline:
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width, in pixels, that the model was trained for."""
-        size = self.model.unet.config.sample_size
-        height, width = size if isinstance(size, tuple) else (size, size)
-        scale = self.model.vae.config.scale
-        return height * scale, width * scale
+        return self.model.default_size
 
     def share_of(self, count: int) -> int:
         """Pictures a device where `count` are spread over all devices at once."""

@@ -67,7 +67,7 @@ def encode(config: DataConfig, model_folder: str, out: pathlib.Path, batch_size:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -e '.[train]'") from None
     model = load_folder(model_folder)
-    size = config.size or model.unet.config.sample_size * model.vae.config.scale
+    size = config.size or min(model.default_size)
     try:
         pictures = PictureBatches(config, 1, size, Skipped(out / "skipped.jsonl"))
         cli.tell(pictures.summary())

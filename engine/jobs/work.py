@@ -16,6 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import secrets
 import socket
 import time
@@ -274,7 +275,9 @@ class Worker:
             if not self.pipe.devices.leads:
                 self.progress(len(load.wanted))
                 continue
-            for entry in writers.map(self._finish, load.wanted, drawn.images, drawn.finite, _same(drawn)):
+            for entry in writers.map(
+                self._finish, load.wanted, drawn.images, drawn.finite, itertools.repeat(drawn)
+            ):
                 (entries if isinstance(entry, formats.Entry) else failures).append(entry)
             failures += [refused._asdict() for refused in load.refused]
             self.progress(len(load.wanted))
@@ -346,11 +349,6 @@ class Worker:
             },
             "pictures": [entry.facts for entry in entries],
         }
-
-
-def _same(value: Any) -> Iterator[Any]:
-    while True:
-        yield value
 
 
 def _out_of_memory_or_raise(error: BaseException) -> None:

@@ -144,7 +144,7 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path) -> BatchA
     """The data: pictures, and beside them those of the prior."""
     stage, tokenizer = config.finetune, task.model.tokenizer
     options = {
-        "size": task.model.unet.config.sample_size * task.model.vae.config.scale,
+        "size": min(task.model.default_size),
         "keep_tags": stage.keep_tags if stage.caption_shuffle else None,
         "process": jax.process_index(),
         "processes": jax.process_count(),

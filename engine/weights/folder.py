@@ -50,6 +50,13 @@ class Model:
     tokenizer: Tokenizer
     scheduler: SchedulerConfig
 
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width, in pixels, that the model was trained for."""
+        size, scale = self.unet.config.sample_size, self.vae.config.scale
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return height * scale, width * scale
+
 
 def load_folder(
     path: str | Path,
