@@ -70,6 +70,7 @@ class FinetuneConfig:
     seed: int = 0
     scheduler: dict = dataclasses.field(default_factory=dict)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    latents: str = ""  # a folder that launch.cache made with this model, in place of pictures
     finetune: FinetuneStage = dataclasses.field(default_factory=FinetuneStage)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
@@ -87,3 +88,21 @@ class FinetuneConfig:
         self.lora.validate("lora")
         self.prior.validate("prior")
         self.samples.validate("samples")
+        if self.latents:
+            self._check_latents()
+
+    def _check_latents(self) -> None:
+        """Refuses what needs the pictures or the captions themselves."""
+        trains_text = self.what == "unet+text_encoder" or (self.what == "lora" and self.lora.text_encoder)
+        needs = {
+            "data.paths": bool(self.data.paths),
+            "prior.num_images": bool(self.prior.num_images),
+            "finetune.caption_shuffle": self.finetune.caption_shuffle,
+            "training the text encoder": trains_text,
+        }
+        for name, wanted in needs.items():
+            if wanted:
+                raise UserError(
+                    f"latents={self.latents!r} and {name} do not go together: latents and contexts are "
+                    "fixed; leave out one of them"
+                )

@@ -15,7 +15,7 @@ from engine.config import FinetuneConfig
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.parallel import Devices
 from engine.pipeline import SHIPPED, SHIPPED_NAME, Pipeline
-from engine.train import adapters, loop, objectives, optim
+from engine.train import adapters, latents, loop, objectives, optim
 from engine.train.data import Batch, BatchAt
 from engine.train.samples import Samples
 from engine.train.sources import training_batches
@@ -23,6 +23,7 @@ from engine.train.step import Loss
 from engine.train.workdir import STAGE, check_same_run, remember
 from engine.types import Params
 from engine.weights import lora_files
+from engine.weights.component import KINDS
 from engine.weights.files import read_json
 from engine.weights.folder import Model, load_folder, save_folder
 from engine.weights.lora import Lora, merged
@@ -33,12 +34,10 @@ PRIOR_BATCH = 16
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained of a model: a tree of params, and what else its loss needs."""
+    """What is trained of a model: a tree of params."""
 
     model: Model
     params: Any
-    frozen: dict[str, Any]
-    loss: Loss
     lora: Lora | None  # as it begins, where params are the layers of one
 
     def parts(self, params: Any) -> dict[str, Params]:
@@ -66,14 +65,15 @@ def train(
     config.validate()
     check_same_run(config, workdir, SETTLED)
     task = begin(config)
+    loss, frozen = objective(config, task)
     remember(config, workdir)
     batch_at = batches(config, task, workdir)
     samples = Samples(config.samples, task.model, workdir / "samples")
     params = fit(
         STAGE,
-        task.loss,
+        loss,
         task.params,
-        task.frozen,
+        frozen,
         optim.optimizer(config.finetune.optim, config.finetune.steps),
         config.finetune,
         seed=config.seed,
@@ -98,24 +98,36 @@ def begin(config: FinetuneConfig) -> Task:
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = SchedulerConfig.from_json(read_json(file) | config.scheduler, str(file))
     model = dataclasses.replace(model, scheduler=scheduler)
-    loss = objectives.text_to_image_loss(
-        model.unet.graphdef, model.text_encoder.graphdef, model.vae.graphdef, scheduler, config.finetune
-    )
-    if config.prior.num_images:
-        loss = with_prior(loss, config.prior.weight)
-    frozen = {
-        "vae": model.vae.params,
-        "text_encoder": model.text_encoder.params,
-        "empty_ids": model.tokenizer.encode([""])[0],
-    }
     if config.what == "lora":
         lora = adapters.begin(vars(model), config.lora, config.seed)
-        frozen |= {"unet": model.unet.params}
-        return Task(model, lora.layers, frozen, adapters.lora_loss(loss, lora.alphas), lora)
-    params = {kind: getattr(model, kind).params for kind in config.what.split("+")}
-    for kind in params:
-        frozen.pop(kind, None)
-    return Task(model, params, frozen, over_parts(loss), None)
+        return Task(model, lora.layers, lora)
+    return Task(model, {kind: getattr(model, kind).params for kind in config.what.split("+")}, None)
+
+
+def objective(config: FinetuneConfig, task: Task) -> tuple[Loss, dict[str, Any]]:
+    """The loss of what is trained, and what else it needs: the params that stay."""
+    model = task.model
+    if config.latents:
+        loss = objectives.cached_loss(
+            model.unet.graphdef, model.scheduler, config.finetune, model.vae.config.scaling_factor
+        )
+        empty = latents.empty_context(pathlib.Path(config.latents), model)
+        frozen = {"unet": model.unet.params, "empty_context": empty.astype(np.float32)}
+    else:
+        loss = objectives.text_to_image_loss(
+            model.unet.graphdef,
+            model.text_encoder.graphdef,
+            model.vae.graphdef,
+            model.scheduler,
+            config.finetune,
+        )
+        frozen = {kind: getattr(model, kind).params for kind in KINDS}
+        frozen["empty_ids"] = model.tokenizer.encode([""])[0]
+    if config.prior.num_images:
+        loss = with_prior(loss, config.prior.weight)
+    if task.lora is not None:
+        return adapters.lora_loss(loss, task.lora.alphas), frozen
+    return over_parts(loss), {name: own for name, own in frozen.items() if name not in task.params}
 
 
 def over_parts(loss: Loss) -> Loss:
@@ -143,11 +155,15 @@ def with_prior(loss: Loss, weight: float) -> Loss:
 def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path) -> BatchAt:
     """The data: pictures, and beside them those of the prior."""
     stage, tokenizer = config.finetune, task.model.tokenizer
+    hosts = {"process": jax.process_index(), "processes": jax.process_count()}
+    if config.latents:
+        return latents.cached_batches(
+            pathlib.Path(config.latents), stage.batch_size, config.data.seed, **hosts
+        )
     options = {
         "size": min(task.model.default_size),
         "keep_tags": stage.keep_tags if stage.caption_shuffle else None,
-        "process": jax.process_index(),
-        "processes": jax.process_count(),
+        **hosts,
     }
     own = training_batches(config.data, stage.batch_size, tokenizer, workdir=workdir, **options)
     if not config.prior.num_images:

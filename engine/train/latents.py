@@ -16,20 +16,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from engine.config import ObjectiveConfig
-from engine.diffusion.losses import by_timestep, check_terminal, diffusion_loss
-from engine.diffusion.scheduler_config import SchedulerConfig
-from engine.diffusion.schedules import schedule_for
 from engine.parallel import Devices
 from engine.train.buckets import Order
 from engine.train.data import Batch, BatchAt
 from engine.train.objectives import applier, to_float
 from engine.train.sources import PictureBatches
-from engine.train.step import Loss
 from engine.types import UserError
 from engine.weights.files import read_json, write_json
 from engine.weights.folder import Model
@@ -159,10 +152,7 @@ def cached_batches(
     Raises:
       UserError: the folder holds no whole cache.
     """
-    if not (folder / MARKER).exists():
-        raise UserError(
-            f"{folder} holds no whole cache: write one with python -m launch.cache --out {folder}"
-        )
+    _whole(folder)
     if batch_size % processes:
         raise UserError(f"batch_size={batch_size}: write a multiple of the {processes} processes")
     paths = sorted(folder.glob("[0-9]*.safetensors"))
@@ -184,9 +174,27 @@ def cached_batches(
     return batch_at
 
 
-def empty_context(folder: pathlib.Path) -> np.ndarray:
-    """The context of no caption (L, D), float16."""
+def empty_context(folder: pathlib.Path, model: Model) -> np.ndarray:
+    """The context of no caption (L, D), float16.
+
+    Raises:
+      UserError: the folder holds no whole cache, or one that another model made.
+    """
+    if _whole(folder)["model"] != _digest(model):
+        raise UserError(
+            f"{folder} was made with another autoencoder or text encoder: write a new one with "
+            "python -m launch.cache --model FOLDER"
+        )
     return np.array(_mapped(folder / EMPTY)["context"][0])
+
+
+def _whole(folder: pathlib.Path) -> dict[str, Any]:
+    """What a cache was made of; UserError where it is not whole."""
+    if not (folder / MARKER).exists():
+        raise UserError(
+            f"{folder} holds no whole cache: write one with python -m launch.cache --out {folder}"
+        )
+    return read_json(folder / MARKER)
 
 
 def _mapped(path: pathlib.Path) -> Arrays:
@@ -196,35 +204,3 @@ def _mapped(path: pathlib.Path) -> Arrays:
         name: np.memmap(path, DTYPES[tensor.code], "r", tensor.start, tensor.shape)
         for name, tensor in header.items()
     }
-
-
-def cached_loss(
-    unet: nnx.GraphDef, scheduler: SchedulerConfig, objective: ObjectiveConfig, scaling_factor: float
-) -> Loss:
-    """`text_to_image_loss` of what `cached_batches` gives: the same numbers, up to float16.
-
-    params: the U-Net's; frozen: {"empty_context": (L, D)}.
-
-    Raises:
-      UserError: the objective is wrong, or does not go with the scheduler.
-    """
-    objective.validate()
-    check_terminal(scheduler)
-    schedule, build = schedule_for(scheduler), applier(unet)
-
-    def loss(params, frozen, batch, key):
-        drop_key, loss_key = jax.random.split(key)
-        latents = batch["mean"].astype(jnp.float32) * scaling_factor
-        drop = jax.random.bernoulli(drop_key, objective.caption_dropout, latents.shape[:1])
-        context = jnp.where(drop[:, None, None], frozen["empty_context"][None], batch["context"])
-        module = build(params)
-
-        def apply(x, t):
-            return module(x, t, context.astype(jnp.float32))
-
-        losses, sigma = diffusion_loss(
-            apply, latents, loss_key, schedule, scheduler.prediction_type, objective
-        )
-        return losses.mean(), by_timestep(losses, sigma, schedule)
-
-    return loss

@@ -1,20 +1,21 @@
 """What is minimised: functions (params, frozen, batch, key) -> (loss, metrics)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from engine.config import AutoencoderStage, ObjectiveConfig
 from engine.diffusion.losses import by_timestep, check_terminal, diffusion_loss
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.diffusion.schedules import schedule_for
 from engine.scenes import FACTS
-from engine.train.step import Loss
-from engine.types import Params
+from engine.train.step import Batch, Loss
+from engine.types import Latents, Params
 
 
 def to_float(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
@@ -81,6 +82,10 @@ def fresh_heads(width: int) -> Params:
     }
 
 
+# (frozen, batch, which captions are left out) -> what the U-Net learns to draw, and what it is told
+Encode = Callable[[Any, Batch, Bool[Array, "B"]], tuple[Latents, Float[Array, "B L D"]]]
+
+
 def text_to_image_loss(
     unet: nnx.GraphDef,
     text_encoder: nnx.GraphDef,
@@ -88,33 +93,64 @@ def text_to_image_loss(
     scheduler: SchedulerConfig,
     objective: ObjectiveConfig,
 ) -> Loss:
-    """The denoising loss of the U-Net, see `diffusion_loss`; its metrics are those of `by_timestep`.
+    """`denoising_loss` of pictures and captions.
 
-    params: the U-Net's; frozen: {"vae": params, "text_encoder": params, "empty_ids": (L,)}.
+    frozen: {"vae": params, "text_encoder": params, "empty_ids": (L,)}; batch: {"image", "ids"}.
+    """
+    build_text, build_vae = applier(text_encoder), applier(vae)
+
+    def encode(frozen, batch, drop):
+        vae_module = build_vae(frozen["vae"])
+        latents = vae_module.encode(to_float(batch["image"])).mean  # a draw would be noise to learn
+        ids = jnp.where(drop[:, None], frozen["empty_ids"][None], batch["ids"])
+        context = build_text(frozen["text_encoder"]).context(ids)
+        return latents * vae_module.config.scaling_factor, context
+
+    return denoising_loss(unet, encode, scheduler, objective)
+
+
+def cached_loss(
+    unet: nnx.GraphDef, scheduler: SchedulerConfig, objective: ObjectiveConfig, scaling_factor: float
+) -> Loss:
+    """`denoising_loss` of what `engine.train.latents` keeps: the same numbers, up to float16.
+
+    frozen: {"empty_context": (L, D)}, in the type in which contexts are computed; batch: {"mean", "context"}.
+    """
+
+    def encode(frozen, batch, drop):
+        empty = frozen["empty_context"]
+        context = jnp.where(drop[:, None, None], empty[None], batch["context"].astype(empty.dtype))
+        return batch["mean"].astype(jnp.float32) * scaling_factor, context
+
+    return denoising_loss(unet, encode, scheduler, objective)
+
+
+def denoising_loss(
+    unet: nnx.GraphDef, encode: Encode, scheduler: SchedulerConfig, objective: ObjectiveConfig
+) -> Loss:
+    """The loss of the U-Net's params, see `diffusion_loss`; its metrics are those of `by_timestep`.
 
     Raises:
       UserError: the objective is wrong, or does not go with the scheduler.
     """
     objective.validate()
     check_terminal(scheduler)
-    schedule, prediction_type = schedule_for(scheduler), scheduler.prediction_type
-    build_unet, build_text, build_vae = applier(unet), applier(text_encoder), applier(vae)
+    schedule, build_unet = schedule_for(scheduler), applier(unet)
 
     def loss(params, frozen, batch, key):
         drop_key, loss_key = jax.random.split(key)
-        vae_module = build_vae(frozen["vae"])
-        latents = vae_module.encode(to_float(batch["image"])).mean  # a draw would be noise to learn
-        latents = latents * vae_module.config.scaling_factor
-
-        drop = jax.random.bernoulli(drop_key, objective.caption_dropout, batch["ids"].shape[:1])
-        ids = jnp.where(drop[:, None], frozen["empty_ids"][None], batch["ids"])
-        context = build_text(frozen["text_encoder"]).context(ids)
+        rows = len(jax.tree.leaves(batch)[0])
+        latents, context = encode(
+            frozen, batch, jax.random.bernoulli(drop_key, objective.caption_dropout, (rows,))
+        )
         module = build_unet(params)
 
         def apply(x, t):
             return module(x, t, context)
 
-        losses, sigma = diffusion_loss(apply, latents, loss_key, schedule, prediction_type, objective)
+        losses, sigma = diffusion_loss(
+            apply, latents, loss_key, schedule, scheduler.prediction_type, objective
+        )
         return losses.mean(), by_timestep(losses, sigma, schedule)
 
     return loss

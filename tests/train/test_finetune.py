@@ -1,6 +1,8 @@
 """Models that exist, trained further: all of the U-Net, with the text encoder, a LoRA, beside a prior."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from engine.train import dry_run, finetune, flops
 from engine.train.objectives import applier, to_float
 from engine.types import UserError
 from engine.weights.folder import load_folder
+from launch import cache as cache_command
 from launch import cli
 from launch import export as export_command
 from launch import train as train_command
@@ -122,6 +125,64 @@ def test_the_prior_is_drawn_once_and_learned_beside(config, tmp_path):
     finetune.train(config(steps=2), plain)
     first = json.loads((plain / "metrics.jsonl").read_text().splitlines()[0])
     assert metrics[0]["loss"] > first["loss"]
+
+
+@pytest.fixture(scope="module")
+def cached(model, pictures, tmp_path_factory):
+    """The pictures as launch.cache keeps them."""
+    out = tmp_path_factory.mktemp("cached")
+    command = ["--model", str(model), "--data", str(pictures), "--out", str(out), "--batch_size", "4"]
+    assert cache_command.main(command) == 0
+    return out
+
+
+@pytest.mark.parametrize("what", ["unet", "lora"])
+def test_cached_latents_train_as_pictures_do(config, cached, tmp_path, what):
+    stage = {"caption_dropout": 0.5}
+    of_pictures = config(what, stage=stage)
+    of_latents = dataclasses.replace(of_pictures, data=DataConfig(), latents=str(cached))
+    losses = []
+    for name, each in (("pictures", of_pictures), ("latents", of_latents)):
+        made = finetune.train(each, tmp_path / name)
+        assert made.exists()
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append(json.loads(lines[-1])["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3) and losses[0] != losses[1]
+
+
+def test_a_model_exports_without_its_latents(config, cached, model, tmp_path):
+    copy = shutil.copytree(cached, tmp_path / "cached")
+    finetune.train(dataclasses.replace(config(), data=DataConfig(), latents=str(copy)), tmp_path / "run")
+    shutil.rmtree(copy)
+    assert export_command.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert differ(load_folder(tmp_path / "out").unet, load_folder(model).unet)
+
+
+def test_latents_of_another_model_are_refused(config, cached, tmp_path):
+    other = tiny_folder(tmp_path / "other", seed=1)
+    wrong = dataclasses.replace(config(), data=DataConfig(), latents=str(cached), model=str(other))
+    with pytest.raises(UserError, match="made with another autoencoder or text encoder"):
+        finetune.train(wrong, tmp_path / "run")
+    with pytest.raises(UserError, match="holds no whole cache"):
+        finetune.train(dataclasses.replace(wrong, latents=str(tmp_path)), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({}, "data.paths"),
+        ({"data": DataConfig(), "prior": PriorConfig("a car", 3)}, "prior.num_images"),
+        ({"data": DataConfig(), "what": "unet+text_encoder"}, "training the text encoder"),
+        (
+            {"data": DataConfig(), "what": "lora", "lora": LoraConfig(text_encoder=True)},
+            "training the text encoder",
+        ),
+    ],
+)
+def test_latents_stand_in_place_of_pictures(config, options, what):
+    wrong = dataclasses.replace(config(), latents="somewhere", **options)
+    with pytest.raises(UserError, match=f"latents='somewhere' and {what} do not go together"):
+        wrong.validate()
 
 
 def test_samples_show_the_way(config, tmp_path):

@@ -12,7 +12,7 @@ from engine.config import DataConfig, ObjectiveConfig, OptimConfig
 from engine.errors import UserError
 from engine.train import latents, optim
 from engine.train.data import Batch
-from engine.train.objectives import text_to_image_loss
+from engine.train.objectives import cached_loss, text_to_image_loss
 from engine.train.sources import PictureBatches, Skipped, training_batches
 from engine.weights.folder import Model
 from launch import cache
@@ -91,11 +91,11 @@ def test_training_on_the_cache_is_training_on_the_pictures(model, config, cached
     parts = (model.unet.graphdef, model.text_encoder.graphdef, model.vae.graphdef)
     frozen = {"vae": model.vae.params, "text_encoder": model.text_encoder.params}
     frozen["empty_ids"] = model.tokenizer.encode([""])[0]
-    empty = {"empty_context": latents.empty_context(cached)}
+    empty = {"empty_context": latents.empty_context(cached, model)}
     scale = model.vae.config.scaling_factor
 
     whole = text_to_image_loss(*parts, model.scheduler, OBJECTIVE)
-    short = latents.cached_loss(model.unet.graphdef, model.scheduler, OBJECTIVE, scale)
+    short = cached_loss(model.unet.graphdef, model.scheduler, OBJECTIVE, scale)
     theirs = losses(whole, model.unet.params, frozen, [pictures_at(i) for i in steps])
     ours = losses(short, model.unet.params, empty, [cached_at(i) for i in steps])
     assert len(set(theirs)) == len(steps) > 5
