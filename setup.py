@@ -11,6 +11,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "engine/__init__.py").read_
 train = [
     "optax>=0.2.5",  # optimizers and schedules
     "orbax-checkpoint>=0.11",  # checkpoints that survive a crash
+    "tensorboardX>=2.6",  # curves for TensorBoard, without TensorFlow
+    "matplotlib>=3.9",  # the plot of the loss
 ]
 
 jobs = [

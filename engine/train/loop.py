@@ -1,35 +1,32 @@
 """The loop around the steps: progress, checkpoints, and a way out that loses nothing."""
 
 import contextlib
+import dataclasses
 import functools
-import json
 import pathlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 
 from engine.config import StageConfig
 from engine.parallel import SPLIT, Devices
-from engine.train import ema, flops
+from engine.train import ema
 from engine.train import step as steps
 from engine.train.checkpoint import Checkpoints
 from engine.train.data import BatchAt, batches
+from engine.train.progress import Progress, arithmetic
 from engine.types import Params, UserError
-
-REPORT_SECONDS = 10.0
 
 
 class Watch(NamedTuple):
-    """Something to do with the averaged params now and then."""
+    """Something to draw with the averaged params now and then."""
 
     every: int  # steps; 0: never
-    call: Callable[[int, Params], Any]  # (steps done, params)
+    call: Callable[[int, Params], pathlib.Path]  # (steps done, params) -> the picture
 
 
 class Program(NamedTuple):
@@ -70,54 +67,6 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-class Progress:
-    """A line every few seconds on the terminal and in metrics.jsonl: loss, images/s, time left.
-
-    Metrics of more than one number go to the file alone, as lists.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        file: pathlib.Path,
-        first_step: int,
-        config: StageConfig,
-        tells: bool = True,
-        share_of_peak: float = 0.0,
-    ):
-        """Args:
-        tells: of several hosts, one does.
-        share_of_peak: what one step a second would be of the devices' peak rate; 0 where that is unknown.
-        """
-        self._name, self._file, self._config, self._tells = name, file, config, tells
-        self._share_of_peak = share_of_peak
-        self._step, self._time = first_step, time.monotonic()
-
-    def report(self, step: int, metrics: steps.Metrics, force: bool = False) -> None:
-        now = time.monotonic()
-        if not self._tells or step == self._step or (now - self._time < REPORT_SECONDS and not force):
-            return
-        values = {k: np.asarray(v).tolist() for k, v in metrics.items()}  # waits for the device: now only
-        rate = (step - self._step) / (time.monotonic() - self._time)
-        if self._share_of_peak:
-            values["mfu"] = rate * self._share_of_peak
-        self._step, self._time = step, time.monotonic()
-        images = rate * self._config.batch_size
-        with self._file.open("a") as f:
-            f.write(
-                json.dumps({"stage": self._name, "step": step, "images/s": round(images, 2), **values}) + "\n"
-            )
-        left = int((self._config.steps - step) / rate)
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
-        if values.get("skipped"):
-            shown += f"  {values['skipped']} skipped"
-        print(
-            f"{self._name} {step}/{self._config.steps}  {shown}  {images:.1f} images/s  "
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
-            flush=True,
-        )
-
-
 def fit(
     name: str,
     loss: steps.Loss,
@@ -153,48 +102,85 @@ def fit(
             if devices.leads:
                 print(f"{name}: goes on from step {int(state.step)}", flush=True)
         first = int(state.step)
-        share = share_of_peak(devices, step, state, frozen, batch_at, base_key)
-        progress = Progress(name, workdir / "metrics.jsonl", first, config, devices.leads, share)
-        before = None
-        with stop_signals() as stop, contextlib.closing(batches(batch_at, first)) as data:
-            for done in range(first + 1, config.steps + 1):
-                state, metrics = step(state, frozen, devices.shard_own(next(data)), base_key)
-                last = done == config.steps
-                # One step may be under way while the next is prepared, not dozens: a signal waits for them.
-                _check_skipped(name, done - 1, before, config)
-                before = metrics
-                if last:
-                    _check_skipped(name, done, metrics, config)
-                progress.report(done, metrics, force=last)
-                if config.ema_snapshot_every and (last or done % config.ema_snapshot_every == 0):
-                    averages = devices.gather(state.ema_params)
-                    if devices.leads:
-                        ema.save_snapshots(workdir / name / "ema", done, averages, config)
-                stopping = devices.any(stop.is_set())
-                if last or stopping or (done % config.checkpoint_every == 0 and _is_sound(metrics)):
-                    checkpoints.save(state, {"seed": seed, "data": {"next": done * config.batch_size}})
-                if watch and watch.every and (last or done % watch.every == 0):
-                    params = on_this_host(devices, state.ema_params[ema.chosen(config)])
-                    if devices.leads:
-                        watch.call(done, params)
-                if stopping:
-                    if devices.leads:
-                        print(
-                            f"{name}: stopped and saved at step {done}; the same command goes on", flush=True
-                        )
-                    return None
+        if first < config.steps:
+            work = arithmetic(step, devices.devices, state, frozen, batch_at(first), base_key)
+            progress = Progress(name, workdir, first, config, work, devices.leads)
+            run = _Run(name, config, seed, devices, workdir, checkpoints, progress, watch)
+            with contextlib.closing(progress), contextlib.closing(batches(batch_at, first)) as data:
+                ended = run.to_end(
+                    state, lambda state: step(state, frozen, devices.shard_own(next(data)), base_key)
+                )
+            if ended is None:
+                return None
+            state = ended
+            if devices.leads:
+                from engine.train.plot import loss_plot  # matplotlib takes a second to import
+
+                loss_plot(workdir, name)
     return on_this_host(devices, state.ema_params[ema.chosen(config)])
 
 
-def share_of_peak(
-    devices: Devices, step: Callable, state: steps.TrainState, frozen: Any, batch_at: BatchAt, key: Any
-) -> float:
-    """What one step a second would be of all that the devices can do; 0 where that is unknown."""
-    peak = flops.peak(devices.devices[0])
-    if peak is None:
-        return 0.0
-    own = flops.count(step, state, frozen, batch_at(0), key)  # of this host's part of the batch
-    return own * jax.process_count() / (peak * devices.count)
+@dataclasses.dataclass
+class _Run:
+    """What happens around the steps of a stage."""
+
+    name: str
+    config: StageConfig
+    seed: int
+    devices: Devices
+    workdir: pathlib.Path
+    checkpoints: Checkpoints
+    progress: Progress
+    watch: Watch | None
+
+    def to_end(
+        self,
+        state: steps.TrainState,
+        step: Callable[[steps.TrainState], tuple[steps.TrainState, steps.Metrics]],
+    ) -> steps.TrainState | None:
+        """The state after the last step; None when a signal stopped the run."""
+        config, before = self.config, None
+        with stop_signals() as stop:
+            for done in range(int(state.step) + 1, config.steps + 1):
+                state, metrics = step(state)
+                last = done == config.steps
+                # One step may be under way while the next is prepared, not dozens: a signal waits for them.
+                if before is not None:
+                    self._completed(done - 1, before)
+                before = metrics
+                if last:
+                    self._completed(done, metrics)
+                self.progress.report(done, metrics, force=last)
+                if config.ema_snapshot_every and (last or done % config.ema_snapshot_every == 0):
+                    self._keep_averages(done, state)
+                stopping = self.devices.any(stop.is_set())
+                if last or stopping or (done % config.checkpoint_every == 0 and _is_sound(metrics)):
+                    place = {"next": done * config.batch_size}
+                    self.checkpoints.save(state, {"seed": self.seed, "data": place})
+                if self.watch and self.watch.every and (last or done % self.watch.every == 0):
+                    self._show(done, state, self.watch)
+                if stopping:
+                    if self.devices.leads:
+                        print(
+                            f"{self.name}: stopped and saved at step {done}; the same command goes on",
+                            flush=True,
+                        )
+                    return None
+        return state
+
+    def _completed(self, step: int, metrics: steps.Metrics) -> None:
+        _check_skipped(self.name, step, metrics, self.config)
+        self.progress.add(step, metrics)
+
+    def _keep_averages(self, done: int, state: steps.TrainState) -> None:
+        averages = self.devices.gather(state.ema_params)
+        if self.devices.leads:
+            ema.save_snapshots(self.workdir / self.name / "ema", done, averages, self.config)
+
+    def _show(self, done: int, state: steps.TrainState, watch: Watch) -> None:
+        params = on_this_host(self.devices, state.ema_params[ema.chosen(self.config)])
+        if self.devices.leads:
+            self.progress.picture(done, watch.call(done, params))
 
 
 def on_this_host(devices: Devices, params: Params) -> Params:
@@ -215,9 +201,9 @@ def _is_sound(metrics: steps.Metrics) -> bool:
     return int(metrics["skipped_in_a_row"]) == 0
 
 
-def _check_skipped(name: str, step: int, metrics: steps.Metrics | None, config: StageConfig) -> None:
+def _check_skipped(name: str, step: int, metrics: steps.Metrics, config: StageConfig) -> None:
     """Waits for the step; UserError if it was the last straw. The newest checkpoint is from before them."""
-    if metrics is None or (skipped := int(metrics["skipped_in_a_row"])) < config.max_skipped:
+    if (skipped := int(metrics["skipped_in_a_row"])) < config.max_skipped:
         return
     raise UserError(
         f"{name}: stopped at step {step}, where the gradients were not finite for the {skipped}. time in a "

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from engine.diffusion.losses import diffusion_loss
 from engine.diffusion.scheduler_config import FLOW, SchedulerConfig
 from engine.diffusion.schedules import schedule_for
 from engine.text.tokenizer import train_tokenizer
-from engine.train import data, loop, objectives, optim, stages, step
+from engine.train import data, objectives, optim, stages, step
 from engine.types import UserError
 from tests.tiny import CAPTIONS, tiny_tokenizer
 from tests.train.tiny_run import get_config
@@ -135,16 +134,6 @@ def test_eps_of_pure_noise_is_refused():
     parts = stages.components(get_config(), tiny_tokenizer())
     with pytest.raises(UserError, match="cannot learn from pure noise, where rescale_betas_zero_snr ends"):
         denoising(parts, SchedulerConfig("DDPMScheduler", **ZERO_SNR))
-
-
-def test_the_loss_by_time_goes_to_the_file(tmp_path, capsys):
-    progress = loop.Progress("diffusion", tmp_path / "metrics.jsonl", 0, StageConfig(steps=2))
-    metrics = {"loss": jnp.float32(0.5), "loss_by_time": jnp.array([0.25, 0.0]), "skipped": jnp.int32(0)}
-    progress.report(1, metrics, force=True)
-    line = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert line["loss"] == 0.5 and line["loss_by_time"] == [0.25, 0.0]
-    out = capsys.readouterr().out
-    assert "loss 0.5000" in out and "by_time" not in out
 
 
 def test_a_text_encoder_learns_what_captions_say():
