@@ -9,7 +9,7 @@ from engine.errors import UserError
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 DECAYS = ("linear", "cosine")
-REMATS = ("none", "dots")
+REMATS = ("none", "dots", "blocks")
 MAX_SIGMA_REL = 0.28  # sqrt(1/12) is the uniform average
 TIME_SAMPLINGS = ("uniform", "logit_normal")
 WEIGHTINGS = ("uniform", "min_snr", "p2")
@@ -62,7 +62,7 @@ class StageConfig:
     accumulate: int = 1  # the parts of a batch whose gradients are averaged: less memory, more time
     compute_dtype: str = "float32"  # or "bfloat16": of the networks; params, averages and optimizer stay
     shard_params: bool = False  # params, averages and optimizer over the devices (FSDP), not a copy on each
-    remat: str = "none"  # or "dots": all but products and convolutions is computed again, in less memory
+    remat: str = "none"  # or what is kept for the gradient, the rest is computed again: "dots" or "blocks"
     ema: tuple[float, ...] = (0.999,)  # decays of averages of the params; the first is what a stage ends with
     ema_sigma_rel: tuple[float, ...] = ()  # widths of power-function averages; (0.05, 0.1) serve for all
     ema_snapshot_every: int = 0  # steps between the files that keep them; 0: none

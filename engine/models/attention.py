@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from engine.models.layers import GroupNorm, Identity, conv
+from engine.models.layers import BLOCK, GroupNorm, Identity, conv
 
 # How many scores a CPU has in memory at a time, 8 MB of them: more leave its caches, and with 32 MB and more
 # the whole was measured up to three times slower.
@@ -221,4 +222,4 @@ class Transformer2DModel(nnx.Module):
         h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + self.proj_out(h.reshape(B, H, W, C))
+        return checkpoint_name(x + self.proj_out(h.reshape(B, H, W, C)), BLOCK)

@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from engine.types import UserError
+
+BLOCK = "block"  # the name of what each block gives, so that training may keep nothing else; see `remat`
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -197,7 +200,7 @@ class ResnetBlock2D(nnx.Module):
         h = self.conv2(self.act(h))
         if self.has_shortcut:
             x = self.conv_shortcut(x)
-        return (x + h) / self.output_scale_factor
+        return checkpoint_name((x + h) / self.output_scale_factor, BLOCK)
 
 
 class Downsample2D(nnx.Module):

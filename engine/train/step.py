@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from engine.config import StageConfig
+from engine.models.layers import BLOCK
 from engine.train import ema
 from engine.types import Params
 
@@ -142,4 +143,4 @@ def is_product(primitive: Any, *_, **__) -> bool:
 
 # remat -> what is kept from the loss for its gradient; the rest is computed again (Chen et al. 2016). To keep
 # nothing of the whole loss would save nothing: its backward half begins with all of the forward half.
-POLICIES = {"dots": is_product}
+POLICIES = {"dots": is_product, "blocks": jax.checkpoint_policies.save_only_these_names(BLOCK)}

@@ -163,6 +163,32 @@ def test_gradients_that_compute_again_are_the_same_and_keep_less():
     assert less < 0.6 * much
 
 
+def test_a_unet_may_keep_what_its_blocks_give_alone():
+    unet = tiny_model().unet
+    loss = over_parts(objectives.cached_loss(unet.graphdef, SchedulerConfig("DDIMScheduler"), OBJECTIVE, 1.0))
+    rng = np.random.default_rng(0)
+    batch = {
+        "mean": rng.standard_normal((2, 8, 8, 4), np.float32),
+        "context": rng.standard_normal((2, 16, 24), np.float32),
+    }
+    frozen = {"empty_context": jnp.zeros((16, 24))}
+
+    def gradient(remat: str):
+        less = step.computed(loss, StageConfig(remat=remat))
+
+        def kept(params):
+            return jax.tree.leaves(jax.vjp(lambda p: less(p, frozen, batch, KEY)[0], params)[1])
+
+        params = {"unet": unet.params}
+        size = sum(leaf.size for leaf in jax.eval_shape(kept, params))
+        return jax.jit(jax.grad(lambda p: less(p, frozen, batch, KEY)[0]))(params), size
+
+    (plain, most), (_, some), (again, least) = map(gradient, ("none", "dots", "blocks"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), plain, again)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(unet.params))
+    assert weights < least < some < most
+
+
 def test_bfloat16_computes_and_float32_is_kept():
     (exact, much), (rough, less) = gradient(), gradient(compute_dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(rough)} == {jnp.dtype("float32")}
