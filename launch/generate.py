@@ -45,6 +45,11 @@ FLAGS: cli.Groups = {
             "changes the model by a LoRA in the format of PyTorch diffusers: 1 is as it was trained, 0 is\n"
             "nothing. Several with commas between them",
         ),
+        "embedding": (
+            "FILE",
+            "a word more for prompts, by textual inversion: in the format of PyTorch diffusers, where the file\n"
+            "says the word, or of AUTOMATIC1111, where its name does. Several with commas between them",
+        ),
         "sampler": (
             "NAME",
             "ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde or pndm;\n"
