@@ -3,11 +3,12 @@
 import dataclasses
 
 from engine.config.data import DataConfig
+from engine.config.inversion import InversionConfig
 from engine.config.reader import nearest
 from engine.config.training import LoraConfig, ObjectiveConfig, StageConfig, check_stage
 from engine.errors import UserError
 
-WHAT = ("unet", "unet+text_encoder", "lora")
+WHAT = ("unet", "unet+text_encoder", "lora", "textual_inversion")
 
 
 @dataclasses.dataclass
@@ -66,12 +67,13 @@ class FinetuneConfig:
     """
 
     model: str = "shipped"  # a folder, or this word for the one in the package
-    what: str = "unet"  # or "unet+text_encoder", "lora"
+    what: str = "unet"  # or "unet+text_encoder", "lora", "textual_inversion"
     seed: int = 0
     scheduler: dict = dataclasses.field(default_factory=dict)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     finetune: FinetuneStage = dataclasses.field(default_factory=FinetuneStage)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    inversion: InversionConfig = dataclasses.field(default_factory=InversionConfig)
     prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
     samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
 
@@ -85,5 +87,11 @@ class FinetuneConfig:
         self.finetune.validate("finetune")
         self.data.validate("data")
         self.lora.validate("lora")
+        if self.what == "textual_inversion":
+            self.inversion.validate("inversion")
+            if not self.data.paths:
+                raise UserError(
+                    f"what={self.what!r} without pictures: write data.paths, such as ('pictures',)"
+                )
         self.prior.validate("prior")
         self.samples.validate("samples")

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from flax import traverse_util
+from jaxtyping import Array, Float
 
 from engine.text.tokenizer import Tokenizer
-from engine.types import UserError
+from engine.types import Params, UserError
 from engine.weights import names
 from engine.weights.component import PICKLES, Component, abstract, listed
 from engine.weights.files import new_file
@@ -96,9 +97,7 @@ def read(path: str | Path) -> Embedding:
     with open(path, "rb") as file:
         vectors = read_tensor(file, key, tensor).astype(np.float32)
     if not np.isfinite(vectors).all():
-        raise UserError(
-            f"{path}: {key} holds a NaN or an infinity: train it again, or get another file"
-        )
+        raise UserError(f"{path}: {key} holds a NaN or an infinity: train it again, or get another file")
     return Embedding(path.stem if key == NAMELESS else key, np.atleast_2d(vectors))
 
 
@@ -114,23 +113,29 @@ class Words:
     vectors: Float[np.ndarray, "N D"]  # of each id
 
     def change(self, name: str, array: np.ndarray) -> np.ndarray:
-        """The table of the text encoder with these rows in it, as a `component.Change`."""
-        if name != ".".join(("text_encoder", *TABLE)):
-            return array
-        rows = max(len(array), max(self.ids) + 1)
-        table = np.zeros((rows, array.shape[1]), np.float32)
-        table[: len(array)] = array
-        table[self.ids] = self.vectors
-        return table
+        """A `component.Change` that puts them into the table of the text encoder."""
+        return self.table(array) if name == ".".join(("text_encoder", *TABLE)) else array
+
+    def table(self, table: np.ndarray) -> np.ndarray:
+        """A table (V, D) with these rows in it, and as many more as that takes; in float32."""
+        found = np.zeros((max(len(table), max(self.ids) + 1), table.shape[1]), np.float32)
+        found[: len(table)] = table
+        found[self.ids] = self.vectors
+        return found
 
     def resized(self, text_encoder: Component) -> Component:
-        """The text encoder, whose table `change` has seen, with a config that says so."""
-        table = text_encoder.params
-        for part in TABLE:
-            table = table[part]
+        """The text encoder, which has their table, with a config that says so."""
+        table = traverse_util.flatten_dict(text_encoder.params)[TABLE]
         config = dataclasses.replace(text_encoder.config, vocab_size=len(table))
         graphdef, _ = abstract("text_encoder", config)
         return dataclasses.replace(text_encoder, config=config, graphdef=graphdef)
+
+
+def with_rows(params: Params, ids: Sequence[int], vectors: Float[Array, "N D"]) -> Params:
+    """A text encoder's params with these vectors in the rows `ids` of its table. Pure."""
+    flat = traverse_util.flatten_dict(params)
+    flat[TABLE] = flat[TABLE].at[np.array(ids)].set(vectors.astype(flat[TABLE].dtype))
+    return traverse_util.unflatten_dict(flat)
 
 
 def read_all(files: Sequence[str | Path], tokenizer: Tokenizer, width: int) -> Words | None:
