@@ -5,7 +5,14 @@ python -m launch.train --config=configs/inversion.py --workdir=runs/neon-word --
 python -m launch.generate "a fox, <neon>" --embedding runs/neon-word/learned_embeds.safetensors
 """
 
-from engine.config import DataConfig, FinetuneConfig, FinetuneStage, InversionConfig, OptimConfig, SamplesConfig
+from engine.config import (
+    DataConfig,
+    FinetuneConfig,
+    FinetuneStage,
+    InversionConfig,
+    OptimConfig,
+    SamplesConfig,
+)
 
 
 def get_config() -> FinetuneConfig:
@@ -13,7 +20,7 @@ def get_config() -> FinetuneConfig:
     return FinetuneConfig(
         what="textual_inversion",
         data=DataConfig(flip=0.5),
-        inversion=InversionConfig(placeholder="<neon>", initializer="bright"),
+        inversion=InversionConfig(placeholder="<neon>", initializer="night"),
         finetune=FinetuneStage(
             steps=300,
             batch_size=8,

@@ -36,9 +36,7 @@ class InversionConfig:
         """Raises UserError; `where` is what the config calls this part. Only a model knows its words."""
         word, count = self.placeholder, self.num_vectors
         if not word or any(c.isspace() or not c.isprintable() for c in word):
-            raise UserError(
-                f"{where}.placeholder={word!r}: write a new word in one piece, such as '<my-thing>'"
-            )
+            raise UserError(f"{where}.placeholder={word!r}: write a new word, such as '<my-thing>'")
         if not self.initializer.strip():
             raise UserError(f"{where}.initializer='': write the word that {word} begins as, such as 'dog'")
         if not 1 <= count <= MAX_VECTORS:

@@ -1,4 +1,4 @@
-"""Textual inversion (Gal et al. 2022): a loss over a model's weights becomes one over the vectors of a word."""
+"""Textual inversion (Gal et al. 2022): a model's loss becomes one over the vectors of a new word."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ class Inversion:
         if jax.process_index() == 0:
             count, first = len(self.config.templates), self._told(0)
             print(
-                f"captions: drawn from {count} templates, such as {first!r}, not those of the data",
+                f"captions: {count} templates, such as {first!r}, not those of the data",
                 flush=True,
             )
         return {"accept": lambda caption: caption or "", "reword": self._drawn}
@@ -96,9 +96,7 @@ def begin(model: Model, config: InversionConfig, seed: int) -> tuple[Model, Inve
             "write a word that is one, such as 'dog'"
         )
     if config.num_vectors > (room := model.tokenizer.model_max_length - 2):
-        raise UserError(
-            f"inversion.num_vectors={config.num_vectors}: a prompt has room for {room}; write less"
-        )
+        raise UserError(f"inversion.num_vectors={config.num_vectors}: a prompt has {room}; write less")
     try:
         tokenizer, ids = model.tokenizer.with_token(config.placeholder, config.num_vectors)
     except UserError as error:
