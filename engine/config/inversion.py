@@ -37,6 +37,8 @@ class InversionConfig:
         word, count = self.placeholder, self.num_vectors
         if not word or any(c.isspace() or not c.isprintable() for c in word):
             raise UserError(f"{where}.placeholder={word!r}: write a new word, such as '<my-thing>'")
+        if word != word.lower():  # diffusers reads no more than the first vector of such a word
+            raise UserError(f"{where}.placeholder={word!r}: write it in small letters, {word.lower()!r}")
         if not self.initializer.strip():
             raise UserError(f"{where}.initializer='': write the word that {word} begins as, such as 'dog'")
         if not 1 <= count <= MAX_VECTORS:
