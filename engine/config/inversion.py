@@ -4,16 +4,10 @@ import dataclasses
 
 from engine.errors import UserError
 
-# As Gal et al. 2022 take them from the templates of CLIP.
+# As Gal et al. 2022 have them from CLIP: sentences that say nothing of what is in the picture.
 TEMPLATES = (
-    "a photo of a {}",
-    "a photo of the {}",
-    "a photo of one {}",
-    "a close-up photo of a {}",
-    "a cropped photo of the {}",
-    "a good photo of a {}",
-    "a photo of my {}",
-    "a rendition of a {}",
+    *("a photo of a {}", "a photo of the {}", "a picture of a {}", "a picture of the {}"),
+    *("an image of a {}", "an image of the {}", "a {}", "the {}"),
 )
 MAX_VECTORS = 64
 

@@ -86,7 +86,7 @@ def begin(model: Model, config: InversionConfig, seed: int) -> tuple[Model, Inve
     """The model with the placeholder among its words, which means what the initializer does.
 
     Raises:
-      UserError: the placeholder is a word already, or the initializer is not one token.
+      UserError: the placeholder is a word already, the initializer not one token, or a template too long.
     """
     pieces = model.tokenizer.pieces(config.initializer)
     if len(pieces) != 1:
@@ -95,14 +95,19 @@ def begin(model: Model, config: InversionConfig, seed: int) -> tuple[Model, Inve
             f"inversion.initializer={config.initializer!r} is {len(pieces)} tokens of this model ({spelt}): "
             "write a word that is one, such as 'dog'"
         )
-    if config.num_vectors > (room := model.tokenizer.model_max_length - 2):
-        raise UserError(f"inversion.num_vectors={config.num_vectors}: a prompt has {room}; write less")
     try:
         tokenizer, ids = model.tokenizer.with_token(config.placeholder, config.num_vectors)
     except UserError as error:
         raise UserError(
             f"inversion.placeholder={config.placeholder!r}: {error}; write another, such as '<my-thing>'"
         ) from None
+    for template in (*config.templates, "{}"):
+        read = tokenizer.encode([template.replace("{}", config.placeholder)])[0]
+        if not np.isin(ids, read).all():
+            raise UserError(
+                f"inversion.num_vectors={config.num_vectors}: {template!r} is then too long for this model, "
+                f"which reads {tokenizer.model_max_length - 2} tokens; write less, or shorter templates"
+            )
     flat = traverse_util.flatten_dict(model.text_encoder.params)
     table = np.asarray(flat[embeddings.TABLE])
     words = embeddings.Words(tokenizer, ids, np.repeat(table[[pieces[0][0]]], len(ids), 0))

@@ -1,4 +1,4 @@
-"""An embedding means the same here and in PyTorch diffusers: the same ids, the same context, the same picture."""
+"""An embedding means the same here and in PyTorch diffusers: ids, context and picture are the same."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_diffusers_reads_our_file(folder, tmp_path, count):
 
 @pytest.mark.parametrize("shape", [(1, WIDTH), (3, WIDTH), (WIDTH,)], ids=str)
 def test_we_read_what_diffusers_writes(folder, tmp_path, shape):
-    """Its examples/textual_inversion/textual_inversion.py: {placeholder: rows of the table}, by safetensors."""
+    """Its example script, textual_inversion.py, writes {placeholder: rows of the table} by safetensors."""
     learned = torch.from_numpy(vectors(3)).flatten()[: np.prod(shape)].reshape(shape)
     save_file({"<my-thing>": learned}, tmp_path / "learned_embeds.safetensors", metadata={"format": "pt"})
     pipeline = in_pytorch(folder)

@@ -156,7 +156,11 @@ def truncated(folder):
 
 
 MISTAKES = {
-    "missing": (lambda folder: folder / "lost", "no embedding", "lost: write the path of a .safetensors file"),
+    "missing": (
+        lambda folder: folder / "lost",
+        "no embedding",
+        "lost: write the path of a .safetensors file",
+    ),
     "empty folder": (lambda folder: folder, "no embedding", "learned_embeds.safetensors"),
     "pickle": (
         written("cat.pt", b"\x80\x02"),
@@ -167,7 +171,11 @@ MISTAKES = {
     "bin": (written("learned_embeds.bin", b"PK"), "never opened because it can run code"),
     "truncated": (truncated, "short.safetensors is broken, or a download that stopped early"),
     "no safetensors": (written("x.safetensors", b"hello"), "x.safetensors is broken"),
-    "two keys": (saved(a=vectors(1), b=vectors(1)), "holds no embedding, such as", "(2) a (1, 24), b (1, 24)"),
+    "two keys": (
+        saved(a=vectors(1), b=vectors(1)),
+        "holds no embedding, such as",
+        "(2) a (1, 24), b (1, 24)",
+    ),
     "weights": (saved(w=np.zeros((2, 2, 3), np.float32)), "holds no embedding", "w (2, 2, 3)"),
     "nothing": (saved(), "holds no embedding", "(0)"),
     "no vectors": (saved(w=np.zeros((0, WIDTH), np.float32)), "holds no embedding", "w (0, 24)"),
