@@ -1,8 +1,8 @@
-"""Textual inversion: a new word for the thing, or the style, of a few pictures, which need no captions.
+"""Textual inversion: a new word for what a few pictures show, which need no captions.
 
-python -m launch.scenes --num_images 5 --style neon --easy 1 --out neon
-python -m launch.train --config=configs/inversion.py --workdir=runs/neon-word --config.data.paths='("neon",)'
-python -m launch.generate "a fox, <neon>" --embedding runs/neon-word/learned_embeds.safetensors
+python -m launch.generate "a purple owl wearing a crown" --num_images 5 --seed 1 --out owls
+python -m launch.train --config=configs/inversion.py --workdir=runs/my-owl --config.data.paths='("owls",)'
+python -m launch.generate "a <my-owl> on the beach" --embedding runs/my-owl/learned_embeds.safetensors
 """
 
 from engine.config import (
@@ -20,7 +20,7 @@ def get_config() -> FinetuneConfig:
     return FinetuneConfig(
         what="textual_inversion",
         data=DataConfig(flip=0.5),
-        inversion=InversionConfig(placeholder="<neon>", initializer="night"),
+        inversion=InversionConfig(placeholder="<my-owl>", initializer="owl"),
         finetune=FinetuneStage(
             steps=300,
             batch_size=8,
@@ -31,5 +31,5 @@ def get_config() -> FinetuneConfig:
             time_std=1.4,
             optim=OptimConfig(learning_rate=2e-2, warmup_steps=20, decay_steps=150, weight_decay=0.0),
         ),
-        samples=SamplesConfig(prompts=("a fox, <neon>", "a car, <neon>"), every=100),
+        samples=SamplesConfig(prompts=("a <my-owl>", "a <my-owl> on the beach"), every=100),
     )

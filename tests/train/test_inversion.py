@@ -197,7 +197,7 @@ def test_captions_of_the_data_must_have_the_word(config, pictures, tmp_path):
     assert listed(tmp_path) == [(str(folder / f"{name}.png"), reason) for name in ("1", "3", "4")]
     seen = {tuple(row) for step in range(4) for row in batch_at(step)["ids"]}
     assert seen == {tuple(row) for row in task.model.tokenizer.encode(["a <red> car", "<red>"])}
-    with pytest.raises(UserError, match="no picture can be used; skipped.jsonl says why"):
+    with pytest.raises(UserError, match=r"no picture can be used; skipped\.jsonl says why"):
         finetune.train(config(templates=()), tmp_path / "none")
 
 
@@ -243,7 +243,7 @@ def test_the_config_is_sound(model, pictures, capsys):
 
 def test_another_word_in_the_same_folder_is_refused(config, tmp_path):
     finetune.train(config(steps=1), tmp_path)
-    with pytest.raises(UserError, match="holds a run with inversion=.*'<red>'.*, not .*'<blue>'"):
+    with pytest.raises(UserError, match=r"holds a run with inversion=.*'<red>'.*, not .*'<blue>'"):
         finetune.train(config(placeholder="<blue>"), tmp_path)
 
 
@@ -264,7 +264,7 @@ def test_a_run_of_an_older_version_goes_on(model, pictures, tmp_path):
 def test_templates_are_a_tuple():
     told = InversionConfig(**WORD)
     vars(told).update(templates="a {}")  # as flags do
-    with pytest.raises(UserError, match="inversion.templates='a {}': write a tuple, such as"):
+    with pytest.raises(UserError, match=r"inversion\.templates='a {}': write a tuple, such as"):
         told.validate()
 
 

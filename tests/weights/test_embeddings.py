@@ -209,5 +209,5 @@ def test_mistakes_are_one_line_and_name_the_file(folder, tmp_path, case):
 
 def test_the_same_file_twice_is_a_mistake(folder, tmp_path):
     file = embeddings.save(tmp_path, Embedding("<x>", vectors(2)))
-    with pytest.raises(UserError, match="'<x>' is in the tokenizer already: .* name each file once"):
+    with pytest.raises(UserError, match=r"'<x>' is in the tokenizer already: .* name each file once"):
         load_folder(folder, words=[file, file])
