@@ -65,10 +65,10 @@ class Inversion:
         return {"accept": lambda caption: caption or "", "reword": self._drawn}
 
     def _with_placeholder(self, caption: str | None) -> str:
-        """The caption itself, if the model reads the placeholder in it; Unusable if not."""
-        read = self.words.tokenizer.encode([caption or ""])[0]
-        if caption is None or self.words.ids[0] not in read:
-            raise Unusable(f"no {self.config.placeholder} in its caption; write it, or inversion.templates")
+        """The caption itself, if the model reads all of the placeholder in it; Unusable if not."""
+        if caption is None or not self.words.read_in(caption):
+            word = self.config.placeholder
+            raise Unusable(f"no {word} in what is read of its caption; write it, or inversion.templates")
         return caption
 
     def _drawn(self, captions: Sequence[str], step: int, first_place: int) -> list[str]:
@@ -101,16 +101,15 @@ def begin(model: Model, config: InversionConfig, seed: int) -> tuple[Model, Inve
         raise UserError(
             f"inversion.placeholder={config.placeholder!r}: {error}; write another, such as '<my-thing>'"
         ) from None
+    flat = traverse_util.flatten_dict(model.text_encoder.params)
+    table = np.asarray(flat[embeddings.TABLE])
+    words = embeddings.Words(tokenizer, ids, np.repeat(table[[pieces[0][0]]], len(ids), 0))
     for template in (*config.templates, "{}"):
-        read = tokenizer.encode([template.replace("{}", config.placeholder)])[0]
-        if not np.isin(ids, read).all():
+        if not words.read_in(template.replace("{}", config.placeholder)):
             raise UserError(
                 f"inversion.num_vectors={config.num_vectors}: {template!r} is then too long for this model, "
                 f"which reads {tokenizer.model_max_length - 2} tokens; write less, or shorter templates"
             )
-    flat = traverse_util.flatten_dict(model.text_encoder.params)
-    table = np.asarray(flat[embeddings.TABLE])
-    words = embeddings.Words(tokenizer, ids, np.repeat(table[[pieces[0][0]]], len(ids), 0))
     flat[embeddings.TABLE] = jnp.asarray(words.table(table))
     text_encoder = dataclasses.replace(model.text_encoder, params=traverse_util.unflatten_dict(flat))
     model = with_words(dataclasses.replace(model, text_encoder=text_encoder), words)

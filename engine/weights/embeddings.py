@@ -112,6 +112,10 @@ class Words:
     ids: list[int]
     vectors: Float[np.ndarray, "N D"]  # of each id
 
+    def read_in(self, prompt: str) -> bool:
+        """Whether the model reads all of their vectors in a prompt, none of which lies behind its end."""
+        return bool(np.isin(self.ids, self.tokenizer.encode([prompt])[0]).all())
+
     def change(self, name: str, array: np.ndarray) -> np.ndarray:
         """A `component.Change` that puts them into the table of the text encoder."""
         return self.table(array) if name == ".".join(("text_encoder", *TABLE)) else array

@@ -183,7 +183,7 @@ def test_templates_stand_in_for_captions(config, tmp_path, capsys):
 
 
 def test_captions_of_the_data_must_have_the_word(config, pictures, tmp_path):
-    captions = {"0": "a <red> car", "1": "a red car", "2": "<RED>"}
+    captions = {"0": "a <red> car", "1": "a red car" + " and" * 9 + " <red>", "2": "<RED>"}
     folder = tmp_path / "captioned"
     folder.mkdir()
     for picture in pictures.iterdir():
@@ -193,7 +193,7 @@ def test_captions_of_the_data_must_have_the_word(config, pictures, tmp_path):
     told = config(paths=(folder,), templates=())
     task = finetune.begin(told)
     batch_at = finetune.batches(told, task, tmp_path)
-    reason = "no <red> in its caption; write it, or inversion.templates"
+    reason = "no <red> in what is read of its caption; write it, or inversion.templates"
     assert listed(tmp_path) == [(str(folder / f"{name}.png"), reason) for name in ("1", "3", "4")]
     seen = {tuple(row) for step in range(4) for row in batch_at(step)["ids"]}
     assert seen == {tuple(row) for row in task.model.tokenizer.encode(["a <red> car", "<red>"])}
