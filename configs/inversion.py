@@ -1,6 +1,6 @@
 """Textual inversion: a new word for what a few pictures show, which need no captions.
 
-python -m launch.generate "a purple owl wearing a crown" --num_images 5 --seed 1 --out owls
+python -m launch.generate "an owl wearing a crown" --num_images 5 --seed 1 --out owls
 python -m launch.train --config=configs/inversion.py --workdir=runs/my-owl --config.data.paths='("owls",)'
 python -m launch.generate "a <my-owl> on the beach" --embedding runs/my-owl/learned_embeds.safetensors
 """

@@ -47,8 +47,8 @@ FLAGS: cli.Groups = {
         ),
         "embedding": (
             "FILE",
-            "a new word for prompts, by textual inversion: in the format of PyTorch diffusers, where the\n"
-            "file says the word, or of AUTOMATIC1111, where its name does. Several with commas between them",
+            "a new word for prompts, by textual inversion, in the format of PyTorch diffusers or of\n"
+            "AUTOMATIC1111, where it is the file's name. Several with commas between them",
         ),
         "sampler": (
             "NAME",
