@@ -11,12 +11,11 @@ nothing. Sizes, the number of steps, the sampler and whether there is guidance a
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +30,11 @@ from engine.diffusion.parameterization import denoiser
 from engine.diffusion.scheduler_config import for_sampler, sampler_name
 from engine.finish import to_uint8
 from engine.parallel import Devices, pad
+from engine.requests import Batch, Context, Frames, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.types import Denoise, UserError
 from engine.weights.component import Component
 from engine.weights.folder import Model, load_folder
-
-Context = Float[np.ndarray, "L D"]  # of one prompt, on the host
 
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-64"
 SHIPPED_NAME = GenerateConfig.model  # what pictures say of the model in the package
@@ -46,49 +44,12 @@ DEFAULT_STEPS = GenerateConfig.steps
 DEFAULT_GUIDANCE = GenerateConfig.guidance_scale
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to draw, checked and complete."""
-
-    steps: int
-    sampler: str
-    guidance_scale: float
-    height: int
-    width: int
-    batch_size: int  # pictures a device
-
-
-class Request(NamedTuple):
-    """One picture: what it shows, and the address of its noise."""
-
-    prompt: str
-    negative_prompt: str
-    seed: int
-    index: int
-    guidance_scale: float
-
-
-class Frames(NamedTuple):
-    """Stages on the way of each picture, decoded, from static to picture."""
-
-    noisy: UInt8[np.ndarray, "B N H W 3"]  # the latent at that stage, at unit variance
-    denoised: UInt8[np.ndarray, "B N H W 3"]  # what the model makes of it
-
-
-class Batch(NamedTuple):
-    """Pictures that are done."""
-
-    first: int  # position of the first in the list of prompts
-    images: UInt8[np.ndarray, "B H W 3"]
-    spoilt: list[int]  # positions in this batch that met a NaN or an infinity
-    frames: Frames | None
-
-
 def load(
     model: str | os.PathLike | None = None,
     dtype: str = "float32",
     parallel: str | Devices = "shard_map",
     lora: Sequence[tuple[str | os.PathLike, float]] = (),
+    embeddings: Sequence[str | os.PathLike] = (),
 ) -> "Pipeline":
     """Loads a model onto the devices.
 
@@ -98,6 +59,8 @@ def load(
       parallel: "shard_map", "jit" or "pmap" over all local devices, or `Devices` of your own.
       lora: files in the format of diffusers, each with its scale: 1 is as trained. They become part of the
         weights, so that pictures take no longer.
+      embeddings: files of textual inversion, in the format of diffusers or of AUTOMATIC1111; prompts may then
+        use their words.
 
     Raises:
       UserError: the folder or an argument is wrong; the message says what to write instead.
@@ -107,7 +70,7 @@ def load(
     devices = Devices(parallel) if isinstance(parallel, str) else parallel
     use_compilation_cache()
     folder = SHIPPED if model is None else pathlib.Path(model)
-    loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=devices.place, loras=lora)
+    loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=devices.place, loras=lora, words=embeddings)
     channels, latent = loaded.unet.config.in_channels, loaded.vae.config.latent_channels
     if channels != latent:
         raise UserError(

@@ -14,7 +14,16 @@ from engine.config import JobConfig
 from engine.diffusion.noise import fresh_seed
 from engine.jobs import folder, formats
 from engine.jobs.claims import Claims
-from engine.jobs.plan import Job, Settle, Shard, lora_digest, make_plan, settle_with, weights_digest
+from engine.jobs.plan import (
+    Job,
+    Settle,
+    Shard,
+    embedding_digest,
+    lora_digest,
+    make_plan,
+    settle_with,
+    weights_digest,
+)
 from engine.jobs.processes import Processes, find_processes
 from engine.jobs.store import Store, open_store
 from engine.jobs.work import Worker
@@ -73,7 +82,8 @@ def begin(config: JobConfig, rows: Rows, pipe: Pipeline, store: Store) -> tuple[
         config, sampler=filled.sampler, height=config.height or height, width=config.width or width
     )
     settle = settle_with(config, pipe)
-    job = make_plan(config, rows, settle, weights_digest(pipe.folder), lora_digest(config))
+    digests = weights_digest(pipe.folder), lora_digest(config), embedding_digest(config)
+    job = make_plan(config, rows, settle, *digests)
     job = folder.enter(store, job, any_seed=fresh)
     if fresh:
         cli.tell(f"seed {job.config.seed}")

@@ -53,11 +53,12 @@ def make_config(given: dict[str, Any], like: str | None) -> GenerateConfig:
         raise UserError(
             f"{like} was drawn by the model {config.model}, which is not here; write --model FOLDER"
         )
-    if "lora" not in given:
-        for file, _ in config.loras():
+    files = {"lora": [file for file, _ in config.loras()], "embedding": config.embeddings()}
+    for name, what in (("lora", "LoRA"), ("embedding", "embedding")):
+        for file in () if name in given else files[name]:
             if not os.path.exists(os.path.expanduser(file)):
                 raise UserError(
-                    f"{like} was drawn with the LoRA {file}, which is not here; write --lora FILE"
+                    f"{like} was drawn with the {what} {file}, which is not here; write --{name} FILE"
                 )
     return config
 
@@ -74,7 +75,7 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
         parallel = Devices(config.parallel, rules=SPLIT, all_hosts=all_hosts)
     with advice_where_memory_runs_out("--dtype bfloat16, or --parallel jit --split_params"):
         model = None if is_shipped(config) else config.model
-        pipe = engine.load(model, config.dtype, parallel, config.loras())
+        pipe = engine.load(model, config.dtype, parallel, config.loras(), config.embeddings())
     cli.stop_if_asked()
     return pipe
 

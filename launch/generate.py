@@ -45,6 +45,11 @@ FLAGS: cli.Groups = {
             "changes the model by a LoRA in the format of PyTorch diffusers: 1 is as it was trained, 0 is\n"
             "nothing. Several with commas between them",
         ),
+        "embedding": (
+            "FILE",
+            "a new word for prompts, by textual inversion, in the format of PyTorch diffusers or of\n"
+            "AUTOMATIC1111, where it is the file's name. Several with commas between them",
+        ),
         "sampler": (
             "NAME",
             "ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde or pndm;\n"

@@ -3,6 +3,7 @@
 from engine.config.data import CROPS, DATA_KINDS, DataConfig
 from engine.config.drawing import FORMATS, GenerateConfig, JobConfig
 from engine.config.finetuning import WHAT, FinetuneConfig, FinetuneStage, PriorConfig, SamplesConfig
+from engine.config.inversion import InversionConfig
 from engine.config.reader import IN_WORDS, from_json, nearest, to_json
 from engine.config.training import (
     DECAYS,
@@ -37,6 +38,7 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneStage",
     "GenerateConfig",
+    "InversionConfig",
     "JobConfig",
     "LoraConfig",
     "ObjectiveConfig",

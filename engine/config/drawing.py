@@ -23,6 +23,7 @@ class GenerateConfig:
     first_index: int = 0  # of the first picture; seed and index address its noise
     model: str = "shipped"  # a folder, or this word for the one in the package
     lora: str = ""  # FILE or FILE=SCALE, several with commas between them: see `loras`
+    embedding: str = ""  # FILE, several with commas between them: see `embeddings`
     sampler: str | None = None  # None: the one that the model's folder names
     steps: int = 30
     guidance_scale: float = 5.0
@@ -67,9 +68,20 @@ class GenerateConfig:
             found.append((file, scale))
         return tuple(found)
 
+    def embeddings(self) -> tuple[str, ...]:
+        """The files that `embedding` names; UserError where it is no such list."""
+        files = tuple(file.strip() for file in self.embedding.split(",")) if self.embedding else ()
+        if not all(files):
+            raise UserError(
+                f"embedding={self.embedding!r}: write FILE, with commas between several, "
+                "such as a.safetensors,b.safetensors"
+            )
+        return files
+
     def check_drawing(self) -> None:
         """The part of `validate` that has nothing to do with where prompts come from."""
         self.loras()
+        self.embeddings()
         if self.split_params and self.parallel != "jit":
             raise UserError(f"split_params with parallel={self.parallel!r}: write --parallel jit")
         if self.seed is not None and not 0 <= self.seed < 2**64:

@@ -3,11 +3,12 @@
 import dataclasses
 
 from engine.config.data import DataConfig
+from engine.config.inversion import InversionConfig
 from engine.config.reader import nearest
 from engine.config.training import LoraConfig, ObjectiveConfig, StageConfig, check_stage
 from engine.errors import UserError
 
-WHAT = ("unet", "unet+text_encoder", "lora")
+WHAT = ("unet", "unet+text_encoder", "lora", "textual_inversion")
 
 
 @dataclasses.dataclass
@@ -66,13 +67,14 @@ class FinetuneConfig:
     """
 
     model: str = "shipped"  # a folder, or this word for the one in the package
-    what: str = "unet"  # or "unet+text_encoder", "lora"
+    what: str = "unet"  # or "unet+text_encoder", "lora", "textual_inversion"
     seed: int = 0
     scheduler: dict = dataclasses.field(default_factory=dict)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     latents: str = ""  # a folder that launch.cache made with this model, in place of pictures
     finetune: FinetuneStage = dataclasses.field(default_factory=FinetuneStage)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    inversion: InversionConfig = dataclasses.field(default_factory=InversionConfig)
     prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
     samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
 
@@ -86,6 +88,12 @@ class FinetuneConfig:
         self.finetune.validate("finetune")
         self.data.validate("data")
         self.lora.validate("lora")
+        if self.what == "textual_inversion":
+            self.inversion.validate("inversion")
+            if not self.data.paths:
+                raise UserError(
+                    f"what={self.what!r} without pictures: write data.paths, such as ('pictures',)"
+                )
         self.prior.validate("prior")
         self.samples.validate("samples")
         if self.latents:
@@ -93,7 +101,9 @@ class FinetuneConfig:
 
     def _check_latents(self) -> None:
         """Refuses what needs the pictures or the captions themselves."""
-        trains_text = self.what == "unet+text_encoder" or (self.what == "lora" and self.lora.text_encoder)
+        trains_text = self.what in ("unet+text_encoder", "textual_inversion") or (
+            self.what == "lora" and self.lora.text_encoder
+        )
         needs = {
             "data.paths": bool(self.data.paths),
             "prior.num_images": bool(self.prior.num_images),

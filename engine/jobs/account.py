@@ -2,7 +2,7 @@
 
 import collections
 
-from engine.pipeline import Context
+from engine.requests import Context
 
 
 class Recent:

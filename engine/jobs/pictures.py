@@ -14,7 +14,8 @@ from engine import finish
 from engine.config import GenerateConfig, from_json
 from engine.diffusion import samplers
 from engine.diffusion.noise import fresh_seed
-from engine.pipeline import Frames, Pipeline, Settings
+from engine.pipeline import Pipeline
+from engine.requests import Frames, Settings
 from engine.text.prompts import check_prompt, check_prompts
 from engine.types import UserError
 
@@ -27,6 +28,7 @@ REMEMBERED = (
     *("negative_prompt", "seed", "sampler", "steps", "guidance_scale", "height", "width"),
     *("model", "dtype", "parallel", "batch_size", "upscale"),
 )
+ADDED = ("lora", "embedding")  # remembered where there are any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,14 +151,14 @@ def write_sheet(plan: Plan, drawn: Sequence[Drawn]) -> pathlib.Path:
 def remember(config: GenerateConfig, prompt: str, index: int) -> dict[str, Any]:
     """What a picture says of itself: enough to make it again."""
     settings = {name: getattr(config, name) for name in REMEMBERED}
-    settings |= {"lora": config.lora} if config.lora else {}
+    settings |= {name: value for name in ADDED if (value := getattr(config, name))}
     return {"prompt": prompt, "index": index, **settings, "version": engine.__version__}
 
 
 def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """The options of GenerateConfig that draw this picture again, and the version that drew it.
 
-    A strip's number of frames is among them, and the LoRA where there was one.
+    A strip's number of frames is among them, and LoRAs and embeddings where there were any.
 
     Raises:
       UserError: no picture with settings, or settings that this version cannot follow.
@@ -168,7 +170,7 @@ def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     names = {name: name for name in REMEMBERED} | {"prompt": "prompts", "index": "first_index"}
     if missing := names.keys() - settings.keys():
         raise UserError(f"{path} does not say its {', '.join(sorted(missing))}; write the settings as flags")
-    if unknown := settings.keys() - names.keys() - {"frames", "lora"}:
+    if unknown := settings.keys() - names.keys() - {"frames", *ADDED}:
         raise UserError(
             f"{path}, drawn by fogsculpt {version}, has settings unknown to this version: "
             f"{', '.join(sorted(unknown))}; install fogsculpt {version}"

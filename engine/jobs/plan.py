@@ -19,10 +19,11 @@ import numpy as np
 import engine
 from engine.config import JobConfig
 from engine.jobs.pictures import BATCH_IMAGES, BATCH_PIXELS
-from engine.pipeline import Pipeline, Request, Settings
+from engine.pipeline import Pipeline
+from engine.requests import Request, Settings
 from engine.text.rows import Rejected, Row, Rows
 from engine.types import UserError
-from engine.weights import lora_files
+from engine.weights import embeddings, lora_files
 
 # Options that say which pictures a job makes. Where and how fast it makes them is no part of it.
 FINGERPRINT = (
@@ -81,6 +82,7 @@ class Job:
     groups: tuple[Group, ...]
     weights: str  # digest of the model's files
     lora: str = ""  # scale and digest of each LoRA
+    embedding: str = ""  # name and digest of each embedding
 
     @property
     def shards(self) -> int:
@@ -125,7 +127,7 @@ class Job:
         ]
         options = {name: getattr(self.config, name) for name in FINGERPRINT}
         version = {"version": engine.__version__, "rows": self.rows.digest, "weights": self.weights}
-        version |= {"lora": self.lora} if self.lora else {}
+        version |= {name: told for name in ("lora", "embedding") if (told := getattr(self, name))}
         sizes = {"shards": self.shards, "pictures": self.pictures, "row_count": len(self.rows)}
         return {"fingerprint": version | options, **sizes, "groups": groups}
 
@@ -189,7 +191,9 @@ def _program(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in shown} | {"guided": settings.guidance_scale != 1}
 
 
-def make_plan(config: JobConfig, rows: Rows, settle: Settle, weights: str, lora: str = "") -> Job:
+def make_plan(
+    config: JobConfig, rows: Rows, settle: Settle, weights: str, lora: str = "", embedding: str = ""
+) -> Job:
     """Sorts every row into its group. `config` is complete: its seed is known."""
     found: dict[Settings | None, int] = {}
     group_of = np.empty(len(rows), np.int32)
@@ -203,7 +207,7 @@ def make_plan(config: JobConfig, rows: Rows, settle: Settle, weights: str, lora:
         count = len(members) * (1 if settings is None else config.num_images)
         groups.append(Group(settings, members, count, first_shard))
         first_shard += shards_of(count, config.shard_size)
-    return Job(config, rows, tuple(groups), weights, lora)
+    return Job(config, rows, tuple(groups), weights, lora, embedding)
 
 
 def first_index(config: JobConfig, row: Row) -> int:
@@ -247,13 +251,18 @@ def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
 
 def lora_digest(config: JobConfig) -> str:
     """Tells the LoRAs of a job apart: their names, scales and contents. Where they lie is no part of it."""
-    told = []
-    for file, scale in config.loras():
-        path = lora_files.find(file)
-        with open(path, "rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        told.append(f"{path.name}={scale} ({digest[:16]})")
-    return ", ".join(told)
+    found = ((lora_files.find(file), scale) for file, scale in config.loras())
+    return ", ".join(f"{path.name}={scale} ({_digest(path)})" for path, scale in found)
+
+
+def embedding_digest(config: JobConfig) -> str:
+    """The same of embeddings; the name of a file may be the word that it holds."""
+    return ", ".join(f"{path.name} ({_digest(path)})" for path in map(embeddings.find, config.embeddings()))
+
+
+def _digest(path: pathlib.Path) -> str:
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def weights_digest(folder: pathlib.Path) -> str:

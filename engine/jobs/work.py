@@ -36,7 +36,8 @@ from engine.jobs.ahead import ahead
 from engine.jobs.pictures import remember
 from engine.jobs.plan import Group, Job, Refused, Settle, Shard, Wanted
 from engine.jobs.store import Store
-from engine.pipeline import Context, Pipeline, Settings
+from engine.pipeline import Pipeline
+from engine.requests import Context, Settings
 from engine.types import UserError
 
 BATCHES_AHEAD = 4  # of words before drawing, and of drawn pictures before writing

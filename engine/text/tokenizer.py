@@ -3,8 +3,13 @@
 CLIP (Radford et al. 2021, appendix A) splits lower-cased text into words, maps every byte of a word to
 a printable character, and merges the pairs of a byte-pair encoding (Sennrich et al. 2016) whose last
 symbol of a word carries `</w>`. Ids are those of transformers' CLIPTokenizer on the same folder.
+
+A token of a textual inversion may stand for several vectors. Each then has an id, whose tokens are called, as
+in diffusers, <x>, <x>_1, <x>_2, ...; in a prompt <x> means all of them.
 """
 
+import copy
+import itertools
 import json
 import os
 import pathlib
@@ -71,6 +76,17 @@ class Tokenizer:
             trim_offsets=False,
             add_prefix_space=False,
         )
+        self._note_added()
+
+    def _note_added(self) -> None:
+        """Finds the tokens that are no words of the vocabulary, and those that stand for several vectors."""
+        added = {token.content: i for i, token in self._bpe.get_added_tokens_decoder().items()}
+        self._learned = {i for token, i in added.items() if token not in self.specials.values()}
+        self._several: dict[int, list[int]] = {}
+        for token, i in added.items():
+            further = itertools.takewhile(added.__contains__, map(f"{token}_{{}}".format, itertools.count(1)))
+            if ids := [added[name] for name in further]:
+                self._several[i] = [i, *ids]
 
     @property
     def vocab_size(self) -> int:
@@ -80,21 +96,61 @@ class Tokenizer:
         """Ids of each prompt, cut or padded to L = model_max_length, bos and eos included."""
         ids = np.full((len(prompts), self.model_max_length), self.pad_id, np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
-            words = self._words(prompt).ids[: self.model_max_length - 2]
+            words = [i for i, _ in self._read(prompt)[: self.model_max_length - 2]]
             row[: len(words) + 2] = [self.bos_id, *words, self.eos_id]
         return ids
 
     def cut(self, prompt: str) -> str | None:
-        """The end of the prompt that `encode` drops because it is too long, or None."""
-        offsets = self._words(prompt).offsets[self.model_max_length - 2 :]
-        return prompt[offsets[0][0] :] if offsets else None
+        """The end of the prompt that `encode` drops because it is too long, or None.
+
+        A token of several vectors that are not all read is dropped, as people see it.
+        """
+        dropped = self._read(prompt)[self.model_max_length - 2 :]
+        return prompt[dropped[0][1] :] if dropped else None
+
+    def pieces(self, text: str) -> list[tuple[int, str]]:
+        """Id and spelling of each token of a text, which ends in `</w>` where a word of the text does."""
+        words = self._words(text)
+        return list(zip(words.ids, words.tokens, strict=True))
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words and symbols of the prompt that the model never saw; [] where the folder has no words.txt."""
         if self.known_words is None:
             return []
+        words = self._words(prompt)
+        for i, (start, end) in zip(words.ids, words.offsets, strict=True):
+            if i in self._learned:
+                prompt = prompt[:start] + " " * (end - start) + prompt[end:]
         unknown = (word for word in words_of(prompt) if word not in self.known_words)
         return list(dict.fromkeys(unknown))
+
+    def with_token(self, token: str, vectors: int) -> tuple["Tokenizer", list[int]]:
+        """A tokenizer that also knows `token`, and the ids of its vectors: the next that are free.
+
+        As other words, it is the same in small and in capital letters.
+
+        Raises:
+          UserError: it, or the name of one of its further vectors, means something already.
+        """
+        names = [token, *(f"{token}_{i}" for i in range(1, vectors))]
+        for name in [*names, f"{token}_{vectors}"]:
+            if self._bpe.token_to_id(name) is not None or len(self.pieces(name)) < 2:
+                raise UserError(f"the token {name!r} is in the tokenizer already")
+        base = token.rpartition("_")[0]
+        i = self._bpe.token_to_id(base)
+        if i in self._learned and token == f"{base}_{len(self._several.get(i, [i]))}":
+            raise UserError(f"the token {token!r} would become a further vector of {base!r}")
+        other = copy.copy(self)
+        other._bpe = tokenizers.Tokenizer.from_str(self._bpe.to_str())
+        other._bpe.add_tokens([AddedToken(name) for name in names])
+        other._note_added()
+        return other, [other._bpe.token_to_id(name) for name in names]
+
+    def _read(self, prompt: str) -> list[tuple[int, int]]:
+        """The ids of a prompt, and where in it the word of each begins."""
+        words = self._words(prompt)
+        places = zip(words.ids, words.offsets, strict=True)
+        return [(each, start) for i, (start, _) in places for each in self._several.get(i, (i,))]
 
     def _words(self, prompt: str) -> tokenizers.Encoding:
         try:

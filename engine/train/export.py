@@ -17,7 +17,7 @@ def export(
     step: int | None = None,
     sigma_rel: float | None = None,
 ) -> pathlib.Path:
-    """Writes the model of a run in the diffusers layout, or a LoRA's file.
+    """Writes the model of a run in the diffusers layout, or the file of a LoRA or a word.
 
     Args:
       which: of the last stage: "params", or an average such as "ema_0.999"; none: what the run ends with.

@@ -1,4 +1,4 @@
-"""A model that exists, trained further: its U-Net, with the text encoder, or a LoRA beside them."""
+"""A model that exists, trained further: its U-Net, with the text encoder, or a LoRA or a word beside them."""
 
 import dataclasses
 import json
@@ -15,20 +15,20 @@ from engine.config import FinetuneConfig
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.parallel import Devices
 from engine.pipeline import SHIPPED, SHIPPED_NAME, Pipeline
-from engine.train import adapters, latents, loop, objectives, optim
+from engine.train import adapters, inversion, latents, loop, objectives, optim
 from engine.train.data import Batch, BatchAt
 from engine.train.samples import Samples
 from engine.train.sources import training_batches
 from engine.train.step import Loss
 from engine.train.workdir import STAGE, check_same_run, remember
 from engine.types import Params
-from engine.weights import lora_files
+from engine.weights import embeddings, lora_files
 from engine.weights.component import KINDS
 from engine.weights.files import read_json
 from engine.weights.folder import Model, load_folder, save_folder
 from engine.weights.lora import Lora, merged
 
-SETTLED = ("model", "what", "seed", "scheduler", "lora")  # settings that a run keeps
+SETTLED = ("model", "what", "seed", "scheduler", "lora", "inversion")  # settings that a run keeps
 PRIOR_BATCH = 16
 
 
@@ -39,9 +39,17 @@ class Task:
     model: Model
     params: Any
     lora: Lora | None  # as it begins, where params are the layers of one
+    word: inversion.Inversion | None = None  # where params are the vectors of one
+
+    @property
+    def is_file(self) -> bool:
+        """Whether what is trained is a file beside the model."""
+        return self.lora is not None or self.word is not None
 
     def parts(self, params: Any) -> dict[str, Params]:
         """The params of whole parts of the model, of trained `params`."""
+        if self.word is not None:
+            return self.word.parts(self.model, params)
         if self.lora is None:
             return params
         weights = {kind: getattr(self.model, kind).params for kind in adapters.KINDS}
@@ -57,7 +65,8 @@ def train(
       fit: what is done with a stage; `dry_run.fit` looks at it only.
 
     Returns:
-      WORKDIR/model, or the LoRA's file; None when a signal stopped the run, and on all hosts but the first.
+      WORKDIR/model, or the file of the LoRA or the word; None when a signal stopped the run, and on all
+      hosts but the first.
 
     Raises:
       UserError: the config is wrong, or `workdir` holds another run.
@@ -83,7 +92,7 @@ def train(
     )
     if params is None or fit is not loop.fit or jax.process_index():
         return None
-    return export(task, params, workdir if task.lora else workdir / "model", overwrite=True)
+    return export(task, params, workdir if task.is_file else workdir / "model", overwrite=True)
 
 
 def folder_of(config: FinetuneConfig) -> pathlib.Path:
@@ -98,6 +107,9 @@ def begin(config: FinetuneConfig) -> Task:
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = SchedulerConfig.from_json(read_json(file) | config.scheduler, str(file))
     model = dataclasses.replace(model, scheduler=scheduler)
+    if config.what == "textual_inversion":
+        model, word = inversion.begin(model, config.inversion, config.seed)
+        return Task(model, word.params, None, word)
     if config.what == "lora":
         lora = adapters.begin(vars(model), config.lora, config.seed)
         return Task(model, lora.layers, lora)
@@ -125,6 +137,8 @@ def objective(config: FinetuneConfig, task: Task) -> tuple[Loss, dict[str, Any]]
         frozen["empty_ids"] = model.tokenizer.encode([""])[0]
     if config.prior.num_images:
         loss = with_prior(loss, config.prior.weight)
+    if task.word is not None:
+        return task.word.loss(loss), frozen
     if task.lora is not None:
         return adapters.lora_loss(loss, task.lora.alphas), frozen
     return over_parts(loss), {name: own for name, own in frozen.items() if name not in task.params}
@@ -165,7 +179,8 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path) -> BatchA
         "keep_tags": stage.keep_tags if stage.caption_shuffle else None,
         **hosts,
     }
-    own = training_batches(config.data, stage.batch_size, tokenizer, workdir=workdir, **options)
+    captions = task.word.captions() if task.word else {}
+    own = training_batches(config.data, stage.batch_size, tokenizer, workdir=workdir, **options, **captions)
     if not config.prior.num_images:
         return own
     folder = draw_prior(config, task.model, workdir / "prior")
@@ -203,7 +218,9 @@ def draw_prior(config: FinetuneConfig, model: Model, folder: pathlib.Path) -> pa
 
 
 def export(task: Task, params: Any, folder: pathlib.Path, overwrite: bool) -> pathlib.Path:
-    """Writes the model into the folder, in float16; of a LoRA, its file."""
+    """Writes the model into the folder, in float16; of a LoRA or a word, its file."""
+    if task.word is not None:
+        return embeddings.save(folder, task.word.embedding(params))
     if task.lora is not None:
         return lora_files.save(folder, Lora(jax.tree.map(np.asarray, params), task.lora.alphas))
     save_folder(folder, trained(task, params), dtype=jnp.float16, overwrite=overwrite)

@@ -20,7 +20,9 @@ def check_same_run(config: Any, workdir: pathlib.Path, settled: Sequence[str]) -
     file = workdir / FILE
     if not file.exists():
         return
-    before, now = read_json(file), json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    # tuples become lists; what an older version did not know yet was as it is by default
+    usual, now = (json.loads(json.dumps(dataclasses.asdict(each))) for each in (type(config)(), config))
+    before = usual | read_json(file)
     for name in settled:
         if before.get(name) != now[name]:
             raise UserError(

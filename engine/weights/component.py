@@ -7,7 +7,7 @@ they are read, each cast and placed before the next: the peak is the model plus 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -93,7 +93,7 @@ def load_component(
     dtype: DTypeLike = jnp.float32,
     variant: str | None = None,
     place: Place | None = None,
-    change: Change | None = None,
+    changes: Sequence[Change] = (),
 ) -> Component:
     """Reads one model.
 
@@ -105,7 +105,7 @@ def load_component(
         there are no others.
       place: puts a host array on its device or devices; called with "kind.path.of.the.parameter" and the
         array in Flax's layout, maybe a view. None: the default device.
-      change: called with the same before the cast, in the type of the file; what it gives is kept.
+      changes: called with the same before the cast, in the type of the file, one on what another gives.
 
     Raises:
       UserError: anything missing, broken, unexpected or of another shape; all such keys in one line.
@@ -121,7 +121,8 @@ def load_component(
             for path, (stored, tensor) in tensors.items():
                 name = ".".join(map(str, (kind, *path)))
                 array = names.to_flax(path, read_tensor(opened, stored, tensor), len(shapes[path].shape))
-                array = change(name, array) if change else array
+                for change in changes:
+                    array = change(name, array)
                 leaf = (place or _on_default_device)(name, cast(array, dtype, f"{file}: {stored}"))
                 flat[path] = jax.block_until_ready(leaf)  # or the transfers in flight would pile up
                 del array, leaf

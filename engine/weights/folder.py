@@ -22,7 +22,7 @@ from engine.config import nearest
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.text.tokenizer import Tokenizer
 from engine.types import UserError
-from engine.weights import lora, lora_files
+from engine.weights import embeddings, lora, lora_files
 from engine.weights.component import (
     DIFFUSERS_VERSION,
     KINDS,
@@ -64,15 +64,17 @@ def load_folder(
     variant: str | None = None,
     place: Place | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    words: Sequence[str | Path] = (),
 ) -> Model:
     """Reads a whole model; `dtype`, `variant`, `place` as in `load_component`.
 
     Args:
       loras: files (see engine.weights.lora_files) and scales. They are merged in float32, before the cast.
+      words: files of embeddings (see engine.weights.embeddings), which the model then knows, too.
 
     Raises:
       UserError: no such folder, or anything in it is missing, broken or of a kind that the engine lacks; or
-        a LoRA that is not for this model.
+        a LoRA or an embedding that is not for this model.
     """
     folder = Path(os.path.expanduser(path))  # unlike Path's own, silent about users that do not exist
     scheduler_class = read_index(folder)["scheduler"]
@@ -81,14 +83,20 @@ def load_folder(
     options = read_json(scheduler_file) | {"_class_name": scheduler_class}
     scheduler = SchedulerConfig.from_json(options, str(scheduler_file))
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    change = None
-    if loras:
-        configs = {kind: read_config(folder / kind / "config.json", kind) for kind in lora.KINDS}
-        change = lora_files.read_all(loras, configs)
-    parts = {kind: load_component(folder / kind, kind, dtype, variant, place, change) for kind in KINDS}
+    configs = {kind: read_config(folder / kind / "config.json", kind) for kind in lora.KINDS}
+    learned = embeddings.read_all(words, tokenizer, configs["text_encoder"].hidden_size)
+    changes = [lora_files.read_all(loras, configs)] if loras else []
+    changes += [learned.change] if learned else []
+    parts = {kind: load_component(folder / kind, kind, dtype, variant, place, changes) for kind in KINDS}
     model = Model(**parts, tokenizer=tokenizer, scheduler=scheduler)
     _check_parts_fit(model, folder)
-    return model
+    return with_words(model, learned) if learned else model
+
+
+def with_words(model: Model, learned: embeddings.Words) -> Model:
+    """The model, whose table of words has those that were learned in it, with all that goes by its length."""
+    text_encoder = learned.resized(model.text_encoder)
+    return dataclasses.replace(model, text_encoder=text_encoder, tokenizer=learned.tokenizer)
 
 
 def _check_parts_fit(model: Model, folder: Path) -> None:

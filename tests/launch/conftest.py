@@ -42,8 +42,8 @@ def load_once():
     """engine.load with a memory: what it has compiled serves all tests."""
     cached = functools.cache(pipeline.load)
 
-    def load(model, dtype, parallel, lora=()):
-        return cached(model, dtype, parallel, lora)
+    def load(model, dtype, parallel, lora=(), embeddings=()):
+        return cached(model, dtype, parallel, lora, embeddings)
 
     load.cache_clear = cached.cache_clear
     return load

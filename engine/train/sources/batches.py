@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from engine.text.tokenizer import Tokenizer
 from engine.train.buckets import Order, nearest_shape, shapes
 from engine.train.data import Batch, BatchAt, shuffled
 from engine.train.sources.finding import open_source
-from engine.train.sources.item import Unusable
+from engine.train.sources.item import Accept, Unusable, required
 from engine.train.sources.pictures import Look, Pictures
 from engine.train.sources.pixels import Crop
 from engine.train.sources.skipped import Skipped
@@ -28,6 +28,7 @@ from engine.types import UserError
 
 CROP = 2  # what is drawn, in seeds; see engine.train.buckets
 Rows = tuple[np.ndarray, list[str]]  # pictures and captions
+Reword = Callable[[Sequence[str], int, int], list[str]]  # (captions, step, place of the first in the batch)
 
 
 def training_batches(
@@ -40,6 +41,8 @@ def training_batches(
     process: int = 0,
     processes: int = 1,
     keep_tags: int | None = None,
+    accept: Accept = required,
+    reword: Reword | None = None,
 ) -> BatchAt:
     """The pictures of a config, or the drawn scenes where it names none.
 
@@ -50,6 +53,8 @@ def training_batches(
       workdir: for skipped.jsonl, the list of what was left out, and data.json, which tells other data.
       process, processes: each host makes its part of the batch, rows process * n to (process + 1) * n.
       keep_tags: None, or captions are `engine.train.data.shuffled`.
+      accept: says which captions can be used; pictures with others are skipped.
+      reword: what stands in for the captions.
 
     Returns:
       step -> {"image": uint8 (B / processes, H, W, 3), "ids": int32 (B / processes, L)}.
@@ -62,12 +67,14 @@ def training_batches(
         raise UserError(f"batch_size={batch_size}: write a multiple of the {processes} processes")
     share = batch_size // processes
     first = process * share
-    rows = _rows(config, batch_size, config.size or size, workdir, process)
+    rows = _rows(config, batch_size, config.size or size, workdir, process, accept)
 
     def batch_at(step: int) -> Batch:
         images, captions = rows(step, first, share)
         if tokenizer is None:
             return {"image": images}
+        if reword is not None:
+            captions = reword(captions, step, first)
         if keep_tags is not None:
             captions = shuffled(captions, config.seed, step, keep_tags, first)
         return {"image": images, "ids": tokenizer.encode(captions)}
@@ -76,7 +83,7 @@ def training_batches(
 
 
 def _rows(
-    config: DataConfig, batch_size: int, size: int, workdir: pathlib.Path, process: int
+    config: DataConfig, batch_size: int, size: int, workdir: pathlib.Path, process: int, accept: Accept
 ) -> Callable[[int, int, int], Rows]:
     """(step, first row, number of rows) -> pictures and captions."""
     if not config.paths:
@@ -85,7 +92,7 @@ def _rows(
         ]
     workdir.mkdir(parents=True, exist_ok=True)
     skipped = Skipped(workdir / ("skipped.jsonl" if process == 0 else f"skipped-{process}.jsonl"))
-    batches = PictureBatches(config, batch_size, size, skipped)
+    batches = PictureBatches(config, batch_size, size, skipped, accept)
     if process == 0:
         print(batches.summary(), flush=True)
         _same_data(workdir / "data.json", batches.fingerprint)
@@ -106,11 +113,18 @@ class PictureBatches:
     fingerprint, which is that of the same pictures, wherever they lie.
     """
 
-    def __init__(self, config: DataConfig, batch_size: int, size: int, skipped: Skipped):
+    def __init__(
+        self,
+        config: DataConfig,
+        batch_size: int,
+        size: int,
+        skipped: Skipped,
+        accept: Accept = required,
+    ):
         self._config, self._batch_size, self._skipped = config, batch_size, skipped
         self._pool = concurrent.futures.ThreadPoolExecutor(config.workers, "decode")
         self._pictures = Pictures(
-            [open_source(path, config.kind, config.caption_field) for path in config.paths]
+            [open_source(path, config.kind, config.caption_field) for path in config.paths], accept
         )
         among = shapes(size, config.buckets, config.multiple, config.max_aspect)
         shape_of, digests = self._look_at_all(among)

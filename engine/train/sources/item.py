@@ -4,6 +4,7 @@ import io
 import json
 import os
 import stat
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 CAPTIONS = ("caption", "text", "prompt")  # what the field is called, the first that is there
@@ -18,6 +19,17 @@ NOT_UTF8 = "the caption is not UTF-8"
 
 class Unusable(Exception):
     """A picture that cannot be trained on, and why, in a few words."""
+
+
+# a caption, None where there is none -> the caption to train on; raises Unusable
+Accept = Callable[[str | None], str]
+
+
+def required(caption: str | None) -> str:
+    """The caption; Unusable without one."""
+    if caption is None:
+        raise Unusable(NO_CAPTION)
+    return caption
 
 
 class Item(NamedTuple):

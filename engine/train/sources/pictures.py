@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from engine.finish import SETTINGS_KEY
-from engine.train.sources.item import NO_CAPTION, Item, Source, Unusable, caption_in_json
+from engine.train.sources.item import Accept, Item, Source, Unusable, caption_in_json, required
 from engine.train.sources.pixels import Crop, read_header, read_pixels
 
 AT_ONCE = 256  # pictures that a thread looks at before it takes others
@@ -29,8 +29,8 @@ class Look(NamedTuple):
 class Pictures:
     """Pictures by number. Threads may read at once."""
 
-    def __init__(self, sources: Sequence[Source]):
-        self._sources = sources
+    def __init__(self, sources: Sequence[Source], accept: Accept = required):
+        self._sources, self._accept = sources, accept
         self.ends = list(itertools.accumulate(map(len, sources)))  # of each source's numbers
 
     def __len__(self) -> int:
@@ -41,12 +41,12 @@ class Pictures:
         return source.name(i)
 
     def look(self, number: int) -> Look:
-        """Raises Unusable for what cannot be read, and where there is no caption."""
+        """Raises Unusable for what cannot be read, and where the caption is not accepted."""
         item = self._open(number)
         with item.file as file:
             header = read_header(file, SETTINGS_KEY)
             caption = item.caption if item.caption is not None else _caption_inside(header.settings)
-        told = f"{header.width} {header.height} {caption}".encode()
+        told = f"{header.width} {header.height} {self._accept(caption)}".encode()
         return Look(header.width, header.height, hashlib.sha256(told).digest()[:8])
 
     def read(self, number: int, width: int, height: int, crop: Crop) -> tuple[np.ndarray, str]:
@@ -57,7 +57,7 @@ class Pictures:
             if caption is None:
                 caption = _caption_inside(read_header(file, SETTINGS_KEY).settings)
                 file.seek(0)
-            return read_pixels(file, width, height, crop), caption
+            return read_pixels(file, width, height, crop), self._accept(caption)
 
     def look_at_all(
         self, pool: concurrent.futures.Executor, judge: Callable[[Look], None]
@@ -92,7 +92,7 @@ class Pictures:
         return source.read(i)
 
 
-def _caption_inside(settings: str | None) -> str:
+def _caption_inside(settings: str | None) -> str | None:
     if settings is None:
-        raise Unusable(NO_CAPTION)
+        return None
     return caption_in_json(settings.encode("utf-8", "surrogatepass"), "prompt")

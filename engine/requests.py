@@ -1,0 +1,47 @@
+"""What goes through a pipeline: what is asked for, how it is drawn, and what comes out."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+Context = Float[np.ndarray, "L D"]  # of one prompt, on the host
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to draw, checked and complete."""
+
+    steps: int
+    sampler: str
+    guidance_scale: float
+    height: int
+    width: int
+    batch_size: int  # pictures a device
+
+
+class Request(NamedTuple):
+    """One picture: what it shows, and the address of its noise."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    index: int
+    guidance_scale: float
+
+
+class Frames(NamedTuple):
+    """Stages on the way of each picture, decoded, from static to picture."""
+
+    noisy: UInt8[np.ndarray, "B N H W 3"]  # the latent at that stage, at unit variance
+    denoised: UInt8[np.ndarray, "B N H W 3"]  # what the model makes of it
+
+
+class Batch(NamedTuple):
+    """Pictures that are done."""
+
+    first: int  # position of the first in the list of prompts
+    images: UInt8[np.ndarray, "B H W 3"]
+    spoilt: list[int]  # positions in this batch that met a NaN or an infinity
+    frames: Frames | None

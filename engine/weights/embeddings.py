@@ -1,0 +1,170 @@
+"""Embeddings of textual inversion (Gal et al. 2022): new words of a model, in files of a few kilobytes.
+
+    {"<my-thing>": (N, D)}   as PyTorch diffusers writes it and its `load_textual_inversion` reads it
+    {"emb_params": (N, D)}   as AUTOMATIC1111's web UI does; the word is the file's name
+
+A word of N vectors is N tokens, see engine.text.tokenizer. What a model learns of it are as many rows more in
+the table that gives each token of a prompt its vector.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Float
+
+from engine.text.tokenizer import Tokenizer
+from engine.types import Params, UserError
+from engine.weights import names
+from engine.weights.component import PICKLES, Component, abstract, listed
+from engine.weights.files import new_file
+from engine.weights.safetensors_io import DTYPES, read_header, read_tensor, write
+
+FILE = "learned_embeds.safetensors"  # in a folder
+NAMELESS = "emb_params"
+TABLE: names.Path = ("text_model", "embeddings", "token_embedding", "embedding")  # of the text encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """A word, and the vectors that stand for it."""
+
+    token: str
+    vectors: Float[np.ndarray, "N D"]
+
+
+# ---- files
+
+
+def save(path: str | Path, embedding: Embedding) -> Path:
+    """Writes a file in the format of diffusers, whole or not at all, and returns its path.
+
+    Args:
+      path: FILE.safetensors; anything else is a folder, and the file in it has the name that diffusers gives.
+
+    Raises:
+      OSError: no space left, or the place cannot be written.
+    """
+    path = Path(os.path.expanduser(path))
+    path = path if path.suffix == ".safetensors" else path / FILE
+    vectors = np.asarray(embedding.vectors, np.float32)
+    shapes, dtypes = {embedding.token: vectors.shape}, {embedding.token: vectors.dtype}
+    with new_file(path) as new:
+        write(new, shapes, dtypes, lambda _: vectors)
+    return path
+
+
+def find(path: str | Path) -> Path:
+    """The file of an embedding: `path`, or the one that diffusers writes into a folder; UserError without."""
+    path = Path(os.path.expanduser(path))
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"no embedding {path}: write the path of a .safetensors file, or of a folder with {FILE}"
+        )
+    if path.name.endswith(PICKLES):
+        raise UserError(
+            f"{path} is in a format that is never opened because it can run code: convert it with PyTorch, "
+            f'safetensors.torch.save_file({{"{NAMELESS}": v}}, "{path.stem}.safetensors"), where v is the '
+            f'tensor in torch.load("{path.name}", weights_only=True)'
+        )
+    return path
+
+
+def read(path: str | Path) -> Embedding:
+    """Reads a file in either format.
+
+    Raises:
+      UserError: no file, a broken one, or one that holds something else; in one line.
+    """
+    path = find(path)
+    header = read_header(path)
+    if {"clip_l", "clip_g"} <= header.keys():
+        raise UserError(f"{path} was made for another model: Stable Diffusion XL, with two text encoders")
+    key, tensor = next(iter(header.items()), ("", None))
+    # (D,) is what diffusers wrote before words of several vectors
+    if len(header) != 1 or len(tensor.shape) not in (1, 2) or not math.prod(tensor.shape) or not key.strip():
+        raise UserError(
+            f'{path} holds no embedding, such as {{"<my-thing>": (1, 768)}} or {{"{NAMELESS}": (1, 768)}}; '
+            f"it holds {listed([f'{name} {each.shape}' for name, each in header.items()], 3)}"
+        )
+    if tensor.code not in DTYPES:
+        raise UserError(f"{path}: {key} is {tensor.code}; write it as one of {', '.join(DTYPES)}")
+    with open(path, "rb") as file:
+        vectors = read_tensor(file, key, tensor).astype(np.float32)
+    if not np.isfinite(vectors).all():
+        raise UserError(f"{path}: {key} holds a NaN or an infinity: train it again, or get another file")
+    return Embedding(path.stem if key == NAMELESS else key, np.atleast_2d(vectors))
+
+
+# ---- what a model becomes with them
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What a model knows beside its own words."""
+
+    tokenizer: Tokenizer  # its own, and these
+    ids: list[int]
+    vectors: Float[np.ndarray, "N D"]  # of each id
+
+    def read_in(self, prompt: str) -> bool:
+        """Whether the model reads all of their vectors in a prompt, none of which lies behind its end."""
+        return bool(np.isin(self.ids, self.tokenizer.encode([prompt])[0]).all())
+
+    def change(self, name: str, array: np.ndarray) -> np.ndarray:
+        """A `component.Change` that puts them into the table of the text encoder."""
+        return self.table(array) if name == ".".join(("text_encoder", *TABLE)) else array
+
+    def table(self, table: np.ndarray) -> np.ndarray:
+        """A table (V, D) with these rows in it, and as many more as that takes; in float32."""
+        found = np.zeros((max(len(table), max(self.ids) + 1), table.shape[1]), np.float32)
+        found[: len(table)] = table
+        found[self.ids] = self.vectors
+        return found
+
+    def resized(self, text_encoder: Component) -> Component:
+        """The text encoder, which has their table, with a config that says so."""
+        table = traverse_util.flatten_dict(text_encoder.params)[TABLE]
+        config = dataclasses.replace(text_encoder.config, vocab_size=len(table))
+        graphdef, _ = abstract("text_encoder", config)
+        return dataclasses.replace(text_encoder, config=config, graphdef=graphdef)
+
+
+def with_rows(params: Params, ids: Sequence[int], vectors: Float[Array, "N D"]) -> Params:
+    """A text encoder's params with these vectors in the rows `ids` of its table. Pure."""
+    flat = traverse_util.flatten_dict(params)
+    flat[TABLE] = flat[TABLE].at[np.array(ids)].set(vectors.astype(flat[TABLE].dtype))
+    return traverse_util.unflatten_dict(flat)
+
+
+def read_all(files: Sequence[str | Path], tokenizer: Tokenizer, width: int) -> Words | None:
+    """Reads the embeddings of a model; None without any.
+
+    Args:
+      tokenizer: the model's own.
+      width: D, of the model's text encoder.
+
+    Raises:
+      UserError: as `read`; or one is for another model, or its word is taken.
+    """
+    ids, vectors = [], []
+    for file in files:
+        path, embedding = find(file), read(file)
+        if embedding.vectors.shape[1] != width:
+            raise UserError(
+                f"{path} was made for another model: its vectors have {embedding.vectors.shape[1]} numbers, "
+                f"those of this model's words {width}"
+            )
+        try:
+            tokenizer, own = tokenizer.with_token(embedding.token, len(embedding.vectors))
+        except UserError as error:
+            named = "rename the file" if embedding.token == path.stem else "train it with another placeholder"
+            raise UserError(f"{path}: {error}: {named}, and name each file once") from None
+        ids += own
+        vectors.append(embedding.vectors)
+    return Words(tokenizer, ids, np.concatenate(vectors)) if vectors else None
