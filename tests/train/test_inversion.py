@@ -104,17 +104,18 @@ def test_it_begins_as_the_initializer(config, model, count):
 def test_gradients_are_those_of_the_new_rows_alone(config):
     """dL/dv is what dL/dW of the whole table has in the rows of the word."""
     task = finetune.begin(config(num_vectors=2))
+    inverted, frozen = finetune.objective(config(num_vectors=2), task)
     parts = (task.model.unet.graphdef, task.model.text_encoder.graphdef, task.model.vae.graphdef)
     loss = objectives.text_to_image_loss(*parts, task.model.scheduler, config().finetune)
     ids = task.model.tokenizer.encode(["a <red> fox", "<red>", "a fox", "at <red>"])
     batch = {"image": jnp.full((4, 16, 16, 3), 200, jnp.uint8), "ids": ids}
 
     def whole(params):
-        rest = {name: value for name, value in task.frozen.items() if name != "unet"}
-        return loss(task.frozen["unet"], rest | {"text_encoder": params}, batch, jax.random.key(0))[0]
+        rest = {name: value for name, value in frozen.items() if name != "unet"}
+        return loss(frozen["unet"], rest | {"text_encoder": params}, batch, jax.random.key(0))[0]
 
     def own(params):
-        return task.loss(params, task.frozen, batch, jax.random.key(0))[0]
+        return inverted(params, frozen, batch, jax.random.key(0))[0]
 
     value, grads = jax.jit(jax.value_and_grad(own))(task.params)
     wanted, full = jax.jit(jax.value_and_grad(whole))(task.model.text_encoder.params)
@@ -152,11 +153,12 @@ def test_a_short_training_lowers_the_loss(config, tmp_path):
     file = finetune.train(told, tmp_path)
     task = finetune.begin(told)
     batch_at = finetune.batches(told, task, tmp_path)
-    loss = jax.jit(lambda params, batch, key: task.loss(params, task.frozen, batch, key)[0])
+    loss, frozen = finetune.objective(told, task)
+    value = jax.jit(lambda params, batch, key: loss(params, frozen, batch, key)[0])
 
     def mean(vectors):
         keys = jax.random.split(jax.random.key(1), 20)
-        return np.mean([loss({"embedding": vectors}, batch_at(100 + i), key) for i, key in enumerate(keys)])
+        return np.mean([value({"embedding": vectors}, batch_at(100 + i), key) for i, key in enumerate(keys)])
 
     before, after = mean(task.params["embedding"]), mean(embeddings.read(file).vectors)
     assert after < 0.97 * before, (before, after)

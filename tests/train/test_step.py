@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine.config import OptimConfig, StageConfig
-from engine.train import optim, step
+from engine.config import ObjectiveConfig, OptimConfig, StageConfig
+from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.train import objectives, optim, step
+from engine.train.finetune import over_parts
+from tests.tiny import tiny_model
 
 
 def squares(params, frozen, batch, key):
@@ -165,11 +168,13 @@ def test_gradients_that_compute_again_are_the_same_and_keep_less():
 
 def test_a_unet_may_keep_what_its_blocks_give_alone():
     unet = tiny_model().unet
-    loss = over_parts(objectives.cached_loss(unet.graphdef, SchedulerConfig("DDIMScheduler"), OBJECTIVE, 1.0))
+    loss = over_parts(
+        objectives.cached_loss(unet.graphdef, SchedulerConfig("DDIMScheduler"), ObjectiveConfig(), 1.0)
+    )
     rng = np.random.default_rng(0)
     batch = {
-        "mean": rng.standard_normal((2, 8, 8, 4), np.float32),
-        "context": rng.standard_normal((2, 16, 24), np.float32),
+        "mean": jnp.asarray(rng.standard_normal((2, 8, 8, 4), np.float32)),
+        "context": jnp.asarray(rng.standard_normal((2, 16, 24), np.float32)),
     }
     frozen = {"empty_context": jnp.zeros((16, 24))}
 
