@@ -9,7 +9,7 @@ from engine.config import FinetuneConfig, FinetuneStage, OptimConfig
 def get_config() -> FinetuneConfig:
     """For Stable Diffusion: --config.model=FOLDER --config.finetune.compute_dtype=bfloat16, an accelerator.
 
-    With --config.finetune.shard_params=True the state is split over the devices; with remat="dots" a step
+    With --config.finetune.shard_params=True the state is split over the devices; with remat="blocks" a step
     needs less memory and more time.
     """
     return FinetuneConfig(

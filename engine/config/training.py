@@ -62,7 +62,7 @@ class StageConfig:
     accumulate: int = 1  # the parts of a batch whose gradients are averaged: less memory, more time
     compute_dtype: str = "float32"  # or "bfloat16": of the networks; params, averages and optimizer stay
     shard_params: bool = False  # params, averages and optimizer over the devices (FSDP), not a copy on each
-    remat: str = "none"  # or what is kept for the gradient, the rest is computed again: "dots" or "blocks"
+    remat: str = "none"  # "blocks": their insides are computed again for the gradient; "dots": no products
     ema: tuple[float, ...] = (0.999,)  # decays of averages of the params; the first is what a stage ends with
     ema_sigma_rel: tuple[float, ...] = ()  # widths of power-function averages; (0.05, 0.1) serve for all
     ema_snapshot_every: int = 0  # steps between the files that keep them; 0: none

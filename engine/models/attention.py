@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from engine.models.layers import BLOCK, GroupNorm, Identity, conv
+from engine.models import remat
+from engine.models.layers import GroupNorm, Identity, conv
 
 # How many scores a CPU has in memory at a time, 8 MB of them: more leave its caches, and with 32 MB and more
 # the whole was measured up to three times slower.
@@ -217,9 +217,10 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = projection()
 
+    @remat.block
     def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"]) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape
         h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
         for block in self.transformer_blocks:
             h = block(h, context)
-        return checkpoint_name(x + self.proj_out(h.reshape(B, H, W, C)), BLOCK)
+        return x + self.proj_out(h.reshape(B, H, W, C))

@@ -6,12 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from engine.models import remat
 from engine.types import UserError
-
-BLOCK = "block"  # the name of what each block gives, so that training may keep nothing else; see `remat`
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -184,6 +182,7 @@ class ResnetBlock2D(nnx.Module):
         self.output_scale_factor = output_scale_factor
         self.has_shortcut = in_channels != out_channels
 
+    @remat.block
     def __call__(
         self, x: Float[Array, "B H W C"], temb: Float[Array, "B D"] | None = None
     ) -> Float[Array, "B H W O"]:
@@ -200,7 +199,7 @@ class ResnetBlock2D(nnx.Module):
         h = self.conv2(self.act(h))
         if self.has_shortcut:
             x = self.conv_shortcut(x)
-        return checkpoint_name((x + h) / self.output_scale_factor, BLOCK)
+        return (x + h) / self.output_scale_factor
 
 
 class Downsample2D(nnx.Module):

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from engine.config import StageConfig
-from engine.models.layers import BLOCK
+from engine.models.remat import remat
 from engine.train import ema
 from engine.types import Params
 
@@ -117,7 +117,7 @@ def accumulated(gradients: Callable, parts: int) -> Callable:
 
 
 def computed(loss: Loss, config: StageConfig) -> Loss:
-    """`loss`, computed in `config.compute_dtype`, keeping for the gradient what `config.remat` says.
+    """`loss`, computed in `config.compute_dtype`; its networks' blocks heed `config.remat`.
 
     The params that are trained stay float32, and so do their gradients: the cast is part of the loss
     (Micikevicius et al. 2018, section 3.1).
@@ -128,19 +128,11 @@ def computed(loss: Loss, config: StageConfig) -> Loss:
             lambda x: x.astype(config.compute_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
         )
 
-    def lower(params, frozen, batch, key):
-        value, metrics = loss(cast(params), cast(frozen), batch, key)
-        return value.astype(jnp.float32), metrics
+    def chosen(params, frozen, batch, key):
+        with remat(config.remat):
+            if config.compute_dtype == "float32":
+                return loss(params, frozen, batch, key)
+            value, metrics = loss(cast(params), cast(frozen), batch, key)
+            return value.astype(jnp.float32), metrics
 
-    chosen = loss if config.compute_dtype == "float32" else lower
-    return chosen if config.remat == "none" else jax.checkpoint(chosen, policy=POLICIES[config.remat])
-
-
-def is_product(primitive: Any, *_, **__) -> bool:
-    """Whether the primitive multiplies matrices, convolutions included: dear to compute again."""
-    return primitive.name in ("dot_general", "conv_general_dilated")
-
-
-# remat -> what is kept from the loss for its gradient; the rest is computed again (Chen et al. 2016). To keep
-# nothing of the whole loss would save nothing: its backward half begins with all of the forward half.
-POLICIES = {"dots": is_product, "blocks": jax.checkpoint_policies.save_only_these_names(BLOCK)}
+    return chosen

@@ -11,7 +11,7 @@ import tempfile
 from tests.faults import kills as faults
 from tests.faults.training import School, kill_and_go_on
 
-PICTURES_A_KILL, STEPS_A_KILL = 160, 1000  # so that the work outlives its killers
+PICTURES_A_KILL, STEPS_A_KILL = 160, 100  # so that the work outlives its killers
 
 
 def main() -> None:

@@ -13,7 +13,10 @@ from PIL import Image
 from tests.faults.kills import ROOT, check, ended, kill
 from tests.tiny import tiny_folder
 
-LONGEST_LIFE = 30.0  # seconds; about ten go by before the first step
+STARTING = 8.0  # seconds or so before the first step
+LONGEST_LIFE = 3.0  # seconds after the first checkpoint of a life
+DIES_STARTING = 0.2  # the share of lives that end before
+LONGEST_START = 300.0  # seconds, on a machine that is very busy
 
 
 class School:
@@ -48,6 +51,19 @@ class School:
         return file.read_bytes()
 
 
+def live(school: School, run: str, program: subprocess.Popen, dice: random.Random) -> None:
+    """Waits for the moment of the next kill: while it starts, or soon after its first checkpoint."""
+    if dice.random() < DIES_STARTING:
+        time.sleep(dice.uniform(0, STARTING))
+        return
+    before, deadline = school.steps(run), time.monotonic() + LONGEST_START
+    while school.steps(run) == before:
+        assert program.poll() is None, "the training ended by itself: see told.txt"
+        assert time.monotonic() < deadline, "no checkpoint"
+        time.sleep(0.01)
+    time.sleep(dice.uniform(0, LONGEST_LIFE))
+
+
 def kill_and_go_on(
     school: School, run: str, kills: int, dice: random.Random, tell: Callable[[str], None] = print
 ) -> None:
@@ -56,7 +72,7 @@ def kill_and_go_on(
         for number in range(kills):
             with open(school.folder / "told.txt", "ab") as told:
                 alive.append(subprocess.Popen(school.command(run), cwd=ROOT, stdout=told, stderr=told))
-            time.sleep(dice.uniform(0, LONGEST_LIFE))
+            live(school, run, alive[-1], dice)
             kill(alive.pop())
             tell(f"kill {number + 1} of {kills}: the newest checkpoint is of step {school.steps(run)}")
     check(school.command(run), None)
