@@ -5,9 +5,10 @@ import random
 import pytest
 
 from tests.faults import kills as faults
+from tests.faults.training import School, kill_and_go_on
 
-KILLS, ELASTIC_KILLS = 5, 4
-PICTURES = 400
+KILLS, ELASTIC_KILLS, TRAINING_KILLS = 5, 4, 3
+PICTURES, STEPS = 400, 400
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +34,10 @@ def test_workers_that_come_and_go(shop, right, tmp_path):
     faults.come_and_go(shop, tmp_path / "out", 4, ELASTIC_KILLS, random.Random(2))
     shop.verify(tmp_path / "out")
     assert faults.hashes(tmp_path / "out") == right
+
+
+def test_a_training_that_is_killed_ends_as_one_that_was_not(tmp_path):
+    school = School(tmp_path, STEPS)
+    faults.check(school.command("undisturbed"), None)
+    kill_and_go_on(school, "killed", TRAINING_KILLS, random.Random(3))
+    assert school.weights("killed") == school.weights("undisturbed")
