@@ -115,17 +115,7 @@ def begin(config: FinetuneConfig) -> Task:
     params = {kind: getattr(model, kind).params for kind in config.what.split("+")}
     for kind in params:
         frozen.pop(kind, None)
-    return Task(model, params, frozen, over_parts(loss), None)
-
-
-def over_parts(loss: Loss) -> Loss:
-    """A loss of the U-Net's params as one of {"unet": params, ...}."""
-
-    def of_parts(params, frozen, batch, key):
-        rest = {**frozen, **params}
-        return loss(rest.pop("unet"), rest, batch, key)
-
-    return of_parts
+    return Task(model, params, frozen, objectives.over_parts(loss), None)
 
 
 def with_prior(loss: Loss, weight: float) -> Loss:
