@@ -3,7 +3,7 @@
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ SEEDS = {"autoencoder": 0, "diffusion": 1, "decoder": 2, "words": 3}
 LATENT_SEED = 2**31  # not the training's seeds: scenes of their own
 
 
+@runtime_checkable
 class StageData(Protocol):
     """Of a host, where there are several: its rows of each batch, see `engine.train.data.own_rows`."""
 
