@@ -193,10 +193,10 @@ def _tokenizer(config: TrainConfig, workdir: pathlib.Path, data: StageData) -> T
         return Tokenizer.load(workdir / "tokenizer")
     captions, words = data.texts(CAPTIONS_FOR_TOKENIZER)
     tokenizer = train_tokenizer(captions, config.vocab_size, config.max_tokens, words)
-    longer = sum(tokenizer.cut(caption) is not None for caption in captions)
-    if longer and jax.process_index() == 0:
-        told = f"{longer} of {len(captions)} captions are longer than max_tokens={config.max_tokens}"
-        print(f"tokenizer: {told}; what is behind that is not learned", flush=True)
+    if config.data.paths and jax.process_index() == 0:
+        longer = sum(tokenizer.cut(caption) is not None for caption in captions)
+        told = f"{tokenizer.vocab_size} ids from {len(captions)} captions"
+        print(f"tokenizer: {told}; {longer} are cut at max_tokens={config.max_tokens}", flush=True)
     return tokenizer
 
 
