@@ -5,6 +5,13 @@
   python -m launch.train --config=configs/scenes_small.py --workdir=runs/longer --config.seed=1 \\
     --config.start=engine/assets/scenes-64 --config.autoencoder.steps=0 --config.words.steps=0
 
+On your own pictures with captions, from scratch; or the decoder of such a model alone:
+
+  python -m launch.train --config=configs/own.py --workdir=runs/own --config.data.paths='("pictures",)'
+  python -m launch.train --config=configs/own.py --workdir=runs/sharp --config.data.paths='("pictures",)' \\
+    --config.start=runs/own/model --config.autoencoder.steps=0 --config.diffusion.steps=0 \\
+    --config.decoder.steps=5000
+
 Or trains a model that exists further, on your own pictures:
 
   python -m launch.train --config=configs/finetune.py --workdir=runs/mine --config.data.paths='("pictures",)'
@@ -14,7 +21,10 @@ Or trains a model that exists further, on your own pictures:
 --dry_run builds and compiles all of it, says what it takes in memory and arithmetic, and stops.
 
 From scratch: autoencoder, then text encoder, then U-Net, then the decoder again, then the export to
-WORKDIR/model. With --config.start, a folder, the run begins with its weights, and 0 steps leave a stage out.
+WORKDIR/model. The text encoder's stage knows the drawn scenes alone: with pictures of your own it has no
+steps (words.steps=0) and trains with the U-Net (diffusion.train_text_encoder=True). With --config.start, a
+folder, the run begins with its weights, and 0 steps leave a stage out.
+
 Loss, images/s, time left and, on accelerators, the share of their peak rate (mfu) go to stdout and to
 WORKDIR/metrics.jsonl. Ctrl-C and SIGTERM save before they end the program; what a kill or a power cut leaves
 is the newest checkpoint.
@@ -44,7 +54,7 @@ FLAGS: cli.Groups = {
         "workdir": ("DIR", "for checkpoints, metrics and the model; another run of it goes on"),
     },
     "On how many hosts": {
-        "processes": ("N", "that fine-tune together; without it what SLURM, Open MPI or the TPU pod says"),
+        "processes": ("N", "that train together; without it what SLURM, Open MPI or the TPU pod says"),
         "process_id": ("N", "which of them this is, from 0"),
         "coordinator": ("HOST:PORT", "of process 0; without it what the cluster says"),
     },
@@ -69,10 +79,6 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax tells much
     processes = find_processes(given["processes"], given["process_id"])
     if processes.count > 1:
-        if not isinstance(config, FinetuneConfig):
-            raise UserError(
-                "a model from scratch is trained by one process; write --processes=1 --process_id=0"
-            )
         meet(given["coordinator"], processes.count, processes.id)
     train = finetune.train if isinstance(config, FinetuneConfig) else stages.train
     if given["dry_run"]:

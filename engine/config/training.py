@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 
+from engine.config.data import DataConfig
 from engine.config.reader import nearest
 from engine.errors import UserError
 
@@ -118,7 +119,7 @@ class AutoencoderStage(StageConfig):
 
 @dataclasses.dataclass
 class WordsStage(StageConfig):
-    """The text encoder, from captions alone: what does the scene show?"""
+    """The text encoder, from captions alone: what does the scene show? Of the drawn scenes it is known."""
 
 
 @dataclasses.dataclass
@@ -163,8 +164,9 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass
 class DiffusionStage(ObjectiveConfig, StageConfig):
-    """The U-Net, between an autoencoder and a text encoder that stay as they are."""
+    """The U-Net, behind an autoencoder that stays as it is; the text encoder stays too, or trains with it."""
 
+    train_text_encoder: bool = False  # with the U-Net, by the same loss
     easy: float = 0.0  # the share of scenes of one big thing at the start, none after `easy_steps`
     easy_steps: int = 0
 
@@ -194,6 +196,10 @@ class TrainConfig:
 
     The last stage sharpens pictures without moving the latents that the U-Net learned; 0 steps leave it out.
 
+    `data` names pictures with captions to learn from; none: the drawn scenes. The words' stage asks what a
+    scene shows, which nobody knows of other pictures: there it has 0 steps, and the text encoder trains with
+    the U-Net (`diffusion.train_text_encoder`).
+
     `start` names the folder of a model of the same shape whose weights and tokenizer the run begins with, in
     place of fresh ones. Then 0 steps leave out any stage, and its part stays as it is in the folder.
 
@@ -206,6 +212,7 @@ class TrainConfig:
     vocab_size: int = 1024
     max_tokens: int = 32
     start: str = ""  # a folder; none: everything from scratch
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     vae: dict = dataclasses.field(default_factory=dict)
     unet: dict = dataclasses.field(default_factory=dict)
     text_encoder: dict = dataclasses.field(default_factory=dict)
@@ -217,10 +224,15 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises UserError, saying what to write instead, before anything is compiled."""
+        self.data.validate("data")
+        if self.data.paths:
+            self._check_pictures()
+        else:
+            self._check_scenes()
         for name in ("autoencoder", "words", "diffusion", "decoder"):
-            stage = getattr(self, name)
-            left_out = self.start or name == "decoder"
-            check_stage(name, stage, least_steps=0 if left_out else 1)
+            joined = name == "words" and self.diffusion.train_text_encoder
+            left_out = self.start or name == "decoder" or joined
+            check_stage(name, getattr(self, name), least_steps=0 if left_out else 1)
         self.diffusion.validate("diffusion")
         if not 0 <= self.diffusion.easy <= 1:
             raise UserError(f"diffusion.easy={self.diffusion.easy}: write 0 to 1")
@@ -229,3 +241,36 @@ class TrainConfig:
                 f"diffusion.easy={self.diffusion.easy} for {self.diffusion.easy_steps} steps: "
                 "write easy_steps from 1, or easy=0"
             )
+
+    def _check_pictures(self) -> None:
+        """What goes with pictures that are not drawn."""
+        if self.data.size not in (0, self.image_size):
+            raise UserError(
+                f"data.size={self.data.size} is not image_size={self.image_size}: write image_size alone"
+            )
+        if self.data.buckets > 1 and self.image_size % self.data.multiple:
+            raise UserError(
+                f"image_size={self.image_size}: write a multiple of data.multiple={self.data.multiple}, "
+                "or another data.multiple"
+            )
+        if self.words.steps:
+            raise UserError(
+                f"words.steps={self.words.steps} asks what drawn scenes show, and data.paths are other "
+                "pictures: write words.steps=0 and diffusion.train_text_encoder=True"
+            )
+        if not self.start and not self.diffusion.train_text_encoder:
+            raise UserError(
+                "data.paths from scratch leave the text encoder without training: "
+                "write diffusion.train_text_encoder=True"
+            )
+        if self.diffusion.easy:
+            raise UserError(
+                f"diffusion.easy={self.diffusion.easy} is a share of drawn scenes, and data.paths are other "
+                "pictures: write diffusion.easy=0"
+            )
+
+    def _check_scenes(self) -> None:
+        """The scenes are drawn by the run's own seed, at its own size."""
+        for name, usual in dataclasses.asdict(DataConfig()).items():
+            if name != "kind" and (value := getattr(self.data, name)) != usual:
+                raise UserError(f"data.{name}={value!r} without pictures: write data.paths too")

@@ -7,16 +7,31 @@ import numpy as np
 
 from engine import scenes
 from engine.text.tokenizer import Tokenizer
+from engine.types import UserError
 
 Batch = dict[str, np.ndarray]
 BatchAt = Callable[[int], Batch]  # the batch of a step, a pure function
 
 
-def pictures(seed: int, batch_size: int, size: int) -> BatchAt:
-    """{"image": uint8 (B, size, size, 3)}"""
+def own_rows(batch_size: int, process: int, processes: int) -> tuple[int, int]:
+    """The first row of a batch that one of several hosts makes, and how many. UserError if they differ."""
+    if batch_size % processes:
+        raise UserError(f"batch_size={batch_size}: write a multiple of the {processes} processes")
+    share = batch_size // processes
+    return process * share, share
+
+
+def pictures(seed: int, batch_size: int, size: int, process: int = 0, processes: int = 1) -> BatchAt:
+    """{"image": uint8 (B / processes, size, size, 3)}
+
+    Args:
+      batch_size: of all hosts together.
+      process, processes: each host makes its part of the batch, see `own_rows`; so in all that follows.
+    """
+    first, share = own_rows(batch_size, process, processes)
 
     def batch_at(step: int) -> Batch:
-        return {"image": scenes.batch(seed, step * batch_size, batch_size, size)[0]}
+        return {"image": scenes.batch(seed, step * batch_size + first, share, size)[0]}
 
     return batch_at
 
@@ -29,20 +44,23 @@ def captioned_pictures(
     easy: float = 0.0,
     easy_steps: int = 0,
     keep_tags: int | None = None,
+    process: int = 0,
+    processes: int = 1,
 ) -> BatchAt:
-    """{"image": uint8 (B, size, size, 3), "ids": int32 (B, L)}
+    """{"image": uint8 (B / processes, size, size, 3), "ids": int32 (B / processes, L)}
 
     Args:
       easy: the share of easy scenes at step 0 (see `scenes.sample_scene`); it falls in a line to none at
         step `easy_steps`.
       keep_tags: None, or captions are `shuffled`.
     """
+    first, share = own_rows(batch_size, process, processes)
 
     def batch_at(step: int) -> Batch:
-        share = easy * (1 - step / easy_steps) if step < easy_steps else 0.0
-        images, captions, _ = scenes.batch(seed, step * batch_size, batch_size, size, share)
+        easily = easy * (1 - step / easy_steps) if step < easy_steps else 0.0
+        images, captions, _ = scenes.batch(seed, step * batch_size + first, share, size, easily)
         if keep_tags is not None:
-            captions = shuffled(captions, seed, step, keep_tags)
+            captions = shuffled(captions, seed, step, keep_tags, first)
         return {"image": images, "ids": tokenizer.encode(captions)}
 
     return batch_at
@@ -67,11 +85,17 @@ def shuffled(
     return [shuffle(caption, place) for place, caption in enumerate(captions, first_place)]
 
 
-def captions_with_facts(seed: int, batch_size: int, tokenizer: Tokenizer) -> BatchAt:
-    """{"ids": int32 (B, L), "facts": int32 (B, len(FACTS))}: captions and what is true of their scenes."""
+def captions_with_facts(
+    seed: int, batch_size: int, tokenizer: Tokenizer, process: int = 0, processes: int = 1
+) -> BatchAt:
+    """Captions and what is true of their scenes.
+
+    {"ids": int32 (B / processes, L), "facts": int32 (B / processes, len(FACTS))}
+    """
+    first, share = own_rows(batch_size, process, processes)
 
     def batch_at(step: int) -> Batch:
-        captions, truths = scenes.told(seed, step * batch_size, batch_size)
+        captions, truths = scenes.told(seed, step * batch_size + first, share)
         return {"ids": tokenizer.encode(captions), "facts": np.array([*map(scenes.facts, truths)], np.int32)}
 
     return batch_at

@@ -141,17 +141,7 @@ def objective(config: FinetuneConfig, task: Task) -> tuple[Loss, dict[str, Any]]
         return task.word.loss(loss), frozen
     if task.lora is not None:
         return adapters.lora_loss(loss, task.lora.alphas), frozen
-    return over_parts(loss), {name: own for name, own in frozen.items() if name not in task.params}
-
-
-def over_parts(loss: Loss) -> Loss:
-    """A loss of the U-Net's params as one of {"unet": params, ...}."""
-
-    def of_parts(params, frozen, batch, key):
-        rest = {**frozen, **params}
-        return loss(rest.pop("unet"), rest, batch, key)
-
-    return of_parts
+    return objectives.over_parts(loss), {name: own for name, own in frozen.items() if name not in task.params}
 
 
 def with_prior(loss: Loss, weight: float) -> Loss:

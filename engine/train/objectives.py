@@ -154,3 +154,13 @@ def denoising_loss(
         return losses.mean(), by_timestep(losses, sigma, schedule)
 
     return loss
+
+
+def over_parts(loss: Loss) -> Loss:
+    """A loss of the U-Net's params as one of {"unet": params, ...}."""
+
+    def of_parts(params, frozen, batch, key):
+        rest = {**frozen, **params}
+        return loss(rest.pop("unet"), rest, batch, key)
+
+    return of_parts

@@ -31,6 +31,23 @@ def check_same_run(config: Any, workdir: pathlib.Path, settled: Sequence[str]) -
             )
 
 
+def check_same_pictures(config: TrainConfig, workdir: pathlib.Path) -> None:
+    """Refuses to go on with scenes where a run began with pictures, and with pictures where with scenes.
+
+    Pictures may move and change, as in a fine-tuning.
+    """
+    file = workdir / FILE
+    if not file.exists():
+        return
+    before = bool(read_json(file).get("data", {}).get("paths"))
+    if before != bool(config.data.paths):
+        raise UserError(
+            f"{workdir} holds a run on {'data.paths' if before else 'the drawn scenes'}, not on "
+            f"{'the drawn scenes' if before else 'data.paths'}: give another --workdir, or the config that "
+            "it began with"
+        )
+
+
 def recall(workdir: pathlib.Path) -> TrainConfig | FinetuneConfig:
     """The config of the run there; UserError where there is none."""
     file = workdir / FILE

@@ -31,13 +31,9 @@ def folder(tmp_path_factory):
 
 
 def train(folder, run, steps, devices, processes=1, shard_params=False):
-    """launch.train in so many processes, each with so many simulated devices; what they tell."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{found.getsockname()[1]}"
+    """A fine-tuning, as `launched`."""
     flags = [
         "--config=configs/finetune.py",
-        f"--workdir={folder / run}",
         f"--config.model={folder / 'model'}",
         f"--config.data.paths=('{folder / 'pictures'}',)",
         f"--config.finetune.steps={steps}",
@@ -47,6 +43,14 @@ def train(folder, run, steps, devices, processes=1, shard_params=False):
         "--config.finetune.optim.decay_steps=0",
         f"--config.finetune.shard_params={shard_params}",
     ]
+    return launched(folder / run, flags, devices, processes)
+
+
+def launched(workdir, flags, devices, processes):
+    """launch.train in so many processes, each with so many simulated devices; what they tell."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{found.getsockname()[1]}"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -56,7 +60,7 @@ def train(folder, run, steps, devices, processes=1, shard_params=False):
         workers = []
         for i in range(processes):
             own = [f"--processes={processes}", f"--process_id={i}", f"--coordinator={coordinator}"]
-            command = [sys.executable, "-m", "launch.train", *flags, *own]
+            command = [sys.executable, "-m", "launch.train", f"--workdir={workdir}", *flags, *own]
             worker = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -73,13 +77,13 @@ def train(folder, run, steps, devices, processes=1, shard_params=False):
     return told
 
 
-def losses(folder, run):
-    lines = (folder / run / "metrics.jsonl").read_text().splitlines()
-    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+def losses(folder, run, stage="finetune"):
+    lines = map(json.loads, (folder / run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if line["stage"] == stage}
 
 
-def weights(folder, run):
-    params = load_component(folder / run / "model" / "unet", "unet").params
+def weights(folder, run, kind="unet"):
+    params = load_component(folder / run / "model" / kind, kind).params
     return np.concatenate([np.ravel(leaf) for leaf in _leaves(params)])
 
 
@@ -101,3 +105,27 @@ def test_two_processes_train_and_save_and_one_goes_on(folder, shard_params):
     for step in (3, 5):
         assert losses(folder, run)[step] == pytest.approx(losses(folder, "alone")[step], rel=1e-4)
     np.testing.assert_allclose(weights(folder, run), weights(folder, "alone"), atol=2e-3)
+
+
+@pytest.mark.parametrize("data", ["scenes", "pictures"])
+def test_two_processes_train_a_model_from_scratch(folder, data):
+    """Tokenizer, latents' scale and model are the first one's; the losses are those of a single process."""
+    flags = ["--config=tests/train/tiny_run.py", "--config.words.steps=2", "--config.decoder.steps=1"]
+    flags += [f"--config.{stage}.steps=3" for stage in ("autoencoder", "diffusion")]
+    flags += [f"--config.{stage}.batch_size=4" for stage in ("autoencoder", "words", "diffusion", "decoder")]
+    if data == "pictures":
+        flags += [f"--config.data.paths=('{folder / 'pictures'}',)", "--config.words.steps=0"]
+        flags += ["--config.diffusion.train_text_encoder=True", "--config.diffusion.easy=0.0"]
+    told = launched(folder / f"{data}-two", flags, devices=1, processes=2)
+    assert "model:" in told[0] and "model:" not in told[1]
+    launched(folder / f"{data}-one", flags, devices=1, processes=1)
+    for stage in ("autoencoder", "words", "diffusion", "decoder"):
+        two, one = (losses(folder, f"{data}-{run}", stage) for run in ("two", "one"))
+        last = max(one, default=None)
+        assert (last is None) == (stage == "words" and data == "pictures")
+        assert last is None or two[last] == pytest.approx(one[last], rel=1e-3)
+    for kind in ("vae", "text_encoder", "unet"):
+        two, one = (weights(folder, f"{data}-{run}", kind) for run in ("two", "one"))
+        np.testing.assert_allclose(two, one, atol=2e-3)
+    files = [(folder / f"{data}-{run}/model/tokenizer/tokenizer.json").read_bytes() for run in ("two", "one")]
+    assert files[0] == files[1]

@@ -1,7 +1,8 @@
-"""Training steps, as all that is tiny, are compiled quickly."""
+"""Training steps, as all that is tiny, are compiled quickly; and runs that are disturbed."""
 
 import pytest
 
+from engine.train import loop
 from tests.tiny import compiled_quickly
 
 
@@ -9,3 +10,26 @@ from tests.tiny import compiled_quickly
 def quick_compiler():
     with compiled_quickly():
         yield
+
+
+@pytest.fixture
+def in_stage(monkeypatch):
+    """Calls `happen` when `stage`, and no other, asks for the batch of `step`; once."""
+    draw, running, plans = loop.batches, [], []
+
+    class Progress(loop.Progress):
+        """Made once a stage, before its first batch: tells which one runs."""
+
+        def __init__(self, name, *args):
+            super().__init__(name, *args)
+            running[:] = [name]
+
+    def watched_batches(batch_at, first_step):
+        for i, batch in enumerate(draw(batch_at, first_step), first_step):
+            if plans and plans[0][:2] == (running[0], i):
+                plans.pop()[2]()
+            yield batch
+
+    monkeypatch.setattr(loop, "Progress", Progress)
+    monkeypatch.setattr(loop, "batches", watched_batches)
+    return lambda stage, step, happen: plans.append((stage, step, happen))

@@ -15,7 +15,7 @@ from engine.diffusion.losses import diffusion_loss
 from engine.diffusion.scheduler_config import FLOW, SchedulerConfig
 from engine.diffusion.schedules import schedule_for
 from engine.text.tokenizer import train_tokenizer
-from engine.train import data, objectives, optim, stages, step
+from engine.train import data, objectives, optim, scaling, stages, step
 from engine.types import UserError
 from tests.tiny import CAPTIONS, tiny_tokenizer
 from tests.train.tiny_run import get_config
@@ -58,7 +58,7 @@ def denoising(parts, scheduler=SCHEDULER, **objective):
 
 def scaled(vae, images):
     """The autoencoder with latents of about unit variance."""
-    return dataclasses.replace(vae, params=stages.in_units_of_pixels(vae, vae.params, images))
+    return dataclasses.replace(vae, params=scaling.in_units_of_pixels(vae, vae.params, images))
 
 
 def run(loss, params, frozen, batch_at, steps, learning_rate, decay_steps=0):

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import engine
-from engine.train import loop, stages
+from engine.train import stages
 from engine.types import UserError
 from launch import cli, train
 from tests.train.tiny_run import EVERY, STEPS, assert_same_arrays, get_config, saved, steps_in
@@ -43,29 +43,6 @@ def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     assert stages.train(get_config(), workdir) == workdir / "model"
     return workdir
-
-
-@pytest.fixture
-def in_stage(monkeypatch):
-    """Calls `happen` when `stage`, and no other, asks for the batch of `step`; once."""
-    draw, running, plans = loop.batches, [], []
-
-    class Progress(loop.Progress):
-        """Made once a stage, before its first batch: tells which one runs."""
-
-        def __init__(self, name, *args):
-            super().__init__(name, *args)
-            running[:] = [name]
-
-    def watched_batches(batch_at, first_step):
-        for i, batch in enumerate(draw(batch_at, first_step), first_step):
-            if plans and plans[0][:2] == (running[0], i):
-                plans.pop()[2]()
-            yield batch
-
-    monkeypatch.setattr(loop, "Progress", Progress)
-    monkeypatch.setattr(loop, "batches", watched_batches)
-    return lambda stage, step, happen: plans.append((stage, step, happen))
 
 
 class PowerCut(BaseException):

@@ -8,7 +8,7 @@ import pytest
 from engine import scenes
 from engine.train import data
 from engine.train.objectives import applier, to_float
-from engine.train.stages import METRIC_IMAGES, in_units_of_pixels, pixel_metric
+from engine.train.scaling import METRIC_IMAGES, in_units_of_pixels, pixel_metric
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

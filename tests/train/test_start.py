@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine.train import stages
+from engine.train.stage_data import Scenes
 from engine.types import UserError
 from engine.weights.folder import Model, load_folder, save_folder
 from tests.train.tiny_run import get_config
@@ -19,7 +20,7 @@ def folder(tmp_path_factory):
     config = get_config()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "CAPTIONS_FOR_TOKENIZER", 200)
-        tokenizer = stages._tokenizer(config, tmp_path_factory.mktemp("none"))
+        tokenizer = stages._tokenizer(config, tmp_path_factory.mktemp("none"), Scenes(config))
     scheduler = stages._scheduler(config)
     model = Model(**stages.components(config, tokenizer), tokenizer=tokenizer, scheduler=scheduler)
     path = tmp_path_factory.mktemp("start") / "model"

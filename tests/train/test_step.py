@@ -8,7 +8,6 @@ import pytest
 from engine.config import ObjectiveConfig, OptimConfig, StageConfig
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.train import objectives, optim, step
-from engine.train.finetune import over_parts
 from tests.tiny import tiny_model
 
 

@@ -10,7 +10,11 @@ from configs import scenes_small
 from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, TrainConfig, WordsStage
 
 STEPS, EVERY = 7, 3
-OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=2, decay_steps=3)
+
+
+def optimizing() -> OptimConfig:
+    """Of each stage its own, so that a test may change it."""
+    return OptimConfig(learning_rate=1e-2, warmup_steps=2, decay_steps=3)
 
 
 def get_config() -> TrainConfig:
@@ -44,8 +48,8 @@ def get_config() -> TrainConfig:
             "projection_dim": 16,
         },
         scheduler=scenes_small.get_config().scheduler,
-        autoencoder=AutoencoderStage(steps=STEPS, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
-        words=WordsStage(steps=STEPS, batch_size=4, checkpoint_every=EVERY, optim=OPTIM),
+        autoencoder=AutoencoderStage(steps=STEPS, batch_size=2, checkpoint_every=EVERY, optim=optimizing()),
+        words=WordsStage(steps=STEPS, batch_size=4, checkpoint_every=EVERY, optim=optimizing()),
         diffusion=DiffusionStage(
             steps=STEPS,
             batch_size=2,
@@ -54,11 +58,11 @@ def get_config() -> TrainConfig:
             ema_sigma_rel=(0.05, 0.1),
             ema_snapshot_every=EVERY,
             checkpoint_every=EVERY,
-            optim=OPTIM,
+            optim=optimizing(),
             easy=0.5,
             easy_steps=5,
         ),
-        decoder=AutoencoderStage(steps=2, batch_size=2, checkpoint_every=EVERY, optim=OPTIM),
+        decoder=AutoencoderStage(steps=2, batch_size=2, checkpoint_every=EVERY, optim=optimizing()),
     )
 
 

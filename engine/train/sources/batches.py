@@ -6,11 +6,13 @@ of a later batch stands in, so that which pictures a step sees still follows fro
 """
 
 import concurrent.futures
+import copy
 import functools
 import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from engine import scenes
 from engine.config import DataConfig
 from engine.text.tokenizer import Tokenizer
 from engine.train.buckets import Order, nearest_shape, shapes
-from engine.train.data import Batch, BatchAt, shuffled
+from engine.train.data import Batch, BatchAt, own_rows, shuffled
 from engine.train.sources.finding import open_source
 from engine.train.sources.item import Accept, Unusable, required
 from engine.train.sources.pictures import Look, Pictures
@@ -26,9 +28,12 @@ from engine.train.sources.pixels import Crop
 from engine.train.sources.skipped import Skipped
 from engine.types import UserError
 
-CROP = 2  # what is drawn, in seeds; see engine.train.buckets
+T = TypeVar("T")
+CROP, SAMPLE = 2, 3  # what is drawn, in seeds; see engine.train.buckets
 Rows = tuple[np.ndarray, list[str]]  # pictures and captions
 Reword = Callable[[Sequence[str], int, int], list[str]]  # (captions, step, place of the first in the batch)
+RowsAt = Callable[[int, int, int], Rows]  # (step, first row, number of rows) -> those of a step's batch
+NONE_DECODED = "data: no picture can be decoded; skipped.jsonl says why"
 
 
 def training_batches(
@@ -63,11 +68,26 @@ def training_batches(
       UserError: the config is wrong, or nothing that it names can be used.
     """
     config.validate()
-    if batch_size % processes:
-        raise UserError(f"batch_size={batch_size}: write a multiple of the {processes} processes")
-    share = batch_size // processes
-    first = process * share
-    rows = _rows(config, batch_size, config.size or size, workdir, process, accept)
+    size = config.size or size
+    if config.paths:
+        rows = open_pictures(config, batch_size, size, workdir, process, accept).rows
+    else:
+        rows = _scenes(config.seed, batch_size, size)
+    return batches_of(rows, config.seed, batch_size, tokenizer, process, processes, keep_tags, reword)
+
+
+def batches_of(
+    rows: RowsAt,
+    seed: int,
+    batch_size: int,
+    tokenizer: Tokenizer | None,
+    process: int = 0,
+    processes: int = 1,
+    keep_tags: int | None = None,
+    reword: Reword | None = None,
+) -> BatchAt:
+    """What a host trains on, of rows; see `training_batches`. seed: of the tags' order."""
+    first, share = own_rows(batch_size, process, processes)
 
     def batch_at(step: int) -> Batch:
         images, captions = rows(step, first, share)
@@ -76,27 +96,32 @@ def training_batches(
         if reword is not None:
             captions = reword(captions, step, first)
         if keep_tags is not None:
-            captions = shuffled(captions, config.seed, step, keep_tags, first)
+            captions = shuffled(captions, seed, step, keep_tags, first)
         return {"image": images, "ids": tokenizer.encode(captions)}
 
     return batch_at
 
 
-def _rows(
-    config: DataConfig, batch_size: int, size: int, workdir: pathlib.Path, process: int, accept: Accept
-) -> Callable[[int, int, int], Rows]:
-    """(step, first row, number of rows) -> pictures and captions."""
-    if not config.paths:
-        return lambda step, first, count: scenes.batch(config.seed, step * batch_size + first, count, size)[
-            :2
-        ]
+def _scenes(seed: int, batch_size: int, size: int) -> RowsAt:
+    return lambda step, first, count: scenes.batch(seed, step * batch_size + first, count, size)[:2]
+
+
+def open_pictures(
+    config: DataConfig,
+    batch_size: int,
+    size: int,
+    workdir: pathlib.Path,
+    process: int = 0,
+    accept: Accept = required,
+) -> "PictureBatches":
+    """Looks at all pictures of a config, and keeps in `workdir` what was found; see `training_batches`."""
     workdir.mkdir(parents=True, exist_ok=True)
     skipped = Skipped(workdir / ("skipped.jsonl" if process == 0 else f"skipped-{process}.jsonl"))
-    batches = PictureBatches(config, batch_size, size, skipped, accept)
+    pictures = PictureBatches(config, batch_size, size, skipped, accept)
     if process == 0:
-        print(batches.summary(), flush=True)
-        _same_data(workdir / "data.json", batches.fingerprint)
-    return batches.rows
+        print(pictures.summary(), flush=True)
+        _same_data(workdir / "data.json", pictures.fingerprint)
+    return pictures
 
 
 def _same_data(file: pathlib.Path, fingerprint: str) -> None:
@@ -127,18 +152,26 @@ class PictureBatches:
             [open_source(path, config.kind, config.caption_field) for path in config.paths], accept
         )
         among = shapes(size, config.buckets, config.multiple, config.max_aspect)
-        shape_of, digests = self._look_at_all(among)
+        shape_of, digests, problem = self._look_at_all(among)
         if not len(digests):
             raise UserError(
-                f"{', '.join(config.paths)[:200]}: no picture can be used; skipped.jsonl says why"
+                f"{', '.join(config.paths)[:200]}: no picture can be used; skipped.jsonl says why "
+                f"(of the last: {problem})"
             )
         self.usable, self.skipped = len(digests), len(self._pictures) - len(digests)
         self._numbers = self._repeated(np.flatnonzero(shape_of >= 0))
-        used, buckets = np.unique(shape_of[self._numbers], return_inverse=True)
-        self.shapes, self._counts = [among[i] for i in used], np.bincount(buckets)
-        self.order = Order(buckets, batch_size, config.seed)
+        used, self._buckets = np.unique(shape_of[self._numbers], return_inverse=True)
+        self.shapes, self._counts = [among[i] for i in used], np.bincount(self._buckets)
+        self.order = Order(self._buckets, batch_size, config.seed)
         self.fingerprint = _digest(digests, config)
         self._bad: set[int] = set()  # numbers that were found damaged: known, they need no second try
+
+    def cut(self, batch_size: int) -> "PictureBatches":
+        """The same pictures in batches of another size, without another look at them."""
+        other = copy.copy(self)
+        other._batch_size = batch_size
+        other.order = Order(self._buckets, batch_size, self._config.seed)
+        return other
 
     def rows(self, step: int, first: int, count: int) -> Rows:
         """Rows first .. first + count - 1 of a step's batch: uint8 (count, H, W, 3), and captions."""
@@ -153,34 +186,59 @@ class PictureBatches:
 
     def whole(self, bucket: int, numbers: np.ndarray) -> Rows:
         """These pictures of a bucket, cropped at the centre; the damaged are left out, and listed."""
-        shape = self.shapes[bucket]
+        return self._central(numbers, *self.shapes[bucket])
 
-        def read(number: int) -> tuple[np.ndarray, str] | None:
+    def sample_images(self, count: int, size: int) -> np.ndarray:
+        """Central squares of at most `count` pictures, drawn by the seed: uint8 (N, size, size, 3).
+
+        Raises:
+          UserError: none of them can be decoded.
+        """
+        images, captions = self._central(self._sample(count), size, size)
+        if not captions:
+            raise UserError(NONE_DECODED)
+        return images
+
+    def sample_captions(self, count: int) -> list[str]:
+        """Of at most `count` pictures, drawn by the seed, each once; no picture is decoded."""
+        return self._each(self._pictures.caption, self._sample(count))
+
+    def _sample(self, count: int) -> np.ndarray:
+        rng = np.random.default_rng([self._config.seed, SAMPLE])
+        return rng.permutation(np.unique(self._numbers))[:count]
+
+    def _central(self, numbers: np.ndarray, width: int, height: int) -> Rows:
+        found = self._each(lambda number: self._pictures.read(number, width, height, Crop()), numbers)
+        images = np.stack([image for image, _ in found]) if found else np.empty((0, 1, 1, 3), np.uint8)
+        return images, [caption for _, caption in found]
+
+    def _each(self, read: Callable[[int], T], numbers: np.ndarray) -> list[T]:
+        """What `read` gives for each number; what it finds unusable is left out, and listed."""
+
+        def tried(number: int) -> T | None:
             try:
-                return self._pictures.read(number, *shape, Crop())
+                return read(number)
             except Unusable as problem:
                 self._note(number, problem)
                 return None
 
-        found = [each for each in self._pool.map(read, numbers.tolist()) if each is not None]
-        images = np.stack([image for image, _ in found]) if found else np.empty((0, 1, 1, 3), np.uint8)
-        return images, [caption for _, caption in found]
+        return [each for each in self._pool.map(tried, numbers.tolist()) if each is not None]
 
     def summary(self) -> str:
         each = ", ".join(f"{s.width}x{s.height}: {n}" for s, n in zip(self.shapes, self._counts, strict=True))
         skipped = f"; {self.skipped} skipped, see skipped.jsonl" if self.skipped else ""
         return f"data: {self.usable} pictures ({each}){skipped}"
 
-    def _look_at_all(self, among: list) -> tuple[np.ndarray, list[bytes]]:
-        """The shape of each picture, -1 for what cannot be used; and digests of the others."""
-        shape_of, digests = np.full(len(self._pictures), -1, np.int32), []
+    def _look_at_all(self, among: list) -> tuple[np.ndarray, list[bytes], str]:
+        """The shape of each picture, -1 for what cannot be used; digests of the others; the last problem."""
+        shape_of, digests, problem = np.full(len(self._pictures), -1, np.int32), [], ""
         for number, look in enumerate(self._pictures.look_at_all(self._pool, self._judge)):
             if isinstance(look, Unusable):
-                self._skipped.add(self._pictures.name(number), str(look))
+                self._skipped.add(self._pictures.name(number), problem := str(look))
             else:
                 shape_of[number] = nearest_shape(look.width, look.height, among)
                 digests.append(look.digest)
-        return shape_of, digests
+        return shape_of, digests, problem
 
     def _judge(self, look: Look) -> None:
         if min(look.width, look.height) < self._config.min_size:
@@ -201,7 +259,7 @@ class PictureBatches:
                 return self._pictures.read(number, *self.shapes[bucket], self._crop(slot, round))
             except Unusable as problem:
                 self._note(number, problem)
-        raise UserError("data: no picture can be decoded; skipped.jsonl says why")
+        raise UserError(NONE_DECODED)
 
     def _note(self, number: int, problem: Unusable) -> None:
         self._bad.add(number)

@@ -49,6 +49,14 @@ class Pictures:
         told = f"{header.width} {header.height} {self._accept(caption)}".encode()
         return Look(header.width, header.height, hashlib.sha256(told).digest()[:8])
 
+    def caption(self, number: int) -> str:
+        """Of the picture nothing is read, unless the caption stands inside. Raises Unusable."""
+        item = self._open(number)
+        with item.file as file:
+            if item.caption is not None:
+                return item.caption
+            return _caption_inside(read_header(file, SETTINGS_KEY).settings)
+
     def read(self, number: int, width: int, height: int, crop: Crop) -> tuple[np.ndarray, str]:
         """Pixels, as `read_pixels` gives them, and caption. Raises Unusable."""
         item = self._open(number)
