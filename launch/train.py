@@ -25,8 +25,9 @@ WORKDIR/model. The text encoder's stage knows the drawn scenes alone: with pictu
 steps (words.steps=0) and trains with the U-Net (diffusion.train_text_encoder=True). With --config.start, a
 folder, the run begins with its weights, and 0 steps leave a stage out.
 
-Loss, images/s, time left and, on accelerators, the share of their peak rate (mfu) go to stdout and to
-WORKDIR/metrics.jsonl. Ctrl-C and SIGTERM save before they end the program; what a kill or a power cut leaves
+Loss, images/s, TFLOP/s a device, time left and, on accelerators, the share of their peak rate (mfu) go to
+stdout, to WORKDIR/metrics.jsonl and to WORKDIR/tensorboard; WORKDIR/loss-STAGE.png is drawn at the end of a
+stage. Ctrl-C and SIGTERM save before they end the program; what a kill or a power cut leaves
 is the newest checkpoint.
 
 Exit code: 0 trained, or stopped and saved; 2 a mistake, explained in one line; 130 stopped with

@@ -20,7 +20,7 @@ import numpy as np
 
 from engine.parallel import Devices
 from engine.train.buckets import Order
-from engine.train.data import Batch, BatchAt
+from engine.train.data import Batch, BatchAt, own_rows
 from engine.train.objectives import applier, to_float
 from engine.train.sources import PictureBatches
 from engine.types import UserError
@@ -153,8 +153,7 @@ def cached_batches(
       UserError: the folder holds no whole cache.
     """
     _whole(folder)
-    if batch_size % processes:
-        raise UserError(f"batch_size={batch_size}: write a multiple of the {processes} processes")
+    first_row, share = own_rows(batch_size, process, processes)
     paths = sorted(folder.glob("[0-9]*.safetensors"))
     shards = [_mapped(path) for path in paths]
     counts = [len(shard.get("mean", ())) for shard in shards]  # none, where all were damaged
@@ -163,11 +162,10 @@ def cached_batches(
         raise UserError(f"{folder} holds no pictures")
     names = [paths[shard].name.split("-")[0] for shard, _ in places]
     order = Order(np.unique(names, return_inverse=True)[1], batch_size, seed)
-    share = batch_size // processes
 
     def batch_at(step: int) -> Batch:
         bucket, start = order.batch(step)
-        first = start + process * share
+        first = start + first_row
         chosen = [places[order.picture(bucket, first + row)[0]] for row in range(share)]
         return {name: np.stack([shards[shard][name][row] for shard, row in chosen]) for name in ARRAYS}
 
