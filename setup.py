@@ -9,7 +9,7 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "engine/__init__.py").read_text()).group(1)
 
 train = [
-    "optax>=0.2.5",  # optimizers and schedules
+    "optax>=0.2.8",  # optimizers and schedules
     "orbax-checkpoint>=0.11",  # checkpoints that survive a crash
     "tensorboardX>=2.6",  # curves for TensorBoard, without TensorFlow
     "matplotlib>=3.9",  # the plot of the loss
