@@ -15,14 +15,14 @@ from engine.diffusion.parameterization import Apply, at_least_float32
 from engine.types import Context, Latents
 
 # (x_in, t, context) -> F: a network with its params bound. x_in (B H W C), t (B,) float, context (B L D).
-ContextApply = Callable[[Latents, Float[Array, "B"], Context], Latents]
+ContextApply = Callable[[Latents, Float[Array, " B"], Context], Latents]
 
 
 def guided(
     apply: ContextApply,
     cond: Context,
     uncond: Context,
-    guidance_scale: float | Float[Array, ""] | Float[Array, "B"],
+    guidance_scale: float | Float[Array, ""] | Float[Array, " B"],
     guidance_rescale: float | Float[Array, ""] = 0.0,
     run_uncond: bool = True,
 ) -> Apply:
@@ -45,7 +45,7 @@ def guided(
 
     w = guidance_scale[:, None, None, None] if jnp.ndim(guidance_scale) else guidance_scale
 
-    def apply_guided(x: Latents, t: Float[Array, "B"]) -> Latents:
+    def apply_guided(x: Latents, t: Float[Array, " B"]) -> Latents:
         F = at_least_float32(apply(_pairs(x, x), _pairs(t, t), _pairs(uncond, cond)))
         F_uncond, F_cond = F[0::2], F[1::2]
         F = F_uncond + w * (F_cond - F_uncond)
@@ -56,7 +56,7 @@ def guided(
     return apply_guided
 
 
-def _pairs(a: Float[Array, "B *S"], b: Float[Array, "B *S"]) -> Float[Array, "two_B *S"]:
+def _pairs(a: Float[Array, " B *S"], b: Float[Array, " B *S"]) -> Float[Array, " two_B *S"]:
     """a[0], b[0], a[1], b[1], ..."""
     return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 

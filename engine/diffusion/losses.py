@@ -31,7 +31,7 @@ def diffusion_loss(
     schedule: Schedule,
     prediction_type: str,
     objective: ObjectiveConfig,
-) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """The loss of each image at a noise level and with noise of its own.
 
     Args:
@@ -57,11 +57,11 @@ def loss_at(
     apply: Apply,
     x0: Latents,
     eps: Latents,
-    sigma: Float[Array, "B"],
+    sigma: Float[Array, " B"],
     schedule: Schedule,
     prediction_type: str,
     objective: ObjectiveConfig,
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """weight(sigma) * mean (F - target)^2 of each image, for noise levels and noise that were drawn."""
     x = x0 + per_image(sigma, x0) * eps
     c_in = coefficients(sigma, prediction_type).c_in
@@ -131,7 +131,7 @@ def weight(sigma: Sigma, prediction_type: str, objective: ObjectiveConfig) -> Si
 
 
 def by_timestep(
-    losses: Float[Array, "B"], sigma: Float[Array, "B"], schedule: Schedule
+    losses: Float[Array, " B"], sigma: Float[Array, " B"], schedule: Schedule
 ) -> dict[str, Float[Array, "..."]]:
     """Sums and counts of the losses in TIME_BINS equal ranges of the timestep, cleanest first.
 

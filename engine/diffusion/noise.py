@@ -44,20 +44,20 @@ def image_keys(seed: int | Sequence[int], indices: Sequence[int]) -> Keys:
 
 
 @jax.jit
-def _fold_in(words: UInt32[Array, "B 2"], indices: UInt32[Array, "B"]) -> Keys:
+def _fold_in(words: UInt32[Array, "B 2"], indices: UInt32[Array, " B"]) -> Keys:
     keys = jax.random.wrap_key_data(words, impl=IMPLEMENTATION)
     return jax.vmap(jax.random.fold_in)(keys, indices)
 
 
-def initial_noise(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
+def initial_noise(keys: Keys, shape: tuple[int, ...]) -> Float[Array, " B *shape"]:
     """Unit normal float32 noise that a sample starts from, one `shape` an image."""
     return _normal(keys, 0, shape)
 
 
-def step_noise(keys: Keys, step: int | Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
+def step_noise(keys: Keys, step: int | Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, " B *shape"]:
     """Unit normal float32 noise that sampling step `step` (0 is the first; may be traced) adds."""
     return _normal(keys, step + 1, shape)
 
 
-def _normal(keys: Keys, use: int | Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
+def _normal(keys: Keys, use: int | Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, " B *shape"]:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, use), shape, jnp.float32))(keys)

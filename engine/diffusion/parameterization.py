@@ -23,7 +23,7 @@ from engine.diffusion.schedules import Schedule
 from engine.types import Denoise, Latents, Sigma, UserError
 
 # (x_in, t) -> F: a network with its params and conditioning bound. x_in (B H W C), t (B,) float.
-Apply = Callable[[Latents, Float[Array, "B"]], Latents]
+Apply = Callable[[Latents, Float[Array, " B"]], Latents]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 

@@ -46,10 +46,10 @@ class Logits(NamedTuple):
 class Answers(NamedTuple):
     """Class indices, those of `scenes.Labels` but for second: NONE if there is only one thing."""
 
-    first: Int[np.ndarray, "B"]
-    second: Int[np.ndarray, "B"]
-    background: Int[np.ndarray, "B"]
-    arrangement: Int[np.ndarray, "B"]
+    first: Int[np.ndarray, " B"]
+    second: Int[np.ndarray, " B"]
+    background: Int[np.ndarray, " B"]
+    arrangement: Int[np.ndarray, " B"]
 
 
 def truth(drawn: Iterable[scenes.Scene]) -> Answers:

@@ -91,7 +91,7 @@ class Posterior(NamedTuple):
     def sample(self, key: Key[Array, ""]) -> Float[Array, "B h w C"]:
         return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape)
 
-    def kl(self) -> Float[Array, "B"]:
+    def kl(self) -> Float[Array, " B"]:
         """KL divergence to the unit Gaussian, summed over a picture's latent, in nats."""
         terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
         return 0.5 * terms.sum((1, 2, 3))

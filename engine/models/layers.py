@@ -123,7 +123,7 @@ class GroupNorm(nnx.Module):
 
 
 def sinusoidal_embedding(
-    t: Float[Array, "B"], dim: int, *, flip_sin_to_cos: bool, freq_shift: float
+    t: Float[Array, " B"], dim: int, *, flip_sin_to_cos: bool, freq_shift: float
 ) -> Float[Array, "B D"]:
     """Timesteps as sines and cosines of 10000^(-i / (dim/2 - freq_shift)) t (Ho et al. 2020), float32."""
     half = dim // 2

@@ -315,7 +315,7 @@ class UNet2DConditionModel(nnx.Module):
         return nnx.List(blocks)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], t: Float[Array, "B"], context: Float[Array, "B L D"]
+        self, x: Float[Array, "B H W C"], t: Float[Array, " B"], context: Float[Array, "B L D"]
     ) -> Float[Array, "B H W O"]:
         """What the model was trained to say of `x` (eps, v, ...).
 

@@ -83,7 +83,7 @@ def fresh_heads(width: int) -> Params:
 
 
 # (frozen, batch, which captions are left out) -> what the U-Net learns to draw, and what it is told
-Encode = Callable[[Any, Batch, Bool[Array, "B"]], tuple[Latents, Float[Array, "B L D"]]]
+Encode = Callable[[Any, Batch, Bool[Array, " B"]], tuple[Latents, Float[Array, "B L D"]]]
 
 
 def text_to_image_loss(

@@ -161,7 +161,7 @@ def gradient(**options):
 
 def test_a_unet_may_keep_what_its_blocks_give_alone():
     unet = tiny_model().unet
-    loss = over_parts(
+    loss = objectives.over_parts(
         objectives.cached_loss(unet.graphdef, SchedulerConfig("DDIMScheduler"), ObjectiveConfig(), 1.0)
     )
     rng = np.random.default_rng(0)
