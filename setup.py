@@ -61,7 +61,7 @@ setup(
             "jsonschema>=4.23",  # jobset.yaml against it
             "pyyaml>=6.0",
             "pytest>=8",
-            "pytest-xdist>=3.6",  # two files of tests at a time
+            "pytest-xdist>=3.7",  # two files of tests at a time
             "beartype>=0.19",  # checks the jaxtyping annotations in the tests
             "ruff>=0.9",
             "torch==2.13.0",  # the originals that everything is held against
