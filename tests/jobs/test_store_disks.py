@@ -40,11 +40,11 @@ WRITES = {name: CALLS[name] for name in ("write", "create", "publish")}
 
 
 @pytest.mark.parametrize("call", WRITES.values(), ids=WRITES)
-def test_a_disk_that_is_full_for_a_while(disk, told, tmp_path, call, monkeypatch):
-    full_disk(monkeypatch, 2)
-    call(disk)
+def test_a_disk_that_is_full_for_a_while(told, tmp_path, call, monkeypatch):
     out = tmp_path / "out"
-    assert told == [f"{out}: No space left on device; trying again for up to {PATIENCE:g} s"]
+    full_disk(monkeypatch, 2)
+    call(open_store(str(out), 60.0, told.append))
+    assert told == [f"{out}: No space left on device; trying again for up to 60 s"]
     assert len(tree(out)) in (1, 5)
 
 
