@@ -54,7 +54,9 @@ class Progress:
             folder = str(workdir / BOARD / name)
             self._board = SummaryWriter(folder, purge_step=first_step + 1, flush_secs=10)
         self._step, self._time = first_step, time.monotonic()
-        self._added, self._sums = first_step, {}
+        self._first, self._added, self._told, self._sums = first_step + 1, first_step, first_step, {}
+        if tells:
+            print(f"{name}: {config.steps - first_step} steps to go; the first compiles", flush=True)
 
     def close(self) -> None:
         if self._board:
@@ -65,21 +67,24 @@ class Progress:
         if not self._tells or step <= self._added:
             return
         self._added = step
+        if step == self._first < self._config.steps:  # most of its time was the compiler's
+            self._step, self._time = step, time.monotonic()
         for name, value in metrics.items():
             if np.ndim(value):
                 self._sums[name] = self._sums.get(name, 0.0) + np.asarray(value, np.float64)
 
     def report(self, step: int, metrics: Metrics, force: bool = False) -> None:
         """Writes the line of a step, where it is time for one."""
-        now = time.monotonic()
-        if not self._tells or step == self._step or (now - self._time < REPORT_SECONDS and not force):
+        early = step == self._first or time.monotonic() - self._time < REPORT_SECONDS
+        if not self._tells or step == self._told or (early and not force):
             return
+        before, since = self._step, self._time
         self.add(step, metrics)  # waits for the device: now only
         values = {name: np.asarray(value).item() for name, value in metrics.items() if not np.ndim(value)}
-        rate = (step - self._step) / (time.monotonic() - self._time)
+        rate = (step - before) / (time.monotonic() - since)
         values |= self._speed(rate)
         sums = {name: value.tolist() for name, value in self._sums.items()}
-        self._step, self._time, self._sums = step, time.monotonic(), {}
+        self._step, self._time, self._told, self._sums = step, time.monotonic(), step, {}
         with self._file.open("a") as f:
             f.write(json.dumps({"stage": self._name, "step": step, **values, **sums}) + "\n")
         for name, value in values.items():

@@ -52,14 +52,16 @@ def test_sums_cover_all_steps_since_the_last_line(tmp_path, capsys):
     assert (first["loss"], first["loss_by_time"], first["count_by_time"]) == (0.5, [0.75, 2.0], [2, 1])
     assert (second["loss"], second["loss_by_time"], second["count_by_time"]) == (0.25, [0.125, 1.0], [1, 1])
     out = capsys.readouterr().out
-    assert out.startswith("diffusion 2/4  loss 0.5000") and "by_time" not in out and "0:00:00 left" in out
+    assert out.startswith("diffusion: 4 steps to go; the first compiles\ndiffusion 2/4  loss 0.5000")
+    assert "by_time" not in out and "0:00:00 left" in out
 
 
 def test_the_rate_of_arithmetic(tmp_path, monkeypatch, capsys):
-    clock = iter([0.0, 2.0, 2.0, 2.0])
+    clock = iter([0.0, 60.0, 62.0, 62.0, 62.0])  # of a minute that the first step compiles, and two seconds
     monkeypatch.setattr("engine.train.progress.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    progress = Progress("unet", tmp_path, 0, STAGE, Arithmetic(3e12, 12e12))
-    progress.report(4, {"loss": jnp.float32(1.0)}, force=True)  # 2 steps a second
+    progress = Progress("unet", tmp_path, 0, StageConfig(steps=5, batch_size=8), Arithmetic(3e12, 12e12))
+    progress.add(1, {"loss": jnp.float32(1.0)})
+    progress.report(5, {"loss": jnp.float32(1.0)}, force=True)  # 2 steps a second
     (line,) = lines(tmp_path)
     assert (line["images/s"], line["TFLOP/s a device"], line["mfu"]) == (16.0, 6.0, 0.5)
     assert "images/s 16.0  TFLOP/s a device 6  mfu 0.5000" in capsys.readouterr().out
