@@ -156,7 +156,7 @@ def _font(path: pathlib.Path) -> ImageFont.FreeTypeFont:
 
 
 def _bitmap(thing: Thing) -> Image.Image:
-    """The font's own bitmap, turned, cropped to what is drawn; premultiplied, so that resizing has no fringe."""
+    """The font's own bitmap, turned, cropped to what is drawn; premultiplied, so that no fringe appears."""
     canvas = Image.new("RGBA", (384, 192))
     ImageDraw.Draw(canvas).text((24, 24), thing.emoji, font=_font(font_path()), embedded_color=True)
     box = canvas.getbbox()

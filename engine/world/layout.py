@@ -190,6 +190,8 @@ def _alone(scene: Scene, atlas: Atlas, rng: np.random.Generator) -> Placed:
 def _counted(scene: Scene, atlas: Atlas, rng: np.random.Generator) -> list[Placed]:
     """Loose rows: each has a slot of its own and keeps within it."""
     rows = {2: [2], 3: [3] if rng.random() < 0.5 else [1, 2], 4: [2, 2] if rng.random() < 0.7 else [4]}
+    if scene.sizes[0] == "big":
+        rows[4] = [2, 2]  # in one row they would be small
     group, rows = [], rows[scene.count]
     tall = min(0.92 / len(rows), 0.5)
     for row, n in enumerate(rows):
@@ -277,7 +279,7 @@ def _riding(scene: Scene, atlas: Atlas, rng: np.random.Generator) -> list[Placed
     rider.mirrored = carrier.mirrored
     # The font's animals and vehicles look left: their backs are right of the middle.
     back = 0.09 * carrier.width * (-1 if carrier.mirrored else 1)
-    sunk = min(0.2 * rider.height, 0.4 * carrier.height)
+    sunk = min(0.2 * rider.height, 0.22 * carrier.height)
     _carry(rider, carrier, back, 0.5, sunk / rider.height, rng)
     return [rider, carrier]
 

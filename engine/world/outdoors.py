@@ -145,7 +145,7 @@ def street(c: Canvas) -> None:
     middle = road + 0.055 + 0.5 * (0.945 - road)
     dashes = (np.abs(c.y - middle) < 0.014) & ((c.x + c.rng.random()) * 4 % 1 < 0.55)
     c.fill(0xF4F1E4, dashes, 3.0)
-    for lamp in c.rng.uniform(0.02, 0.12, 2) + (0.0, 0.85):
+    for lamp in c.rng.uniform(0.02, 0.12, 2) + np.array([0.0, 0.85]):
         c.line(lamp, road + 0.05, lamp, road - 0.32, 0.016, 0x2C3138)
         c.disc(lamp, road - 0.34, 0.028, 0xFFF3C4, light=1.0)
 
