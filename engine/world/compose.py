@@ -164,7 +164,8 @@ def _taps(
             index = start + jnp.clip(r, 0, side - 1) * side + jnp.clip(c, 0, side - 1)
             word = texels.at[index].get(mode="promise_in_bounds")
             found.append((weight if clamp else jnp.where(inside, weight, 0), word))
-    return found
+    # Else the compiler looks each texel up again for every channel that is read from it.
+    return jax.lax.optimization_barrier(found)
 
 
 def _byte(word: UInt32[Array, "B S S"], which: int) -> Float[Array, "B S S"]:
@@ -231,6 +232,7 @@ def _things(
         red, green, blue, alpha = (sum(w * _byte(t, i) for w, t in taps) / 255 for i in range(4))
         alpha = alpha * (layouts.thing[:, k, None, None] >= 0)
         colour = jnp.stack([red, green, blue]) / jnp.maximum(alpha, 1 / 255)
+        colour, alpha = jax.lax.optimization_barrier((colour, alpha))
         own = (table[layouts.sprite[:, k]] for table in (tables.body, tables.hue, tables.keep))
         colour = painted(jnp.clip(colour, 0, 1), layouts.tint[:, k], *own)
         # Light from the upper left gives a photo's things a round body.
@@ -268,11 +270,13 @@ def painted(
     lightness = styles.grey(colour)
     t = lightness / body[:, None, None]
     above = jnp.clip((t - 1) / jnp.maximum(1 / body - 1, 0.15)[:, None, None], 0, 1)
-    # White paint has only its shadows to show a shape by.
-    power = jnp.where(tint == 1 + COLOURS.index("white"), 1.5, 0.85)[:, None, None]
-    ramp = paint * jnp.clip(t, 0.01, 1) ** power + 0.6 * above * (1 - paint)
+    t = jnp.clip(t, 0, 1)
+    # White paint has only its shadows to show a shape by; the others keep some of their light there.
+    is_white = (tint == 1 + COLOURS.index("white"))[:, None, None]
+    shade = t * jnp.where(is_white, jnp.sqrt(t), 1.15 - 0.15 * t)
+    ramp = paint * shade + 0.6 * above * (1 - paint)
     first, second = opponents(colour)
-    chroma = jnp.hypot(first, second)
+    chroma = jnp.sqrt(first * first + second * second)  # jnp.hypot costs thrice as much
     grey = 1 - jnp.clip((chroma - 0.08) / 0.12, 0, 1)
     along = (first * hue[0] + second * hue[1]) / jnp.maximum(chroma, 0.01)
     stays = jnp.maximum(

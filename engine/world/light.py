@@ -76,9 +76,10 @@ def grade(
     return jnp.where(at == DAY, ground, land + sky * (over - land))
 
 
-def _gradient(name: str, y: Float[Array, "S S"]) -> Float[Array, "3 S S"]:
+def _gradient(name: str, y: Float[Array, "S S"]) -> Float[Array, "3 S 1"]:
     heights, colours = zip(*SKIES[name], strict=True)
-    return jnp.stack([jnp.interp(y, jnp.array(heights), jnp.array(c)) for c in zip(*colours, strict=True)])
+    rows = [jnp.interp(y[:, 0], jnp.array(heights), jnp.array(c)) for c in zip(*colours, strict=True)]
+    return jnp.stack(rows)[..., None]
 
 
 def _away(chance, x, y, low: float, high: float, top: float, bottom: float) -> Float[Array, "B S S"]:

@@ -4,6 +4,7 @@ Pictures are planes, channels first: (3, B, S, S), 0..1. Every style is computed
 is kept: the program is one, and no picture waits for another's branch.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -18,7 +19,8 @@ BLOCKS = 32  # pixel art's squares across the picture
 
 def restyle(picture: Planes, cover: Plane, style: Int[Array, " B"], chance: Float[Array, "B 8"]) -> Planes:
     """The picture in its style; `cover` is where things are, 0..1. 'plain' leaves it as it is."""
-    grain = _grain(picture.shape[-1], chance)
+    # The barriers keep the compiler from computing these anew for each channel that needs them.
+    grain = jax.lax.optimization_barrier(_grain(picture.shape[-1], chance))
     styled = {
         "watercolour": watercolour(picture, grain),
         "pencil sketch": pencil(picture, cover, grain),
@@ -50,7 +52,7 @@ def slopes(planes: Float[Array, "*N S S"]) -> Float[Array, "*N S S"]:
     """How steep the planes are, a pixel of 128 long; 0 at the far edges."""
     down = jnp.diff(planes, axis=-2, append=planes[..., -1:, :])
     across = jnp.diff(planes, axis=-1, append=planes[..., -1:])
-    return jnp.hypot(down, across) * (planes.shape[-1] / 128)
+    return jnp.sqrt(down * down + across * across) * (planes.shape[-1] / 128)
 
 
 def grey(picture: Planes) -> Plane:
@@ -64,7 +66,7 @@ def saturated(picture: Planes, by: float) -> Planes:
 def watercolour(picture: Planes, grain: Plane) -> Planes:
     """Pale washes that pool at their edges, on paper whose white shows around and between."""
     soft = blur(picture, 1.0)
-    pools = jnp.clip(3.0 * slopes(soft).max(0) - 0.1, 0, 0.5)
+    pools = jax.lax.optimization_barrier(jnp.clip(3.0 * slopes(soft).max(0) - 0.1, 0, 0.5))
     blotches = 16 * (blur(grain, 5.0) - 0.5)  # about -1..1
     wash = jnp.clip(0.74 + 0.13 * blotches, 0.5, 1) * (1 - saturated(soft, 1.35))
     at = (jnp.arange(picture.shape[-1]) + 0.5) / picture.shape[-1]
@@ -107,7 +109,7 @@ def pixels(picture: Planes) -> Planes:
 def neon(picture: Planes, cover: Plane) -> Planes:
     """Glowing tubes in the dark along every outline, in the colour of what they surround."""
     soft = blur(picture, 0.7)
-    edges = jnp.clip(3.2 * slopes(soft).max(0) - 0.16, 0, 1)
+    edges = jax.lax.optimization_barrier(jnp.clip(3.2 * slopes(soft).max(0) - 0.16, 0, 1))
     vivid = saturated(soft / jnp.maximum(soft.max(0), 0.12), 1.6)
     tubes = edges * (0.45 + 0.75 * cover) * (0.08 + vivid)
     glow = blur(tubes, 3.5)
