@@ -22,6 +22,7 @@ GROUND = 144  # pixels of a background, of which at least 1 - ZOOM is seen
 ZOOM = 0.12
 VARIANTS = 8  # painted versions of each background; mirrored, shifted, and in more or less light
 PHOTO = STYLES.index("photo")
+WHITE = 1 + COLOURS.index("white")  # as a layout's tint
 
 PALETTE = {
     "red": (0.88, 0.10, 0.12),
@@ -235,9 +236,14 @@ def _things(
         colour, alpha = jax.lax.optimization_barrier((colour, alpha))
         own = (table[layouts.sprite[:, k]] for table in (tables.body, tables.hue, tables.keep))
         colour = painted(jnp.clip(colour, 0, 1), layouts.tint[:, k], *own)
-        # Light from the upper left gives a photo's things a round body.
+        # Light from the upper left gives a photo's things a round body; white paint is flat without.
         shaded = 1.13 - 0.85 * (jnp.square(u - 0.36) + jnp.square(v - 0.3))
-        colour = colour * daylight * jnp.where(is_photo, jnp.maximum(shaded, 0.45), 1)
+        shaded = jnp.where(is_photo, jnp.maximum(shaded, 0.45), 1)
+        is_white = (layouts.tint[:, k] == WHITE)[:, None, None]
+        shaded = jnp.where(
+            is_white & ~is_photo, 1.02 - 0.3 * (jnp.square(u - 0.4) + jnp.square(v - 0.3)), shaded
+        )
+        colour = colour * daylight * shaded
         picture = picture + alpha * (colour - picture)
         cover = cover + alpha * (1 - cover)
     return picture, cover
@@ -272,7 +278,7 @@ def painted(
     above = jnp.clip((t - 1) / jnp.maximum(1 / body - 1, 0.15)[:, None, None], 0, 1)
     t = jnp.clip(t, 0, 1)
     # White paint has only its shadows to show a shape by; the others keep some of their light there.
-    is_white = (tint == 1 + COLOURS.index("white"))[:, None, None]
+    is_white = (tint == WHITE)[:, None, None]
     shade = t * jnp.where(is_white, jnp.sqrt(t), 1.15 - 0.15 * t)
     ramp = paint * shade + 0.6 * above * (1 - paint)
     first, second = opponents(colour)

@@ -67,9 +67,10 @@ def watercolour(picture: Planes, grain: Plane) -> Planes:
     """Pale washes that pool at their edges, on paper whose white shows around and between."""
     soft = blur(picture, 1.0)
     pools = jax.lax.optimization_barrier(jnp.clip(3.0 * slopes(soft).max(0) - 0.1, 0, 0.5))
-    blotches = 16 * (blur(grain, 5.0) - 0.5)  # about -1..1
+    size = picture.shape[-1]
+    blotches = size / 8 * (blur(grain, 5.0) - 0.5)  # about -1..1 at any size
     wash = jnp.clip(0.74 + 0.13 * blotches, 0.5, 1) * (1 - saturated(soft, 1.35))
-    at = (jnp.arange(picture.shape[-1]) + 0.5) / picture.shape[-1]
+    at = (jnp.arange(size) + 0.5) / size
     aside = jnp.minimum(at, 1 - at)
     margin = jnp.clip((jnp.minimum(aside, aside[:, None]) - 0.045 - 0.03 * blotches) / 0.02, 0, 1)
     paper = 0.985 - 0.12 * jnp.abs(blur(grain, 0.7) - 0.5)
