@@ -320,7 +320,7 @@ def _wearing(scene: Scene, atlas: Atlas, rng: np.random.Generator) -> list[Place
 def _holding(scene: Scene, atlas: Atlas, rng: np.random.Generator) -> list[Placed]:
     """The second, small, at the hand of the first and before it."""
     holder = _new(scene, 0, HOLDER[scene.sizes[0]], atlas, rng, 3.0)
-    share = {"small": 0.36, "big": 0.48}[scene.sizes[1]]
+    share = {"small": 0.40, "big": 0.54}[scene.sizes[1]]
     held = _new(scene, 1, share * HOLDER[scene.sizes[0]], atlas, rng, 6.0)
     hand = atlas.things[holder.sprite].hand
     if hand is None:

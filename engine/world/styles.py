@@ -81,7 +81,7 @@ def pencil(picture: Planes, cover: Plane, grain: Plane) -> Planes:
     """Graphite on paper: outlines, and hatching where it is dark; things keep a trace of their colour."""
     size = picture.shape[-1]
     light = grey(picture)
-    thing = 0.5 + 0.5 * cover  # what is behind is drawn with a lighter hand
+    thing = 0.4 + 0.6 * cover  # what is behind is drawn with a lighter hand
     lines = jnp.clip(4.0 * slopes(blur(light, 0.6)) - 0.12, 0, 0.85) * thing
     at = jnp.arange(size, dtype=jnp.float32) * (128 / size)
     period = 6.0 if size >= 128 else 10.0  # finer strokes than two pixels are grey
