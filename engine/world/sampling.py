@@ -51,7 +51,9 @@ CARRIERS = tuple(thing for thing in THINGS if thing.carries)
 HELD = tuple(thing for thing in THINGS if thing.held)
 WORN = tuple(thing for thing in THINGS if thing.worn)
 GLASSES = tuple(thing for thing in WORN if thing.worn == "eyes")
-ROOFS = tuple(THINGS[INDEX[name]] for name in ("umbrella", "tree", "palm tree", "cloud", "rainbow", "mushroom"))
+ROOFS = tuple(
+    THINGS[INDEX[name]] for name in ("umbrella", "tree", "palm tree", "cloud", "rainbow", "mushroom")
+)
 
 # How often: the kinds of scenes, and the relations of those with two things.
 ONE, COUNTED = 0.40, 0.15  # the rest: two
@@ -123,7 +125,15 @@ def sample_scene(rng: np.random.Generator, easy: float = 0.0, held_out: bool = F
         raise ValueError(f"easy={easy} of held-out scenes: an easy scene combines nothing, use easy=0")
     if easy > 0 and rng.random() < easy:
         return Scene(
-            (pick(rng, THINGS).name,), (None,), ("big",), 1, "middle", None, pick(rng, BACKGROUNDS), "day", "plain"
+            (pick(rng, THINGS).name,),
+            (None,),
+            ("big",),
+            1,
+            "middle",
+            None,
+            pick(rng, BACKGROUNDS),
+            "day",
+            "plain",
         )
     # What kind of scene is settled first: rejecting must not shift the shares.
     kind = rng.random()
