@@ -27,7 +27,7 @@ class Scene:
       things: the names of one or two different things.
       colours: for each, a name from COLOURS that it is painted in, or None: as it is.
       sizes: 'small' or 'big' for each.
-      count: of the thing, 1 to MOST; more than one only where there is a single kind, which then has no place.
+      count: of the thing, 1 to MOST; more than one only of a single kind, which then has no place.
       place: where a single thing is (one of PLACES); None where there are several.
       relation: how the first of two stands to the second (one of RELATIONS); None for one kind.
       background, time, style: of BACKGROUNDS, TIMES, STYLES.
