@@ -139,7 +139,7 @@ def _plain(rgb: int) -> Callable[[Canvas], None]:
     def paint_plain(c: Canvas) -> None:
         c.gradient([(0.0, rgb), (1.0, rgb)])
         c.image *= 1 - 0.12 * np.clip(c.y - 0.75, 0, 1)[..., None]
-        c.glow(c.rng.uniform(0.3, 0.7), 0.4, 0.4, 0xFFFFFF, 0.12)
+        c.glow(c.rng.uniform(0.3, 0.7), 0.4, 0.4, 0xFFFFFF, 0.05)
 
     return paint_plain
 

@@ -235,9 +235,10 @@ def _above(scene: Scene, atlas: Atlas, rng: np.random.Generator) -> list[Placed]
 
 
 def _under(scene: Scene, atlas: Atlas, rng: np.random.Generator) -> list[Placed]:
-    """The first beneath the second and sheltered by it: close, before its lower edge."""
+    """The first sheltered by the second: before its trunk or handle, its roof high above."""
     low, high = (_new(scene, i, PAIRED[scene.sizes[i]], atlas, rng) for i in (0, 1))
-    _stack(high, low, -0.04 * high.height, rng)
+    low.side, high.side = 0.9 * low.side, 1.25 * high.side
+    _stack(high, low, -min(0.32 * high.height, 0.55 * low.height), rng)
     high.grounded = False
     return [high, low]
 

@@ -6,6 +6,7 @@ import pytest
 from engine.errors import UserError
 from engine.world import atlas
 from engine.world.scene import Thing
+from engine.world.things import THINGS as ALL_THINGS
 from tests.world.sprites import THINGS, plain_atlas
 
 FOX, BOARD = Thing("🦊", ("fox",)), Thing("🛹", ("skateboard",), turn=-26.0)
@@ -56,3 +57,10 @@ def test_sprites_of_the_font_fill_their_cells():
 def test_a_picture_that_the_font_lacks_is_named():
     with pytest.raises(UserError, match=r"no picture of .* \(nothing\)"):
         atlas.build([Thing("\ue000", ("nothing",))])
+
+
+def test_the_shipped_atlas_is_of_the_world_s_things():
+    shipped = atlas.load(ALL_THINGS)
+    assert len(shipped.pixels) == len(ALL_THINGS) and shipped.extent.max() < 1
+    assert shipped.extent.max(1).min() > 0.9
+    assert atlas.FILE.stat().st_size < 3 * 2**20

@@ -47,7 +47,8 @@ def test_relations_are_what_they_say(seed, sizes):
         first, second = pair(drawn(seed, *things, relation="above", sizes=sizes))
         assert first[3] + 0.03 < second[1] and abs(middle(first) - middle(second))[0] < 0.1
         first, second = pair(drawn(seed, *things, relation="under", sizes=sizes))
-        assert middle(first)[1] > middle(second)[1] and -0.02 <= second[3] - first[1] < 0.1
+        assert middle(first)[1] > middle(second)[1] + 0.5 * (second[3] - middle(second)[1])
+        assert 0 < second[3] - first[1] < 0.35 * (second[3] - second[1]) and first[3] > second[3]
         first, second = pair(drawn(seed, *things, relation="on", sizes=sizes))
         assert 0 < first[3] - second[1] < 0.1 and first[1] < second[1]
 
