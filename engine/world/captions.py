@@ -126,7 +126,7 @@ def _count(count: int, rng: np.random.Generator, exact: bool) -> str:
 
 
 def with_article(article: str, phrase: str, pair: bool = False) -> str:
-    """`phrase` after 'a' ('an' before a vowel's sound), 'the', 'one' or ''; a pair has no 'a' and no 'one'."""
+    """`phrase` after 'a' ('an' before a vowel's sound), 'the', 'one' or ''; a pair has no 'a' or 'one'."""
     if pair and article in ("a", "one"):
         return phrase
     if article == "a" and phrase[0] in "aeiou" and not phrase.startswith(_SOUNDS_LIKE_YOU):

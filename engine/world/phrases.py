@@ -17,7 +17,13 @@ EXACT_COUNTS = {2: "two", 3: "three", 4: "four"}
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "big": ("big", "large", "huge", "giant")}
 ARTICLES = ("a",) * 14 + ("the",) * 2 + ("one", "", "", "")
 PAIR_OF = "a pair of"
-PAINTED = ("{} painted {}", "{} coloured {}", "{} in the colour {}", "{} dyed {}")  # a noun and a colour
+PAINTED = (
+    "{} painted {}",
+    "{} coloured {}",
+    "{} colored {}",
+    "{} in the colour {}",
+    "{} dyed {}",
+)  # a noun and a colour
 
 PLACE_WORDS = {
     "middle": ("in the middle", "in the center", "in the centre"),
@@ -58,7 +64,7 @@ RELATION_WORDS: dict[str, tuple[str, ...]] = {
         *("{0} rides on {1}", "{1} ridden by {0}"),
     ),
     "wearing": (
-        *("{0} wearing {1}", "{0} wearing {1}", "{0} wearing {1}", "{0} wears {1}", "{0} dressed in {1}"),
+        *("{0} wearing {1}", "{0} wearing {1}", "{0} wearing {1}", "{0} wears {1}"),
         *("{0} that wears {1}", "{1} worn by {0}"),
     ),
     "holding": (
@@ -93,7 +99,6 @@ RIDING_WORDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("sailboat", "ship"), ("{0} sailing {1}", "{0} sails {1}")),
 }
 FINITE = frozenset(("rides", "wears", "holds", "stands", "drives", "flies", "sails"))  # whole sentences
-BEING = frozenset(("rides on", "stands"))  # only animals, people and the like do so
 
 # Backgrounds: phrases that follow the subject, then single names that stand before or behind a comma.
 BACKGROUND_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -143,7 +148,7 @@ BACKGROUND_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 TIME_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "day": (("by day", "in daylight", "during the day"), ("day", "daylight")),
     "sunset": (
-        ("at sunset", "at sunset", "at dusk", "in the evening", "at nightfall"),
+        ("at sunset", "at sunset", "at dusk", "in the evening"),
         ("sunset", "dusk", "evening"),
     ),
     "night": (("at night", "at night", "by night", "in the dark", "at midnight"), ("night", "nighttime")),
