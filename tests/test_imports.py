@@ -18,7 +18,10 @@ LAYERS = [
     ["engine.errors"],
     ["engine.types", "engine.requests"],
     ["engine.config"],
-    ["engine.diffusion", "engine.models", "engine.text", "engine.parallel", "engine.finish", "engine.scenes"],
+    [
+        *("engine.diffusion", "engine.models", "engine.text", "engine.parallel", "engine.finish"),
+        *("engine.scenes", "engine.world"),
+    ],
     ["engine.weights"],
     ["engine.pipeline"],
     ["engine"],  # engine/__init__.py, the public API
@@ -211,7 +214,7 @@ HEAVY = [
     "sklearn",
     "pandas",
 ]
-OURS_IN_TRAINING = ["engine.train", "engine.evaluate", "engine.scenes"]
+OURS_IN_TRAINING = ["engine.train", "engine.evaluate", "engine.scenes", "engine.world"]
 
 
 def loaded_by(code: str) -> set[str]:

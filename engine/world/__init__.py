@@ -1,0 +1,1 @@
+"""The drawn world, grown up: what the next shipped model learns. Words on one side, pictures on the other."""
