@@ -63,7 +63,7 @@ ANIMALS = (
     animal("🦆", "duck/mallard"),
     animal("🦢", "swan", "white"),
     animal("🦜", "parrot", "green"),
-    animal("🐦", "bird/little bird", "blue"),
+    animal("🐦", "bird", "blue"),
     animal("🦩", "flamingo", "pink"),
     animal("🐿️", "squirrel/chipmunk", "brown", hand=(0.22, 0.62)),
     mount("🦕", "dinosaur/brontosaurus", "green"),

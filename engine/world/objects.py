@@ -126,7 +126,7 @@ BUILDINGS = (
     building("🏰", "castle"),
     building("⛪", "church/chapel"),
     building("⛺", "tent", "orange"),
-    building("🎡", "ferris wheel/big wheel"),
+    building("🎡", "ferris wheel"),
     building("🏯", "japanese castle/pagoda"),
 )
 

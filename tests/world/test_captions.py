@@ -156,7 +156,7 @@ def test_every_relation_is_told_in_words_of_its_own():
 
 # Words between two things -> whether the first scene's thing is the one that is said first.
 ORDER = {
-    "left of": {"left of": True, "right of": False, "on the right": True},
+    "left of": {"left of": True, "on the left": True, "right of": False, "on the right of": False},
     "above": {"above": True, "hovering over": True, "below": False},
     "under": {"under": True, "underneath": True, "beneath": True, "sheltering": False, "sheltered by": True},
     "riding": {
@@ -197,7 +197,7 @@ def test_exact_captions_leave_nothing_open(exact):
         assert scene.place is None or contains(text, *phrases.PLACE_WORDS[scene.place]), text
         for colour in scene.colours:
             assert colour is None or contains(text, *COLOUR_WORDS[colour]), text
-        assert not contains(without(text, ("little bird", "big wheel")), *sizes), text
+        assert not contains(text, *sizes), text
 
 
 def test_captions_are_tidy(examples, exact):
@@ -210,10 +210,9 @@ def test_a_and_an(examples):
     pairs = {match for text, _ in examples for match in re.findall(r"\b(an?) ([\w-]+)", text)}
     assert {article for article, _ in pairs} == {"a", "an"}
     like_you = {"unicorn", "ufo"}
-    assert {word for article, word in pairs if article == "a" and word[0] in "aeiou"} == like_you
-    assert not [
-        word for article, word in pairs if article == "an" and (word[0] not in "aeiou" or word in like_you)
-    ]
+    for article, word in pairs:
+        assert (article == "an") == (word[0] in "aeiou" and word not in like_you), (article, word)
+    assert [with_article("a", word) for word in sorted(like_you)] == ["a ufo", "a unicorn"]
     assert with_article("a", "umbrella") == "an umbrella"
     assert with_article("a", "small umbrella") == "a small umbrella"
     assert with_article("a", "sunglasses", pair=True) == "sunglasses"
@@ -251,7 +250,7 @@ def test_captions_are_addressed():
 
 
 # The first 1,000 captions of seed 0. Whoever changes it changes what every later training sees.
-FIRST = "?"
+FIRST = "80198d5b28f074c17b0fb98508fdf2af3de204ef232a18c3099833322778b059"
 DIGEST = """
 import hashlib
 from engine.world.captions import told

@@ -208,3 +208,21 @@ def test_facts_know_the_colour_that_is_seen():
     assert colours(plain(("apple",))) == ["red", None]
     assert colours(plain(("apple",), ("blue",))) == ["blue", None]
     assert colours(plain(("dog", "apple"), ("green", None), relation="above")) == ["green", "red"]
+
+
+def test_the_rule_is_the_same_everywhere_and_later():
+    """Models are measured on what they have not seen: the rule outlives them. New things do not change it."""
+    held = [
+        (name, colour)
+        for name in ("cat", "dog", "car", "apple", "rose")
+        for colour in COLOURS
+        if is_held_out((name, "colour", colour))
+    ]
+    assert held == [
+        ("car", "red"),
+        ("car", "yellow"),
+        ("car", "black"),
+        ("apple", "orange"),
+        ("apple", "brown"),
+    ]
+    assert is_held_out(related("astronaut", "horse", "riding"))
