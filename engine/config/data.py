@@ -5,7 +5,8 @@ import dataclasses
 from engine.config.reader import nearest
 from engine.errors import UserError
 
-DATA_KINDS = ("auto", "files", "webdataset", "arrayrecord", "parquet", "scenes")
+DATA_KINDS = ("auto", "files", "webdataset", "arrayrecord", "parquet", "scenes", "world")
+DRAWN = ("scenes", "world")
 CROPS = ("center", "random")
 
 
@@ -17,8 +18,8 @@ class DataConfig:
     .arrayrecord, .parquet) or a folder of shards. What cannot be used is skipped, and listed.
     """
 
-    paths: tuple[str, ...] = ()  # none: the drawn scenes
-    kind: str = "auto"  # what the paths hold, where that is not plain: see DATA_KINDS
+    paths: tuple[str, ...] = ()  # none: what is drawn
+    kind: str = "auto"  # what the paths hold, where that is not plain; or "scenes", "world": what is drawn
     repeats: tuple[int, ...] = (1,)  # how often an epoch shows each picture: of all paths, or one for each
     caption_field: str = ""  # in JSON and Parquet; none: the first of caption, text, prompt
     size: int = 0  # pixels: a square of this size has the area of every picture; 0: what the model has
@@ -40,9 +41,9 @@ class DataConfig:
                 )
         if isinstance(self.paths, str) or not all(self.paths):
             raise UserError(f"{where}.paths={self.paths!r}: write a tuple, such as ('pictures',)")
-        if self.paths and self.kind == "scenes":
-            raise UserError(f"{where}.kind='scenes' draws its pictures: leave out {where}.paths")
-        if not self.paths and self.kind not in ("auto", "scenes"):
+        if self.paths and self.kind in DRAWN:
+            raise UserError(f"{where}.kind={self.kind!r} draws its pictures: leave out {where}.paths")
+        if not self.paths and self.kind not in ("auto", *DRAWN):
             raise UserError(f"{where}.kind={self.kind!r} without pictures: write {where}.paths too")
         ranges = {"buckets": (1, 99), "multiple": (1, 1024), "workers": (1, 256), "flip": (0, 1)}
         ranges |= {"size": (0, 2**14), "min_size": (1, 2**14), "max_aspect": (1, 16), "seed": (0, 2**64 - 1)}

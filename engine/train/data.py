@@ -1,16 +1,34 @@
 """Batches of the drawn world, addressed by step: the position of the data is the step itself."""
 
 import concurrent.futures
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from engine import scenes
+from engine import scenes, world
 from engine.text.tokenizer import Tokenizer
 from engine.types import UserError
 
 Batch = dict[str, np.ndarray]
 BatchAt = Callable[[int], Batch]  # the batch of a step, a pure function
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """A world that is drawn: the modules engine.scenes and engine.world."""
+
+    FACTS: Mapping[str, int]
+
+    def facts(self, scene: Any) -> tuple[int, ...]: ...
+    def told(self, seed: int, first_index: int, n: int) -> tuple[list[str], list[Any]]: ...
+    def words(self) -> frozenset[str]: ...
+    def batch(
+        self, seed: int, first_index: int, n: int, size: int, easy: float = 0.0
+    ) -> tuple[np.ndarray, list[str], list[Any]]: ...
+
+
+WORLDS: dict[str, Drawn] = {"scenes": scenes, "world": world}  # DataConfig.kind
 
 
 def own_rows(batch_size: int, process: int, processes: int) -> tuple[int, int]:
@@ -21,17 +39,20 @@ def own_rows(batch_size: int, process: int, processes: int) -> tuple[int, int]:
     return process * share, share
 
 
-def pictures(seed: int, batch_size: int, size: int, process: int = 0, processes: int = 1) -> BatchAt:
+def pictures(
+    seed: int, batch_size: int, size: int, process: int = 0, processes: int = 1, drawn: Drawn = scenes
+) -> BatchAt:
     """{"image": uint8 (B / processes, size, size, 3)}
 
     Args:
       batch_size: of all hosts together.
       process, processes: each host makes its part of the batch, see `own_rows`; so in all that follows.
+      drawn: the world that is drawn.
     """
     first, share = own_rows(batch_size, process, processes)
 
     def batch_at(step: int) -> Batch:
-        return {"image": scenes.batch(seed, step * batch_size + first, share, size)[0]}
+        return {"image": drawn.batch(seed, step * batch_size + first, share, size)[0]}
 
     return batch_at
 
@@ -46,6 +67,7 @@ def captioned_pictures(
     keep_tags: int | None = None,
     process: int = 0,
     processes: int = 1,
+    drawn: Drawn = scenes,
 ) -> BatchAt:
     """{"image": uint8 (B / processes, size, size, 3), "ids": int32 (B / processes, L)}
 
@@ -58,7 +80,7 @@ def captioned_pictures(
 
     def batch_at(step: int) -> Batch:
         easily = easy * (1 - step / easy_steps) if step < easy_steps else 0.0
-        images, captions, _ = scenes.batch(seed, step * batch_size + first, share, size, easily)
+        images, captions, _ = drawn.batch(seed, step * batch_size + first, share, size, easily)
         if keep_tags is not None:
             captions = shuffled(captions, seed, step, keep_tags, first)
         return {"image": images, "ids": tokenizer.encode(captions)}
@@ -86,7 +108,12 @@ def shuffled(
 
 
 def captions_with_facts(
-    seed: int, batch_size: int, tokenizer: Tokenizer, process: int = 0, processes: int = 1
+    seed: int,
+    batch_size: int,
+    tokenizer: Tokenizer,
+    process: int = 0,
+    processes: int = 1,
+    drawn: Drawn = scenes,
 ) -> BatchAt:
     """Captions and what is true of their scenes.
 
@@ -95,8 +122,8 @@ def captions_with_facts(
     first, share = own_rows(batch_size, process, processes)
 
     def batch_at(step: int) -> Batch:
-        captions, truths = scenes.told(seed, step * batch_size + first, share)
-        return {"ids": tokenizer.encode(captions), "facts": np.array([*map(scenes.facts, truths)], np.int32)}
+        captions, truths = drawn.told(seed, step * batch_size + first, share)
+        return {"ids": tokenizer.encode(captions), "facts": np.array([*map(drawn.facts, truths)], np.int32)}
 
     return batch_at
 

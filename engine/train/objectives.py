@@ -1,6 +1,6 @@
 """What is minimised: functions (params, frozen, batch, key) -> (loss, metrics)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ from engine.config import AutoencoderStage, ObjectiveConfig
 from engine.diffusion.losses import by_timestep, check_terminal, diffusion_loss
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.diffusion.schedules import schedule_for
-from engine.scenes import FACTS
 from engine.train.step import Batch, Loss
 from engine.types import Latents, Params
 
@@ -50,8 +49,8 @@ def autoencoder_loss(graphdef: nnx.GraphDef, config: AutoencoderStage) -> Loss:
     return loss
 
 
-def words_loss(graphdef: nnx.GraphDef) -> Loss:
-    """Tells from a caption what its scene shows: the sum over FACTS of the cross-entropies, in nats.
+def words_loss(graphdef: nnx.GraphDef, facts: Mapping[str, int]) -> Loss:
+    """Tells from a caption what its scene shows: the sum over the facts of the cross-entropies, in nats.
 
     The text half of what CLIP (Radford et al. 2021) does for Stable Diffusion: words that mean the same come
     to lie together, and what is rare weighs as much as what fills the picture. Each answer is a linear
@@ -64,7 +63,7 @@ def words_loss(graphdef: nnx.GraphDef) -> Loss:
     def loss(params, frozen, batch, key):
         context = build(params["text_encoder"]).context(batch["ids"])
         read = context.sum(1) / context.shape[1] ** 0.5  # of unit variance for unlike words
-        heads = [params["heads"][name] for name in FACTS]  # a dict inside jit is sorted by name
+        heads = [params["heads"][name] for name in facts]  # a dict inside jit is sorted by name
         told = [read @ head["kernel"] + head["bias"] for head in heads]
         truths = batch["facts"].T
         losses = map(optax.softmax_cross_entropy_with_integer_labels, told, truths)
@@ -74,11 +73,11 @@ def words_loss(graphdef: nnx.GraphDef) -> Loss:
     return loss
 
 
-def fresh_heads(width: int) -> Params:
-    """A linear layer for each of FACTS: {name: {"kernel": (width, answers), "bias": (answers,)}}."""
+def fresh_heads(width: int, facts: Mapping[str, int]) -> Params:
+    """A linear layer for each fact: {name: {"kernel": (width, answers), "bias": (answers,)}}."""
     return {
         name: {"kernel": jnp.zeros((width, answers)), "bias": jnp.zeros(answers)}
-        for name, answers in FACTS.items()
+        for name, answers in facts.items()
     }
 
 

@@ -7,10 +7,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from engine import scenes
 from engine.config import TrainConfig
 from engine.text.tokenizer import Tokenizer
-from engine.train.data import Batch, BatchAt, captioned_pictures, pictures
+from engine.train.data import WORLDS, Batch, BatchAt, Drawn, captioned_pictures, pictures
 from engine.train.sources import PictureBatches, batches_of, open_pictures
 
 # What is added to a run's seed: each stage draws its own scenes and noise.
@@ -43,20 +42,29 @@ def stage_data(config: TrainConfig, workdir: pathlib.Path, process: int, process
     """What the config names; pictures are not looked at before they are needed."""
     if config.data.paths:
         return OwnPictures(config, workdir, process, processes)
-    return Scenes(config, process, processes)
+    return Scenes(config, process, processes, drawn_world(config))
+
+
+def drawn_world(config: TrainConfig) -> Drawn:
+    """The one that config.data.kind names."""
+    return WORLDS["world" if config.data.kind == "world" else "scenes"]
 
 
 class Scenes:
-    """The drawn world, addressed by seed and step."""
+    """A drawn world, addressed by seed and step."""
 
-    def __init__(self, config: TrainConfig, process: int = 0, processes: int = 1):
-        self._config, self._hosts = config, {"process": process, "processes": processes}
+    def __init__(
+        self, config: TrainConfig, process: int = 0, processes: int = 1, drawn: Drawn = WORLDS["scenes"]
+    ):
+        self._config, self._drawn = config, drawn
+        self._hosts = {"process": process, "processes": processes, "drawn": drawn}
 
     def texts(self, count: int) -> tuple[list[str], list[str]]:
-        return scenes.told(0, 0, count)[0], sorted(scenes.words())
+        return self._drawn.told(0, 0, count)[0], sorted(self._drawn.words())
 
     def images(self, count: int) -> np.ndarray:
-        return pictures(LATENT_SEED, count, self._config.image_size)(0)["image"]
+        size = self._config.image_size
+        return pictures(LATENT_SEED, count, size, drawn=self._drawn)(0)["image"]
 
     def pictures(self, name: str) -> BatchAt:
         batch_size = getattr(self._config, name).batch_size

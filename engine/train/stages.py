@@ -19,7 +19,7 @@ from engine.text.tokenizer import Tokenizer, train_tokenizer
 from engine.train import loop, objectives, optim
 from engine.train.data import BatchAt, captions_with_facts
 from engine.train.scaling import scaled_once
-from engine.train.stage_data import SEEDS, StageData, stage_data
+from engine.train.stage_data import SEEDS, StageData, drawn_world, stage_data
 from engine.train.step import Loss
 from engine.train.workdir import check_same_pictures, check_same_run, remember
 from engine.types import Params, UserError
@@ -128,13 +128,16 @@ def train_words(run: Run, parts: Parts) -> Parts | None:
     stage, encoder = run.config.words, parts["text_encoder"]
     if stage.steps == 0:
         return {}
+    drawn = drawn_world(run.config)
     fresh = {
         "text_encoder": encoder.params,
-        "heads": objectives.fresh_heads(encoder.config.hidden_size),
+        "heads": objectives.fresh_heads(encoder.config.hidden_size, drawn.FACTS),
     }
     hosts = jax.process_index(), jax.process_count()
-    batch_at = captions_with_facts(run.config.seed + SEEDS["words"], stage.batch_size, run.tokenizer, *hosts)
-    params = _fit(run, "words", objectives.words_loss(encoder.graphdef), fresh, {}, batch_at)
+    seed = run.config.seed + SEEDS["words"]
+    batch_at = captions_with_facts(seed, stage.batch_size, run.tokenizer, *hosts, drawn)
+    loss = objectives.words_loss(encoder.graphdef, drawn.FACTS)
+    params = _fit(run, "words", loss, fresh, {}, batch_at)
     return None if params is None else _with(parts, {"text_encoder": params["text_encoder"]})
 
 

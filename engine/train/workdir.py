@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.config import FinetuneConfig, TrainConfig
@@ -39,13 +39,18 @@ def check_same_pictures(config: TrainConfig, workdir: pathlib.Path) -> None:
     file = workdir / FILE
     if not file.exists():
         return
-    before = bool(read_json(file).get("data", {}).get("paths"))
-    if before != bool(config.data.paths):
+    before, now = _learned_from(read_json(file).get("data", {})), _learned_from(vars(config.data))
+    if before != now:
         raise UserError(
-            f"{workdir} holds a run on {'data.paths' if before else 'the drawn scenes'}, not on "
-            f"{'the drawn scenes' if before else 'data.paths'}: give another --workdir, or the config that "
-            "it began with"
+            f"{workdir} holds a run on {before}, not on {now}: give another --workdir, or the config that it "
+            "began with"
         )
+
+
+def _learned_from(data: Mapping[str, Any]) -> str:
+    if data.get("paths"):
+        return "data.paths"
+    return "the grown world" if data.get("kind") == "world" else "the drawn scenes"
 
 
 def recall(workdir: pathlib.Path) -> TrainConfig | FinetuneConfig:

@@ -1,1 +1,29 @@
-"""The drawn world, grown up: what the next shipped model learns. Words on one side, pictures on the other."""
+"""The drawn world, grown up: what the next shipped model learns. Words on one side, pictures on the other.
+
+    images, captions, scenes = batch(seed=0, first_index=0, n=16, size=128)
+
+`sampling` chooses and holds out, `captions` tells, `layout` places and `compose` draws, on the device, from
+the sprites in `atlas` and the painted `backgrounds`; `things` holds what there is.
+"""
+
+from engine.world.captions import caption, tell, told, words
+from engine.world.drawing import batch
+from engine.world.facts import FACTS, facts
+from engine.world.sampling import held_out, sample_scene
+from engine.world.scene import Scene, Thing
+from engine.world.things import THINGS
+
+__all__ = [
+    "FACTS",
+    "THINGS",
+    "Scene",
+    "Thing",
+    "batch",
+    "caption",
+    "facts",
+    "held_out",
+    "sample_scene",
+    "tell",
+    "told",
+    "words",
+]

@@ -142,8 +142,11 @@ def test_a_text_encoder_learns_what_captions_say():
     config = dataclasses.replace(get_config(), max_tokens=24)
     config.text_encoder.update(hidden_size=32, intermediate_size=64)
     text_encoder = stages.components(config, tokenizer)["text_encoder"]
-    params = {"text_encoder": text_encoder.params, "heads": objectives.fresh_heads(32)}
-    batch_at, loss = data.captions_with_facts(0, 64, tokenizer), objectives.words_loss(text_encoder.graphdef)
+    params = {"text_encoder": text_encoder.params, "heads": objectives.fresh_heads(32, scenes.FACTS)}
+    batch_at, loss = (
+        data.captions_with_facts(0, 64, tokenizer),
+        objectives.words_loss(text_encoder.graphdef, scenes.FACTS),
+    )
     _, state = run(loss, params, {}, batch_at, WORDS, 1e-2, decay_steps=50)
 
     value, unseen = jax.jit(loss), batch_at(WORDS)

@@ -16,11 +16,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from engine import scenes
 from engine.config import DataConfig
 from engine.text.tokenizer import Tokenizer
 from engine.train.buckets import Order, nearest_shape, shapes
-from engine.train.data import Batch, BatchAt, own_rows, shuffled
+from engine.train.data import WORLDS, Batch, BatchAt, Drawn, own_rows, shuffled
 from engine.train.sources.finding import open_source
 from engine.train.sources.item import Accept, Unusable, required
 from engine.train.sources.pictures import Look, Pictures
@@ -72,7 +71,7 @@ def training_batches(
     if config.paths:
         rows = open_pictures(config, batch_size, size, workdir, process, accept).rows
     else:
-        rows = _scenes(config.seed, batch_size, size)
+        rows = _drawn(WORLDS["world" if config.kind == "world" else "scenes"], config.seed, batch_size, size)
     return batches_of(rows, config.seed, batch_size, tokenizer, process, processes, keep_tags, reword)
 
 
@@ -102,8 +101,8 @@ def batches_of(
     return batch_at
 
 
-def _scenes(seed: int, batch_size: int, size: int) -> RowsAt:
-    return lambda step, first, count: scenes.batch(seed, step * batch_size + first, count, size)[:2]
+def _drawn(world: Drawn, seed: int, batch_size: int, size: int) -> RowsAt:
+    return lambda step, first, count: world.batch(seed, step * batch_size + first, count, size)[:2]
 
 
 def open_pictures(
