@@ -204,6 +204,7 @@ def test_captions_are_tidy(examples, exact):
     for text, _ in examples + exact:
         assert text == text.lower().strip()
         assert not re.search(r"  | ,|,,|,$|^,|\{|\}", text), text
+        assert not re.search(r"\b(is|are)\b", text), text  # would have to agree with its noun
 
 
 def test_a_and_an(examples):
@@ -250,7 +251,7 @@ def test_captions_are_addressed():
 
 
 # The first 1,000 captions of seed 0. Whoever changes it changes what every later training sees.
-FIRST = "d088a37b42463ef19fc625113bb1c8d5b362b11d8dce82b8c19f9035cd5efee2"
+FIRST = "7ed3e58914c6a8e03c45403d710c9beff8e9a254eca7ede260913559cf9cd40e"
 DIGEST = """
 import hashlib
 from engine.world.captions import told
