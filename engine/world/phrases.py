@@ -191,5 +191,4 @@ OPENINGS = (
     "an image of",
     "an illustration of",
     "a scene with",
-    "there is",
 )  # of any style

@@ -51,6 +51,7 @@ CARRIERS = tuple(thing for thing in THINGS if thing.carries)
 HELD = tuple(thing for thing in THINGS if thing.held)
 WORN = tuple(thing for thing in THINGS if thing.worn)
 GLASSES = tuple(thing for thing in WORN if thing.worn == "eyes")
+SEATS = (*CARRIERS, *(THINGS[INDEX[name]] for name in ("bed", "sofa", "chair")))
 ROOFS = tuple(
     THINGS[INDEX[name]] for name in ("umbrella", "tree", "palm tree", "cloud", "rainbow", "mushroom")
 )
@@ -193,7 +194,7 @@ def _pair(rng: np.random.Generator, relation: str) -> tuple[Thing, Thing]:
         case "holding":
             seconds = HELD
         case "on":
-            seconds = CARRIERS if rng.random() < 0.4 else THINGS
+            seconds = SEATS if rng.random() < 0.4 else THINGS
         case "under":
             seconds = ROOFS if rng.random() < 0.5 else THINGS
         case _:

@@ -204,6 +204,7 @@ def test_captions_are_tidy(examples, exact):
     for text, _ in examples + exact:
         assert text == text.lower().strip()
         assert not re.search(r"  | ,|,,|,$|^,|\{|\}", text), text
+        assert not re.search(r"\b(is|are)\b", text), text  # would have to agree with its noun
 
 
 def test_a_and_an(examples):
@@ -250,7 +251,7 @@ def test_captions_are_addressed():
 
 
 # The first 1,000 captions of seed 0. Whoever changes it changes what every later training sees.
-FIRST = "80198d5b28f074c17b0fb98508fdf2af3de204ef232a18c3099833322778b059"
+FIRST = "7ed3e58914c6a8e03c45403d710c9beff8e9a254eca7ede260913559cf9cd40e"
 DIGEST = """
 import hashlib
 from engine.world.captions import told
