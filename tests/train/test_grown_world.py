@@ -19,11 +19,13 @@ from tests.train.tiny_run import get_config
 def config():
     config = get_config()
     config.data, config.image_size = DataConfig(kind="world"), 32
+    config.diffusion.easy = 0.0
     return config
 
 
 def test_all_stages(config, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "CAPTIONS_FOR_TOKENIZER", 200)
+    monkeypatch.setattr(stages, "LATENT_IMAGES", 16)
     folder = stages.train(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in lines} >= {"autoencoder", "words", "diffusion"}
