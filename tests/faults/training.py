@@ -51,7 +51,7 @@ class School:
         return file.read_bytes()
 
 
-def live(school: School, run: str, program: subprocess.Popen, dice: random.Random) -> None:
+def live(school: School, run: str, program: subprocess.Popen, dice: random.Random, longest: float) -> None:
     """Waits for the moment of the next kill: while it starts, or soon after its first checkpoint."""
     if dice.random() < DIES_STARTING:
         time.sleep(dice.uniform(0, STARTING))
@@ -61,18 +61,23 @@ def live(school: School, run: str, program: subprocess.Popen, dice: random.Rando
         assert program.poll() is None, "the training ended by itself: see told.txt"
         assert time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.01)
-    time.sleep(dice.uniform(0, LONGEST_LIFE))
+    time.sleep(dice.uniform(0, longest))
 
 
 def kill_and_go_on(
-    school: School, run: str, kills: int, dice: random.Random, tell: Callable[[str], None] = print
+    school: School,
+    run: str,
+    kills: int,
+    dice: random.Random,
+    tell: Callable[[str], None] = print,
+    longest_life: float = LONGEST_LIFE,
 ) -> None:
     """Killed so many times, then left to finish."""
     with ended() as alive:
         for number in range(kills):
             with open(school.folder / "told.txt", "ab") as told:
                 alive.append(subprocess.Popen(school.command(run), cwd=ROOT, stdout=told, stderr=told))
-            live(school, run, alive[-1], dice)
+            live(school, run, alive[-1], dice, longest_life)
             kill(alive.pop())
             tell(f"kill {number + 1} of {kills}: the newest checkpoint is of step {school.steps(run)}")
     check(school.command(run), None)
