@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A module imports from the lines above its own. Units on one line do not know each other.
 LAYERS = [
     ["engine.errors"],
-    ["engine.types", "engine.requests"],
+    ["engine.types", "engine.requests", "engine.emoji"],
     ["engine.config"],
     [
         *("engine.diffusion", "engine.models", "engine.text", "engine.parallel", "engine.finish"),

@@ -1,28 +1,15 @@
-"""Sprites from the Noto colour emoji font (OFL 1.1), which the system or the user provides."""
+"""Sprites from the colour emoji font."""
 
 import dataclasses
 import functools
-import os
-import pathlib
 
 import numpy as np
 from jaxtyping import UInt8, UInt16
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from engine.emoji import font, font_path
 from engine.errors import UserError
 from engine.scenes.things import THINGS
-
-FONT_VARIABLE = "FOGSCULPT_EMOJI_FONT"
-FONT_PLACES = (
-    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",  # Debian, Ubuntu
-    "/usr/share/fonts/noto/NotoColorEmoji.ttf",  # Arch
-    "/usr/share/fonts/google-noto-emoji-color-fonts/NotoColorEmoji.ttf",  # older Fedora
-    "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",  # Fedora
-    "~/.local/share/fonts/NotoColorEmoji.ttf",
-    "~/Library/Fonts/NotoColorEmoji.ttf",
-    "/Library/Fonts/NotoColorEmoji.ttf",
-)
-BITMAP_SIZE = 109  # the one size at which the font holds bitmaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,37 +34,11 @@ class Sprite:
         return self.premultiplied.shape[1]
 
 
-def font_path() -> pathlib.Path:
-    """The colour emoji font: $FOGSCULPT_EMOJI_FONT, else where systems keep it.
-
-    Raises:
-      UserError: there is none.
-    """
-    named = os.environ.get(FONT_VARIABLE)
-    for place in [named] if named else FONT_PLACES:
-        path = pathlib.Path(place).expanduser()
-        if path.is_file():
-            return path
-    raise UserError(
-        f"no colour emoji font at {named or 'any of the usual places'}: install it"
-        f" (Debian: apt install fonts-noto-color-emoji) or set {FONT_VARIABLE} to NotoColorEmoji.ttf"
-    )
-
-
-@functools.cache
-def _font() -> ImageFont.FreeTypeFont:
-    path = font_path()
-    try:
-        return ImageFont.truetype(str(path), BITMAP_SIZE)
-    except OSError as error:
-        raise UserError(f"{path} is not a colour emoji font ({error}): use NotoColorEmoji.ttf") from None
-
-
 @functools.cache
 def _bitmap(thing: int) -> Image.Image:
     """The font's own bitmap, cropped to what is drawn, premultiplied so that resizing has no fringe."""
     canvas = Image.new("RGBA", (192, 192))
-    ImageDraw.Draw(canvas).text((24, 24), THINGS[thing].emoji, font=_font(), embedded_color=True)
+    ImageDraw.Draw(canvas).text((24, 24), THINGS[thing].emoji, font=font(font_path()), embedded_color=True)
     box = canvas.getbbox()
     if box is None:
         raise UserError(

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
+from engine.emoji import font, font_path
 from engine.errors import UserError
 from engine.world.scene import Thing
 
@@ -24,18 +25,6 @@ SIDE = 96  # pixels of a sprite's cell; a big thing covers about 80 of a picture
 MARGIN = 2  # transparent pixels around a sprite in its cell
 ACROSS = 16  # cells in a row of the file
 FORMAT = 1  # of the file; part of the digest
-
-FONT_VARIABLE = "FOGSCULPT_EMOJI_FONT"
-FONT_PLACES = (
-    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",  # Debian, Ubuntu
-    "/usr/share/fonts/noto/NotoColorEmoji.ttf",  # Arch
-    "/usr/share/fonts/google-noto-emoji-color-fonts/NotoColorEmoji.ttf",  # older Fedora
-    "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",  # Fedora
-    "~/.local/share/fonts/NotoColorEmoji.ttf",
-    "~/Library/Fonts/NotoColorEmoji.ttf",
-    "/Library/Fonts/NotoColorEmoji.ttf",
-)
-BITMAP_SIZE = 109  # the one size at which the font holds bitmaps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,35 +119,10 @@ def load(things: Sequence[Thing], path: pathlib.Path = FILE) -> Atlas:
     return from_pixels(things, np.ascontiguousarray(cells[: len(things)]))
 
 
-def font_path() -> pathlib.Path:
-    """The colour emoji font: $FOGSCULPT_EMOJI_FONT, else where systems keep it.
-
-    Raises:
-      UserError: there is none.
-    """
-    named = os.environ.get(FONT_VARIABLE)
-    for place in [named] if named else FONT_PLACES:
-        path = pathlib.Path(place).expanduser()
-        if path.is_file():
-            return path
-    raise UserError(
-        f"no colour emoji font at {named or 'any of the usual places'}: install it"
-        f" (Debian: apt install fonts-noto-color-emoji) or set {FONT_VARIABLE} to NotoColorEmoji.ttf"
-    )
-
-
-@functools.cache
-def _font(path: pathlib.Path) -> ImageFont.FreeTypeFont:
-    try:
-        return ImageFont.truetype(str(path), BITMAP_SIZE)
-    except OSError as error:
-        raise UserError(f"{path} is not a colour emoji font ({error}): use NotoColorEmoji.ttf") from None
-
-
 def _bitmap(thing: Thing) -> Image.Image:
     """The font's own bitmap, turned, cropped to what is drawn; premultiplied, so that no fringe appears."""
     canvas = Image.new("RGBA", (384, 192))
-    ImageDraw.Draw(canvas).text((24, 24), thing.emoji, font=_font(font_path()), embedded_color=True)
+    ImageDraw.Draw(canvas).text((24, 24), thing.emoji, font=font(font_path()), embedded_color=True)
     box = canvas.getbbox()
     if box is None or box[2] - box[0] > 150:  # wider: the parts of a sequence that the font does not join
         raise UserError(

@@ -5,6 +5,7 @@ import collections
 import numpy as np
 import pytest
 
+from engine import emoji
 from engine.scenes import (
     ARRANGEMENTS,
     BACKGROUNDS,
@@ -179,9 +180,9 @@ def test_a_scene_refuses_nonsense(change, message):
 
 
 def test_without_the_font_the_message_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setenv(sprites_module.FONT_VARIABLE, str(tmp_path / "none.ttf"))
+    monkeypatch.setenv(emoji.FONT_VARIABLE, str(tmp_path / "none.ttf"))
     with pytest.raises(UserError, match="fonts-noto-color-emoji"):
-        sprites_module.font_path()
+        emoji.font_path()
 
 
 def test_render_leaves_the_painted_background_alone():

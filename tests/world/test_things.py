@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont, features
 
-from engine.scenes.sprites import BITMAP_SIZE, font_path
+from engine.emoji import BITMAP_SIZE, font_path
 from engine.world.nouns import plural_of
 from engine.world.scene import COLOURS
 from engine.world.things import COLOUR_WORDS, HATTED, INDEX, THINGS
