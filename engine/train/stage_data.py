@@ -7,9 +7,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from engine import scenes
 from engine.config import TrainConfig
 from engine.text.tokenizer import Tokenizer
-from engine.train.data import WORLDS, Batch, BatchAt, Drawn, captioned_pictures, pictures
+from engine.train.data import Batch, BatchAt, Drawn, captioned_pictures, drawn_world, pictures
 from engine.train.sources import PictureBatches, batches_of, open_pictures
 
 # What is added to a run's seed: each stage draws its own scenes and noise.
@@ -42,20 +43,13 @@ def stage_data(config: TrainConfig, workdir: pathlib.Path, process: int, process
     """What the config names; pictures are not looked at before they are needed."""
     if config.data.paths:
         return OwnPictures(config, workdir, process, processes)
-    return Scenes(config, process, processes, drawn_world(config))
-
-
-def drawn_world(config: TrainConfig) -> Drawn:
-    """The one that config.data.kind names."""
-    return WORLDS["world" if config.data.kind == "world" else "scenes"]
+    return Scenes(config, process, processes, drawn_world(config.data.kind))
 
 
 class Scenes:
     """A drawn world, addressed by seed and step."""
 
-    def __init__(
-        self, config: TrainConfig, process: int = 0, processes: int = 1, drawn: Drawn = WORLDS["scenes"]
-    ):
+    def __init__(self, config: TrainConfig, process: int = 0, processes: int = 1, drawn: Drawn = scenes):
         self._config, self._drawn = config, drawn
         self._hosts = {"process": process, "processes": processes, "drawn": drawn}
 

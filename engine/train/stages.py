@@ -17,9 +17,9 @@ from engine.models.clip import CLIPTextConfig
 from engine.models.unet import UNetConfig
 from engine.text.tokenizer import Tokenizer, train_tokenizer
 from engine.train import loop, objectives, optim
-from engine.train.data import BatchAt, captions_with_facts
+from engine.train.data import BatchAt, captions_with_facts, drawn_world
 from engine.train.scaling import scaled_once
-from engine.train.stage_data import SEEDS, StageData, drawn_world, stage_data
+from engine.train.stage_data import SEEDS, StageData, stage_data
 from engine.train.step import Loss
 from engine.train.workdir import check_same_pictures, check_same_run, remember
 from engine.types import Params, UserError
@@ -128,7 +128,7 @@ def train_words(run: Run, parts: Parts) -> Parts | None:
     stage, encoder = run.config.words, parts["text_encoder"]
     if stage.steps == 0:
         return {}
-    drawn = drawn_world(run.config)
+    drawn = drawn_world(run.config.data.kind)
     fresh = {
         "text_encoder": encoder.params,
         "heads": objectives.fresh_heads(encoder.config.hidden_size, drawn.FACTS),

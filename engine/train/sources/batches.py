@@ -19,7 +19,7 @@ import numpy as np
 from engine.config import DataConfig
 from engine.text.tokenizer import Tokenizer
 from engine.train.buckets import Order, nearest_shape, shapes
-from engine.train.data import WORLDS, Batch, BatchAt, Drawn, own_rows, shuffled
+from engine.train.data import Batch, BatchAt, Drawn, drawn_world, own_rows, shuffled
 from engine.train.sources.finding import open_source
 from engine.train.sources.item import Accept, Unusable, required
 from engine.train.sources.pictures import Look, Pictures
@@ -71,7 +71,7 @@ def training_batches(
     if config.paths:
         rows = open_pictures(config, batch_size, size, workdir, process, accept).rows
     else:
-        rows = _drawn(WORLDS["world" if config.kind == "world" else "scenes"], config.seed, batch_size, size)
+        rows = _drawn(drawn_world(config.kind), config.seed, batch_size, size)
     return batches_of(rows, config.seed, batch_size, tokenizer, process, processes, keep_tags, reword)
 
 
