@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import pathlib
 import signal
 import threading
@@ -103,12 +104,19 @@ def fit(
                 print(f"{name}: goes on from step {int(state.step)}", flush=True)
         first = int(state.step)
         if first < config.steps:
-            work = arithmetic(step, devices.devices, state, frozen, batch_at(first), base_key)
-            progress = Progress(name, workdir, first, config, work, devices.leads)
+            progress = Progress(name, workdir, first, config, None, devices.leads)
             run = _Run(name, config, seed, devices, workdir, checkpoints, progress, watch)
-            with contextlib.closing(progress), contextlib.closing(batches(batch_at, first)) as data:
+            with (
+                stop_signals() as stop,
+                contextlib.closing(progress),
+                contextlib.closing(batches(batch_at, first)) as data,
+            ):
+                head = next(data)
+                # Traced here, the step is not traced again when it is called.
+                progress.arithmetic = arithmetic(step, devices.devices, state, frozen, head, base_key)
+                rest = itertools.chain([head], data)
                 ended = run.to_end(
-                    state, lambda state: step(state, frozen, devices.shard_own(next(data)), base_key)
+                    state, lambda state: step(state, frozen, devices.shard_own(next(rest)), base_key), stop
                 )
             if ended is None:
                 return None
@@ -137,35 +145,35 @@ class _Run:
         self,
         state: steps.TrainState,
         step: Callable[[steps.TrainState], tuple[steps.TrainState, steps.Metrics]],
+        stop: threading.Event,
     ) -> steps.TrainState | None:
-        """The state after the last step; None when a signal stopped the run."""
+        """The state after the last step; None when `stop` was set, and the state is saved."""
         config, before = self.config, None
-        with stop_signals() as stop:
-            for done in range(int(state.step) + 1, config.steps + 1):
-                state, metrics = step(state)
-                last = done == config.steps
-                # One step may be under way while the next is prepared, not dozens: a signal waits for them.
-                if before is not None:
-                    self._completed(done - 1, before)
-                before = metrics
-                if last:
-                    self._completed(done, metrics)
-                self.progress.report(done, metrics, force=last)
-                if config.ema_snapshot_every and (last or done % config.ema_snapshot_every == 0):
-                    self._keep_averages(done, state)
-                stopping = self.devices.any(stop.is_set())
-                if last or stopping or (done % config.checkpoint_every == 0 and _is_sound(metrics)):
-                    place = {"next": done * config.batch_size}
-                    self.checkpoints.save(state, {"seed": self.seed, "data": place})
-                if self.watch and self.watch.every and (last or done % self.watch.every == 0):
-                    self._show(done, state, self.watch)
-                if stopping:
-                    if self.devices.leads:
-                        print(
-                            f"{self.name}: stopped and saved at step {done}; the same command goes on",
-                            flush=True,
-                        )
-                    return None
+        for done in range(int(state.step) + 1, config.steps + 1):
+            state, metrics = step(state)
+            last = done == config.steps
+            # One step may be under way while the next is prepared, not dozens: a signal waits for them.
+            if before is not None:
+                self._completed(done - 1, before)
+            before = metrics
+            if last:
+                self._completed(done, metrics)
+            self.progress.report(done, metrics, force=last)
+            if config.ema_snapshot_every and (last or done % config.ema_snapshot_every == 0):
+                self._keep_averages(done, state)
+            stopping = self.devices.any(stop.is_set())
+            if last or stopping or (done % config.checkpoint_every == 0 and _is_sound(metrics)):
+                place = {"next": done * config.batch_size}
+                self.checkpoints.save(state, {"seed": self.seed, "data": place})
+            if self.watch and self.watch.every and (last or done % self.watch.every == 0):
+                self._show(done, state, self.watch)
+            if stopping:
+                if self.devices.leads:
+                    print(
+                        f"{self.name}: stopped and saved at step {done}; the same command goes on",
+                        flush=True,
+                    )
+                return None
         return state
 
     def _completed(self, step: int, metrics: steps.Metrics) -> None:

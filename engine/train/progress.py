@@ -42,10 +42,11 @@ class Progress:
     ):
         """Args:
         first_step: how many are done already.
+        arithmetic: None: not known, or not yet.
         tells: of several hosts, one does.
         """
         self._name, self._file, self._config, self._tells = name, workdir / FILE, config, tells
-        self._arithmetic = arithmetic
+        self.arithmetic = arithmetic
         self._board = None
         if tells:
             from tensorboardX import SummaryWriter  # which takes PyTorch with it, where that is installed
@@ -63,15 +64,15 @@ class Progress:
             self._board.close()
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Adds the sums of a step, once. Waits for it."""
+        """Adds the sums of a step, once; of one that is skipped they are no numbers. Waits for it."""
         if not self._tells or step <= self._added:
             return
         self._added = step
         if step == self._first < self._config.steps:  # most of its time was the compiler's
             self._step, self._time = step, time.monotonic()
-        for name, value in metrics.items():
-            if np.ndim(value):
-                self._sums[name] = self._sums.get(name, 0.0) + np.asarray(value, np.float64)
+        sums = {name: np.asarray(value, np.float64) for name, value in metrics.items() if np.ndim(value)}
+        if all(np.isfinite(value).all() for value in sums.values()):
+            self._sums = {name: self._sums.get(name, 0.0) + value for name, value in sums.items()}
 
     def report(self, step: int, metrics: Metrics, force: bool = False) -> None:
         """Writes the line of a step, where it is time for one."""
@@ -99,12 +100,12 @@ class Progress:
     def _speed(self, rate: float) -> dict[str, float]:
         """Of `rate` steps a second."""
         speed = {"images/s": round(rate * self._config.batch_size, 2)}
-        if self._arithmetic is None:
+        if self.arithmetic is None:
             return speed
-        flops_a_second = rate * self._arithmetic.a_device
+        flops_a_second = rate * self.arithmetic.a_device
         speed["TFLOP/s a device"] = float(f"{flops_a_second / 1e12:.4g}")
-        if self._arithmetic.peak:
-            speed["mfu"] = flops_a_second / self._arithmetic.peak
+        if self.arithmetic.peak:
+            speed["mfu"] = flops_a_second / self.arithmetic.peak
         return speed
 
     def _line(self, step: int, values: dict[str, float], rate: float) -> str:

@@ -56,6 +56,15 @@ def test_sums_cover_all_steps_since_the_last_line(tmp_path, capsys):
     assert "by_time" not in out and "0:00:00 left" in out
 
 
+def test_a_skipped_step_does_not_spoil_the_sums(tmp_path):
+    progress = Progress("diffusion", tmp_path, 0, STAGE)
+    progress.add(1, metrics(1.0, [0.25, 0.0], [1, 0]))
+    progress.add(2, metrics(float("nan"), [float("nan"), 1.0], [1, 1]))
+    progress.report(3, metrics(0.5, [0.5, 2.0], [1, 1]), force=True)
+    (line,) = lines(tmp_path)
+    assert (line["loss_by_time"], line["count_by_time"]) == ([0.75, 2.0], [2, 1])
+
+
 def test_the_rate_of_arithmetic(tmp_path, monkeypatch, capsys):
     clock = iter([0.0, 60.0, 62.0, 62.0, 62.0])  # of a minute that the first step compiles, and two seconds
     monkeypatch.setattr("engine.train.progress.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
