@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from engine.weights.folder import load_folder
+from tests.tiny import compiled_quickly, tiny_folder
+
 BLOCKS = {"block_out_channels": (8, 16), "norm_num_groups": 4}
 UNET = BLOCKS | {
     "layers_per_block": 1,
@@ -80,3 +83,20 @@ def torch_folder(torch_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("torch") / "model"
     torch_pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_compiler():
+    with compiled_quickly():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model of the engine. Read it, do not write into it."""
+    return tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_folder(folder)

@@ -12,25 +12,11 @@ from engine.types import UserError
 from engine.weights import embeddings, lora, lora_files
 from engine.weights.embeddings import TABLE, Embedding
 from engine.weights.folder import load_folder, save_folder
-from tests.tiny import compiled_quickly, tiny_folder
+from tests.tiny import tiny_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 WIDTH = 24  # of the tiny text encoder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("embeddings") / "model")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load_folder(folder)
 
 
 def vectors(count: int, width: int = WIDTH, seed: int = 0) -> np.ndarray:

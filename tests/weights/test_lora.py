@@ -13,26 +13,11 @@ from engine.types import UserError
 from engine.weights import lora, lora_files
 from engine.weights.folder import load_folder
 from engine.weights.safetensors_io import read_metadata
-from tests.tiny import compiled_quickly, tiny_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("lora") / "model")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load_folder(folder)
 
 
 @pytest.fixture(scope="module")
