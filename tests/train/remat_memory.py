@@ -1,0 +1,91 @@
+"""What remat costs and saves, as the compiler for TPUs sees it. Needs no TPU, but its compiler:
+
+  pip install libtpu
+  python -m tests.train.remat_memory [--batch_size 32]
+
+Compiles a bfloat16 training step of the U-Net in the package, on cached latents, for one chip of a v5e, with
+each remat; some minutes. Prints temporaries, arithmetic and bytes, and the ratios to remat=none.
+"""
+
+import argparse
+import importlib.util
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+spec = importlib.util.find_spec("libtpu")
+if spec is None or spec.origin is None:
+    raise SystemExit("libtpu is not installed: pip install libtpu")
+os.environ |= {  # before JAX is imported: a machine without a TPU compiles for one
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LIBRARY_PATH": str(pathlib.Path(spec.origin).parent / "libtpu.so"),
+}
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from engine.config import FinetuneConfig, StageConfig  # noqa: E402
+from engine.config.training import REMATS  # noqa: E402
+from engine.train import finetune, objectives, optim, step  # noqa: E402
+
+
+class Cost(NamedTuple):
+    temporaries: float  # bytes
+    arithmetic: float  # FLOP
+    accessed: float  # bytes
+
+
+def cost(remat: str, batch_size: int) -> Cost:
+    """Of one step; nothing is computed."""
+    chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    place = jax.sharding.SingleDeviceSharding(chip)
+
+    def shapes(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    config = FinetuneConfig()
+    task = finetune.begin(config)
+    model = task.model
+    loss = objectives.cached_loss(model.unet.graphdef, model.scheduler, config.finetune, 1.0)
+    stage = StageConfig(steps=10, batch_size=batch_size, remat=remat, compute_dtype="bfloat16")
+    optimizer = optim.optimizer(stage.optim, stage.steps)
+    state = jax.eval_shape(lambda params: step.init(params, optimizer, stage), task.params)
+    words = (model.tokenizer.model_max_length, model.text_encoder.config.hidden_size)
+    side, channels = model.unet.config.sample_size, model.vae.config.latent_channels
+    frozen = {"empty_context": jax.ShapeDtypeStruct(words, jnp.float32)}
+    batch = {
+        "mean": jax.ShapeDtypeStruct((batch_size, side, side, channels), jnp.float16),
+        "context": jax.ShapeDtypeStruct((batch_size, *words), jnp.float16),
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+    train_step = step.train_step(objectives.over_parts(loss), optimizer, stage)
+    arguments = map(shapes, (state, frozen, batch, key))
+    compiled = jax.jit(train_step, donate_argnums=0).lower(*arguments).compile()
+    counted = compiled.cost_analysis()
+    return Cost(compiled.memory_analysis().temp_size_in_bytes, counted["flops"], counted["bytes accessed"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batch_size", type=int, default=32)
+    given = parser.parse_args()
+    print(f"{'remat':8}  {'temporaries':>20}  {'arithmetic':>18}  {'accessed':>17}")
+    plain = None
+    for remat in REMATS:
+        found = cost(remat, given.batch_size)
+        plain = plain or found
+        ratio = Cost(*(a / b for a, b in zip(found, plain, strict=True)))
+        print(
+            f"{remat:8}  {found.temporaries / 2**20:7.1f} MiB ({ratio.temporaries:.2f})  "
+            f"{found.arithmetic / 1e12:6.3f} TFLOP ({ratio.arithmetic:.2f})  "
+            f"{found.accessed / 1e9:5.2f} GB ({ratio.accessed:.2f})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
