@@ -9,13 +9,11 @@ the U-Net itself. What is drawn anew in every epoch is lost: crops are central, 
 keep their order, and a batch trains on the posterior's mean, as `text_to_image_loss` does.
 """
 
-import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from engine.parallel import Devices
@@ -24,6 +22,7 @@ from engine.train.data import Batch, BatchAt, own_rows
 from engine.train.objectives import applier, to_float
 from engine.train.sources import PictureBatches
 from engine.types import UserError
+from engine.weights.component import digest_of
 from engine.weights.files import read_json, write_json
 from engine.weights.folder import Model
 from engine.weights.safetensors_io import DTYPES, cast, read_header, write
@@ -63,7 +62,7 @@ def write_cache(
     scale = model.vae.config.scale
     if any(side % scale for shape in pictures.shapes for side in shape):
         raise UserError(f"this autoencoder takes multiples of {scale}: write another size or multiple")
-    about = {"fingerprint": pictures.fingerprint, "model": _digest(model)}
+    about = {"fingerprint": pictures.fingerprint, "model": _made_by(model)}
     begun = folder / f".{MARKER}"
     for file in (folder / MARKER, begun):
         if file.exists() and any(read_json(file).get(name) != value for name, value in about.items()):
@@ -133,12 +132,9 @@ def _write(path: pathlib.Path, arrays: Arrays) -> None:
     os.replace(unfinished, path)
 
 
-def _digest(model: Model) -> str:
-    """Of the two networks that make the arrays."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves({"vae": model.vae.params, "text_encoder": model.text_encoder.params}):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
+def _made_by(model: Model) -> str:
+    """Tells apart the two networks that make the arrays."""
+    return digest_of({"vae": model.vae.params, "text_encoder": model.text_encoder.params})
 
 
 def cached_batches(
@@ -178,7 +174,7 @@ def empty_context(folder: pathlib.Path, model: Model) -> np.ndarray:
     Raises:
       UserError: the folder holds no whole cache, or one that another model made.
     """
-    if _whole(folder)["model"] != _digest(model):
+    if _whole(folder)["model"] != _made_by(model):
         raise UserError(
             f"{folder} was made with another autoencoder or text encoder: write a new one with "
             "python -m launch.cache --model FOLDER"

@@ -1,7 +1,6 @@
 """The autoencoder's latents, brought to a scale that suits the diffusion."""
 
 import functools
-import hashlib
 import pathlib
 from collections.abc import Callable
 
@@ -14,7 +13,7 @@ from jaxtyping import Array
 from engine.parallel import Devices
 from engine.train import objectives
 from engine.types import Params
-from engine.weights.component import Component
+from engine.weights.component import Component, digest_of
 from engine.weights.files import new_file
 from engine.weights.safetensors_io import read_header, read_metadata, read_tensor, write
 
@@ -33,7 +32,7 @@ def scaled_once(
     Args:
       images: gives uint8 (N, H, W, 3) to measure with, where it was not done before.
     """
-    devices, digest = Devices("jit", all_hosts=jax.process_count() > 1), _digest(params)
+    devices, digest = Devices("jit", all_hosts=jax.process_count() > 1), digest_of(params)
     scaled = _kept(file, digest)
     if scaled is None:
         whole = in_units_of_pixels(vae, params, images())
@@ -58,13 +57,6 @@ def _keep(file: pathlib.Path, digest: str, scaled: Params) -> None:
     shapes = {name: array.shape for name, array in flat.items()}
     with new_file(file) as new:
         write(new, shapes, dict.fromkeys(shapes, np.dtype(np.float32)), flat.__getitem__, {"of": digest})
-
-
-def _digest(params: Params) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def in_units_of_pixels(vae: Component, params: Params, images: np.ndarray) -> Params:

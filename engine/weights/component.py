@@ -6,6 +6,7 @@ they are read, each cast and placed before the next: the peak is the model plus 
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -325,3 +326,11 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         shards[-1].append(key)
         room -= size
     return shards
+
+
+def digest_of(params: Params) -> str:
+    """sha256 of the numbers of a tree of params, leaf by leaf."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
