@@ -1,6 +1,5 @@
 """The loop on eight devices, in every mode. test_eight_devices.py runs this file in a process of its own."""
 
-import collections
 import json
 import re
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from engine.train import checkpoint, loop, optim, stages, step
 from engine.train.data import pictures
 from engine.train.objectives import autoencoder_loss
 from engine.types import UserError
+from tests.compiled import COMPILED
 from tests.tiny import tiny_folder, tiny_tokenizer
 from tests.train.tiny_run import get_config
 
@@ -57,17 +57,6 @@ class Watched(Devices):
             return result
 
         return run
-
-
-COMPILED: collections.Counter[str] = collections.Counter()  # how often, by the function's name
-
-
-def count_compilation(event: str, seconds: float, fun_name: str = "", **_) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-        COMPILED[fun_name] += 1
-
-
-jax.monitoring.register_event_duration_secs_listener(count_compilation)
 
 
 @pytest.fixture(scope="session")

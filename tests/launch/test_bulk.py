@@ -14,6 +14,7 @@ from engine.jobs import folder
 from engine.jobs.formats import read_pngs
 from engine.jobs.store import open_store
 from launch import cli
+from tests.compiled import COMPILED
 from tests.launch.conftest import ROWS
 
 
@@ -65,14 +66,14 @@ def test_few_programs_are_compiled(job, tmp_path, model, load_once):
     """As many as there are distinct shapes, however the rows are mixed."""
     sizes = [{"prompt": f"a cat {i}", "width": 16 + 8 * (i % 2), "guidance_scale": 2 + i} for i in range(12)]
     load_once.cache_clear()
+    COMPILED.clear()
     outcome = job(rows=sizes)
     assert outcome.code == cli.DONE
     assert any("2 programs to compile" in line for line in outcome.told)
     pipe = load_once(str(model), "float32", "shard_map")
     assert pipe._begin.cache_info().currsize == 1
-    segment = pipe._segment("dpmpp_2m", True, 1, False)
-    assert segment._cache_size() == 2
-    assert pipe._text._cache_size() == 1
+    assert COMPILED["jit(segment)"] == 2
+    assert COMPILED["jit(_encode)"] == 1
 
 
 @pytest.mark.parametrize("format", ["files", "webdataset", "arrayrecord", "parquet"])
