@@ -1,0 +1,77 @@
+"""The model in the package: 128 px scenes of 221 things, told in 908 words.
+
+python -m launch.train --config=configs/scenes.py --workdir=runs/scenes
+"""
+
+from engine.config import AutoencoderStage, DataConfig, DiffusionStage, OptimConfig, TrainConfig, WordsStage
+
+
+def get_config() -> TrainConfig:
+    """Autoencoder of 32 x 32 x 8 latents, U-Net of 21 M parameters, text encoder of 2 M."""
+    return TrainConfig(
+        seed=0,
+        image_size=128,
+        vocab_size=2048,
+        max_tokens=32,
+        data=DataConfig(kind="world"),
+        vae={
+            "block_out_channels": (24, 64, 128),
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+            "layers_per_block": 1,
+            "latent_channels": 8,
+            "norm_num_groups": 8,
+            "mid_block_add_attention": False,
+            "scaling_factor": 1.0,
+            "force_upcast": False,
+        },
+        unet={
+            "block_out_channels": (48, 96, 192, 256),
+            "down_block_types": (*("DownBlock2D",) * 2, *("CrossAttnDownBlock2D",) * 2),
+            "up_block_types": (*("CrossAttnUpBlock2D",) * 2, *("UpBlock2D",) * 2),
+            "layers_per_block": 1,
+            "attention_head_dim": (3, 3, 6, 8),
+            "norm_num_groups": 16,
+            "use_linear_projection": True,
+        },
+        text_encoder={
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "projection_dim": 256,
+        },
+        scheduler={
+            "_class_name": "DPMSolverMultistepScheduler",
+            "beta_schedule": "squaredcos_cap_v2",
+            "prediction_type": "v_prediction",
+            "timestep_spacing": "leading",
+            "steps_offset": 1,
+        },
+        autoencoder=AutoencoderStage(
+            steps=1600,
+            batch_size=4,
+            ema=(0.99,),
+            checkpoint_every=100,
+            kl_weight=5e-4,
+            optim=OptimConfig(learning_rate=5e-4, warmup_steps=50, decay_steps=1500, weight_decay=0.0),
+        ),
+        words=WordsStage(
+            steps=800,
+            batch_size=256,
+            ema=(0.98,),
+            checkpoint_every=100,
+            optim=OptimConfig(learning_rate=2e-3, warmup_steps=100, decay_steps=600),
+        ),
+        diffusion=DiffusionStage(
+            steps=20000,
+            batch_size=32,
+            ema=(0.998,),
+            checkpoint_every=250,
+            time_mean=0.5,
+            time_std=1.4,
+            easy=0.7,
+            easy_steps=2000,
+            optim=OptimConfig(learning_rate=7e-4, warmup_steps=100, decay_steps=5000, weight_decay=0.01),
+        ),
+    )
