@@ -13,4 +13,3 @@ def _count(event: str, seconds: float, fun_name: str = "", **_) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
-
