@@ -1,1 +1,1 @@
-"""How well pictures follow their prompts."""
+"""How well pictures follow their prompts, and how near they come to real ones."""

@@ -44,6 +44,8 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 # ("unet.down_blocks.0.resnets.0.conv1.kernel", array) -> the same on a device or on many
 Place = Callable[[str, np.ndarray], jax.Array]
 Change = Callable[[str, np.ndarray], np.ndarray]  # the same, on the host: an array to take its place
+# file -> path of a parameter -> the key under which the file has it, and where
+Sources = dict[Path, dict[names.Path, tuple[str, Tensor]]]
 
 
 class Kind(NamedTuple):
@@ -115,7 +117,20 @@ def load_component(
     config = read_config(folder / "config.json", kind)
     graphdef, shapes = abstract(kind, config)
     weights = find_weights(folder, KINDS[kind].stem, variant)
-    sources = _match(kind, shapes, weights, read_headers(weights))
+    sources = match(kind, shapes, read_headers(weights), f"{weights} does not fit {folder / 'config.json'}")
+    params = read_params(kind, shapes, sources, dtype, place, changes)
+    return Component(kind, config, graphdef, params)
+
+
+def read_params(
+    kind: str,
+    shapes: Mapping[names.Path, jax.ShapeDtypeStruct],
+    sources: Sources,
+    dtype: np.dtype,
+    place: Place | None = None,
+    changes: Sequence[Change] = (),
+) -> Params:
+    """Reads the parameters that `match` found, one after another; the rest is as in `load_component`."""
     flat = {}
     for file, tensors in sources.items():
         with open(file, "rb") as opened:
@@ -127,7 +142,7 @@ def load_component(
                 leaf = (place or _on_default_device)(name, cast(array, dtype, f"{file}: {stored}"))
                 flat[path] = jax.block_until_ready(leaf)  # or the transfers in flight would pile up
                 del array, leaf
-    return Component(kind, config, graphdef, traverse_util.unflatten_dict(flat))
+    return traverse_util.unflatten_dict(flat)
 
 
 def _on_default_device(name: str, array: np.ndarray) -> jax.Array:
@@ -188,13 +203,18 @@ def read_headers(weights: Path) -> dict[Path, dict[str, Tensor]]:
     return headers
 
 
-def _match(
+def match(
     kind: str,
     shapes: Mapping[names.Path, jax.ShapeDtypeStruct],
-    weights: Path,
     headers: Mapping[Path, Mapping[str, Tensor]],
-) -> dict[Path, dict[names.Path, tuple[str, Tensor]]]:
-    """File -> path of a parameter -> where it is stored. Raises UserError unless all fits exactly."""
+    misfit: str,
+) -> Sources:
+    """Where each parameter is stored. Raises UserError unless all fits exactly.
+
+    Args:
+      kind: whose other names `names.canonical` knows.
+      misfit: how the message begins: "FILE does not fit ..."
+    """
     paths, unexpected, twice, misshapen, mistyped = names.keys(shapes), [], [], [], []
     missing, sources = dict(paths), {}
     for file, header in headers.items():
@@ -224,7 +244,7 @@ def _match(
     }
     if any(faults.values()):
         told = "; ".join(f"{fault}: {listed(keys)}" for fault, keys in faults.items() if keys)
-        raise UserError(f"{weights} does not fit {weights.parent / 'config.json'}: {told}")
+        raise UserError(f"{misfit}: {told}")
     return sources
 
 

@@ -18,6 +18,7 @@ Shape = tuple[int, ...]
 
 # leaf name -> its name in PyTorch
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAVES |= {"running_mean": "running_mean", "running_var": "running_var"}  # of a batch normalization
 
 # Axes of a kernel, by rank: array.transpose(TO_TORCH[rank]) is PyTorch's, and TO_FLAX undoes it.
 TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}  # Linear (I, O) -> (O, I); Conv HWIO -> OIHW
@@ -37,6 +38,8 @@ ALIASES = tuple(
         ("text_encoder", r"(text_model\.)?embeddings\.position_ids$", None),
         # transformers 5 saves a text encoder that it built itself without the prefix; it reads both
         ("text_encoder", r"(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),
+        # FID ends before the classes, and never trains
+        ("inception", r"(fc|AuxLogits)\.|.*\.num_batches_tracked$", None),
     )
 )
 # The old autoencoders' attention, before diffusers made 1x1 convolutions of it linear.
