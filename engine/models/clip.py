@@ -1,8 +1,11 @@
-"""CLIP's text encoder: a causal transformer whose last (or an earlier) layer steers the U-Net."""
+"""CLIP's text encoder: a causal transformer whose last (or an earlier) layer steers the U-Net.
+
+Its layers are those of CLIP's image encoder, too (engine.models.clip_vision).
+"""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,13 +19,21 @@ from engine.types import UserError
 # A layer adds half as much as it is given.
 BRANCH_INIT = nnx.initializers.variance_scaling(0.25, "fan_in", "truncated_normal")
 
-FIXED = {
-    "architectures": (None, ["CLIPTextModel"]),
-    "model_type": ("clip_text_model",),
+# What the arithmetic of an encoder depends on, in the config of any model.
+FIXED_OF_ENCODERS = {
     "attention_dropout": (0.0,),
     "dropout": (0.0,),
     "is_encoder_decoder": (False,),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": ({},),
     "chunk_size_feed_forward": (0,),
+}
+FIXED = {
+    "architectures": (None, ["CLIPTextModel"]),
+    "model_type": ("clip_text_model",),
+    **FIXED_OF_ENCODERS,
 }
 # The keys of any config of transformers that the arithmetic of an encoder never reads: who wrote it and in
 # which dtype, how training began, the names of classes, and which outputs a call returns.
@@ -30,6 +41,27 @@ UNREAD = (
     *("transformers_version", "torch_dtype", "dtype", "initializer_factor", "initializer_range"),
     *("id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
 )
+
+
+@runtime_checkable
+class EncoderConfig(Protocol):
+    """What the layers of an encoder ask of its config."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    layer_norm_eps: float
+
+
+def check_encoder(config: EncoderConfig) -> None:
+    """Raises UserError for an encoder that cannot be built."""
+    activation(config.hidden_act, "hidden_act")
+    check_positive(config, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if config.hidden_size % config.num_attention_heads:
+        heads, width = config.num_attention_heads, config.hidden_size
+        raise UserError(f"num_attention_heads={heads} does not divide hidden_size={width}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +87,8 @@ class CLIPTextConfig:
         return from_json(cls, {k: v for k, v in options.items() if k not in UNREAD}, where, FIXED)
 
     def __post_init__(self):
-        activation(self.hidden_act, "hidden_act")
-        check_positive(
-            self,
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-            "max_position_embeddings",
-        )
-        if self.hidden_size % self.num_attention_heads:
-            heads, width = self.num_attention_heads, self.hidden_size
-            raise UserError(f"num_attention_heads={heads} does not divide hidden_size={width}")
+        check_encoder(self)
+        check_positive(self, "vocab_size", "max_position_embeddings")
 
 
 class TextOutput(NamedTuple):
@@ -97,23 +122,26 @@ class CLIPTextEmbeddings(nnx.Module):
 
 
 class CLIPAttention(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
+    """causal: each token looks at itself and at those before it, and at no other."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs, causal: bool = True):
         width = config.hidden_size
         self.q_proj = nnx.Linear(width, width, rngs=rngs)
         self.k_proj = nnx.Linear(width, width, rngs=rngs)
         self.v_proj = nnx.Linear(width, width, rngs=rngs)
         self.out_proj = nnx.Linear(width, width, kernel_init=BRANCH_INIT, rngs=rngs)
         self.heads = config.num_attention_heads
+        self.causal = causal
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         B, L, D = x.shape
         q, k, v = (p(x).reshape(B, L, self.heads, -1) for p in (self.q_proj, self.k_proj, self.v_proj))
-        causal = jnp.tril(jnp.ones((L, L), bool))
-        return self.out_proj(attend(q, k, v, mask=causal).reshape(B, L, D))
+        mask = jnp.tril(jnp.ones((L, L), bool)) if self.causal else None
+        return self.out_proj(attend(q, k, v, mask=mask).reshape(B, L, D))
 
 
 class CLIPMLP(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
         self.fc2 = nnx.Linear(
             config.intermediate_size, config.hidden_size, kernel_init=BRANCH_INIT, rngs=rngs
@@ -125,9 +153,9 @@ class CLIPMLP(nnx.Module):
 
 
 class CLIPEncoderLayer(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs, causal: bool = True):
         self.layer_norm1 = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
-        self.self_attn = CLIPAttention(config, rngs)
+        self.self_attn = CLIPAttention(config, rngs, causal)
         self.layer_norm2 = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
         self.mlp = CLIPMLP(config, rngs)
 
@@ -137,8 +165,9 @@ class CLIPEncoderLayer(nnx.Module):
 
 
 class CLIPEncoder(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
-        self.layers = nnx.List([CLIPEncoderLayer(config, rngs) for _ in range(config.num_hidden_layers)])
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs, causal: bool = True):
+        layers = range(config.num_hidden_layers)
+        self.layers = nnx.List([CLIPEncoderLayer(config, rngs, causal) for _ in layers])
 
     def __call__(self, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], ...]:
         states = [x]

@@ -1,4 +1,4 @@
-"""One model of a folder (unet/, vae/, text_encoder/): config.json and safetensors <-> config and params.
+"""One model (unet/, vae/, text_encoder/, a CLIP): config.json and safetensors <-> config and params.
 
 A model is built without memory (`nnx.eval_shape`), and its parameters are filled in one after another as
 they are read, each cast and placed before the next: the peak is the model plus its largest tensors.
@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from engine.config import to_json
 from engine.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from engine.models.clip import CLIPTextConfig, CLIPTextModel
+from engine.models.clip_vision import CLIPConfig, CLIPModel
 from engine.models.layers import host_rngs
 from engine.models.unet import UNet2DConditionModel, UNetConfig
 from engine.types import Params, UserError
@@ -61,22 +62,25 @@ class Kind(NamedTuple):
         """What config.json says of its class, as the library that reads it expects."""
         if self.library == "diffusers":
             return {"_class_name": self.class_name, "_diffusers_version": DIFFUSERS_VERSION}
-        return {"architectures": [self.class_name], "model_type": "clip_text_model"}
+        return {"architectures": [self.class_name], "model_type": MODEL_TYPES[self.class_name]}
 
 
+MODEL_TYPES = {"CLIPTextModel": "clip_text_model", "CLIPModel": "clip"}  # as transformers calls them
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
 KINDS = {
     "unet": Kind("diffusers", "UNet2DConditionModel", UNetConfig, UNet2DConditionModel, _DIFFUSERS_STEM),
     "vae": Kind("diffusers", "AutoencoderKL", AutoencoderConfig, AutoencoderKL, _DIFFUSERS_STEM),
     "text_encoder": Kind("transformers", "CLIPTextModel", CLIPTextConfig, CLIPTextModel, "model"),
 }
+# Beside the parts of a folder that draws: what is a folder by itself.
+KNOWN = KINDS | {"clip": Kind("transformers", "CLIPModel", CLIPConfig, CLIPModel, "model")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
     """A model as data: `nnx.merge(graphdef, nnx.State(params))` is the module."""
 
-    kind: str  # a key of KINDS
+    kind: str  # a key of KNOWN
     config: Any
     graphdef: nnx.GraphDef
     params: Params
@@ -85,7 +89,7 @@ class Component:
 @functools.lru_cache(maxsize=8)
 def abstract(kind: str, config: Any) -> tuple[nnx.GraphDef, Mapping[names.Path, jax.ShapeDtypeStruct]]:
     """The structure of a model and the shape of each parameter, without allocating any."""
-    model = nnx.eval_shape(lambda: KINDS[kind].module(config, host_rngs()))
+    model = nnx.eval_shape(lambda: KNOWN[kind].module(config, host_rngs()))
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, MappingProxyType(traverse_util.flatten_dict(nnx.to_pure_dict(params)))
 
@@ -102,7 +106,7 @@ def load_component(
 
     Args:
       folder: with config.json and the weights, as one safetensors file or several with an index.
-      kind: "unet", "vae" or "text_encoder".
+      kind: "unet", "vae", "text_encoder" or "clip".
       dtype: float32, float16 or bfloat16; the files may hold any of the three.
       variant: "fp16" for the files *.fp16.safetensors. None takes the plain ones, or those of fp16 where
         there are no others.
@@ -116,7 +120,7 @@ def load_component(
     folder, dtype = Path(folder), as_dtype(dtype)
     config = read_config(folder / "config.json", kind)
     graphdef, shapes = abstract(kind, config)
-    weights = find_weights(folder, KINDS[kind].stem, variant)
+    weights = find_weights(folder, KNOWN[kind].stem, variant)
     sources = match(kind, shapes, read_headers(weights), f"{weights} does not fit {folder / 'config.json'}")
     params = read_params(kind, shapes, sources, dtype, place, changes)
     return Component(kind, config, graphdef, params)
@@ -152,11 +156,11 @@ def _on_default_device(name: str, array: np.ndarray) -> jax.Array:
 def read_config(path: Path, kind: str) -> Any:
     """The config of a model; UserError, with the file, where it is not one that the engine can build."""
     options = read_json(path)
-    written = options.get("_class_name", KINDS[kind].class_name)
-    if written != KINDS[kind].class_name:
-        raise UserError(f"{path} describes a {written}; the engine reads {KINDS[kind].class_name}")
+    written = options.get("_class_name", KNOWN[kind].class_name)
+    if written != KNOWN[kind].class_name:
+        raise UserError(f"{path} describes a {written}; the engine reads {KNOWN[kind].class_name}")
     try:
-        return KINDS[kind].config.from_json(options, str(path))
+        return KNOWN[kind].config.from_json(options, str(path))
     except UserError as error:
         message = str(error)
         raise UserError(message if str(path) in message else f"{path}: {message}") from None
@@ -175,8 +179,8 @@ def find_weights(folder: Path, stem: str, variant: str | None) -> Path:
     if pickles and not any(name.endswith(".safetensors") for name in present):
         raise UserError(
             f"{folder} holds weights as {pickles[0]} alone, a format that is never opened because it can run "
-            "code: convert it with PyTorch diffusers, from_pretrained(...).save_pretrained(..., "
-            "safe_serialization=True)"
+            "code: convert it with PyTorch diffusers or transformers, "
+            "from_pretrained(...).save_pretrained(..., safe_serialization=True)"
         )
     raise UserError(
         f"{folder} has no {' or '.join(candidates)}; it holds {', '.join(present[:20]) or 'nothing'}"
@@ -305,9 +309,9 @@ def _on_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
 
 def write_config(folder: Path, kind: str, config: Any) -> None:
     """config.json, as the library of the component writes it."""
-    options = to_json(config, KINDS[kind].class_name)
+    options = to_json(config, KNOWN[kind].class_name)
     del options["_class_name"]
-    write_json(folder / "config.json", KINDS[kind].notes() | options)
+    write_json(folder / "config.json", KNOWN[kind].notes() | options)
 
 
 def write_weights(
@@ -319,7 +323,7 @@ def write_weights(
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """One file, or shards and their index, of what `tensor` gives for each key (in PyTorch's layout)."""
-    stem = KINDS[kind].stem
+    stem = KNOWN[kind].stem
     torch_shapes = {names.to_key(path): names.torch_shape(path, leaf.shape) for path, leaf in shapes.items()}
     sizes = {key: math.prod(shape) * dtypes[key].itemsize for key, shape in torch_shapes.items()}
     shards = _split(sizes, max_shard_size)
