@@ -169,6 +169,7 @@ class DiffusionStage(ObjectiveConfig, StageConfig):
     train_text_encoder: bool = False  # with the U-Net, by the same loss
     easy: float = 0.0  # the share of scenes of one big thing at the start, none after `easy_steps`
     easy_steps: int = 0
+    distinct: int = 0  # drawn scenes, in turn, their latents kept in the workdir; 0: every one is new
 
 
 @dataclasses.dataclass
@@ -241,6 +242,21 @@ class TrainConfig:
                 f"diffusion.easy={self.diffusion.easy} for {self.diffusion.easy_steps} steps: "
                 "write easy_steps from 1, or easy=0"
             )
+
+        self._check_distinct()
+
+    def _check_distinct(self) -> None:
+        """Scenes that come again."""
+        distinct, batch_size = self.diffusion.distinct, self.diffusion.batch_size
+        if distinct and (distinct < batch_size or distinct % batch_size):
+            raise UserError(
+                f"diffusion.distinct={distinct}: write a multiple of diffusion.batch_size={batch_size}, "
+                "or 0 for new scenes all the time"
+            )
+        if distinct and self.data.kind != "world":
+            raise UserError(f"diffusion.distinct={distinct} is for data.kind='world': write 0")
+        if distinct and self.diffusion.caption_shuffle:
+            raise UserError(f"diffusion.distinct={distinct} tells scenes anew: write caption_shuffle=False")
 
     def _check_pictures(self) -> None:
         """What goes with pictures that are not drawn."""

@@ -74,20 +74,24 @@ def captioned_pictures(
     """{"image": uint8 (B / processes, size, size, 3), "ids": int32 (B / processes, L)}
 
     Args:
-      easy: the share of easy scenes at step 0 (see `scenes.sample_scene`); it falls in a line to none at
-        step `easy_steps`.
+      easy, easy_steps: the share of easy scenes (see `sample_scene`), as `easy_share` says.
       keep_tags: None, or captions are `shuffled`.
     """
     first, share = own_rows(batch_size, process, processes)
 
     def batch_at(step: int) -> Batch:
-        easily = easy * (1 - step / easy_steps) if step < easy_steps else 0.0
+        easily = easy_share(step, easy, easy_steps)
         images, captions, _ = drawn.batch(seed, step * batch_size + first, share, size, easily)
         if keep_tags is not None:
             captions = shuffled(captions, seed, step, keep_tags, first)
         return {"image": images, "ids": tokenizer.encode(captions)}
 
     return batch_at
+
+
+def easy_share(step: int, easy: float, easy_steps: int) -> float:
+    """Of the scenes of a step: `easy` at first, in a line down to none at `easy_steps`."""
+    return easy * (1 - step / easy_steps) if step < easy_steps else 0.0
 
 
 def shuffled(

@@ -94,13 +94,17 @@ def text_to_image_loss(
 ) -> Loss:
     """`denoising_loss` of pictures and captions.
 
-    frozen: {"vae": params, "text_encoder": params, "empty_ids": (L,)}; batch: {"image", "ids"}.
+    frozen: {"vae": params, "text_encoder": params, "empty_ids": (L,)}; batch: {"image", "ids"}, or in place
+    of the pictures the "mean" of their latents.
     """
     build_text, build_vae = applier(text_encoder), applier(vae)
 
     def encode(frozen, batch, drop):
         vae_module = build_vae(frozen["vae"])
-        latents = vae_module.encode(to_float(batch["image"])).mean  # a draw would be noise to learn
+        if "mean" in batch:
+            latents = batch["mean"].astype(jnp.float32)
+        else:
+            latents = vae_module.encode(to_float(batch["image"])).mean  # a draw would be noise to learn
         ids = jnp.where(drop[:, None], frozen["empty_ids"][None], batch["ids"])
         context = build_text(frozen["text_encoder"]).context(ids)
         return latents * vae_module.config.scaling_factor, context

@@ -18,6 +18,7 @@ from engine.models.unet import UNetConfig
 from engine.text.tokenizer import Tokenizer, train_tokenizer
 from engine.train import loop, objectives, optim
 from engine.train.data import BatchAt, captions_with_facts, drawn_world
+from engine.train.kept import kept_latents
 from engine.train.scaling import scaled_once
 from engine.train.stage_data import SEEDS, StageData, stage_data
 from engine.train.step import Loss
@@ -149,7 +150,7 @@ def train_diffusion(run: Run, parts: Parts) -> Parts | None:
     graphdefs = (parts[kind].graphdef for kind in ("unet", "text_encoder", "vae"))
     loss = objectives.text_to_image_loss(*graphdefs, _scheduler(run.config), stage)
     frozen = {"vae": parts["vae"].params, "empty_ids": run.tokenizer.encode([""])[0]}
-    batch_at = run.data.captioned(run.tokenizer)
+    batch_at = _captioned(run, parts["vae"])
     if stage.train_text_encoder:
         both = {kind: parts[kind].params for kind in ("unet", "text_encoder")}
         params = _fit(run, "diffusion", objectives.over_parts(loss), both, frozen, batch_at)
@@ -157,6 +158,16 @@ def train_diffusion(run: Run, parts: Parts) -> Parts | None:
     frozen["text_encoder"] = parts["text_encoder"].params
     params = _fit(run, "diffusion", loss, parts["unet"].params, frozen, batch_at)
     return None if params is None else _with(parts, {"unet": params})
+
+
+def _captioned(run: Run, vae: Component) -> BatchAt:
+    """The batches of the stage of diffusion."""
+    config = run.config
+    if not config.diffusion.distinct:
+        return run.data.captioned(run.tokenizer)
+    seed, folder = config.seed + SEEDS["diffusion"], run.workdir / "latents"
+    hosts = jax.process_index(), jax.process_count()
+    return kept_latents(config, seed, run.tokenizer, vae, folder, *hosts)
 
 
 def _fit(

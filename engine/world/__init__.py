@@ -6,7 +6,7 @@
 the sprites in `atlas` and the painted `backgrounds`; `things` holds what there is.
 """
 
-from engine.world.captions import caption, tell, told, words
+from engine.world.captions import caption, retold, tell, told, words
 from engine.world.drawing import batch
 from engine.world.facts import FACTS, facts
 from engine.world.sampling import held_out, sample_scene
@@ -22,6 +22,7 @@ __all__ = [
     "caption",
     "facts",
     "held_out",
+    "retold",
     "sample_scene",
     "tell",
     "told",

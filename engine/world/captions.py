@@ -213,6 +213,16 @@ def told(
     return list(captions), list(scenes)
 
 
+def retold(seed: int, first_index: int, n: int, easy: float, again: int) -> list[str]:
+    """Captions of the same scenes as those of `told`, in other words for each `again` from 1; 0: the same."""
+    captions, scenes = told(seed, first_index, n, easy)
+    if again == 0:
+        return captions
+    keys = ([seed, first_index + i] for i in range(n))
+    rngs = (np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, again])) for key in keys)
+    return [caption(scene, rng) for scene, rng in zip(scenes, rngs, strict=True)]
+
+
 @functools.cache
 def words() -> frozenset[str]:
     """Every word that a caption can contain, and no other."""
