@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from engine.world.facts import shown_colour
+from engine.world.layout import Layout
 from engine.world.scene import BACKGROUNDS, COLOURS, MOST, PLACES, STYLES, TIMES, Scene
 from engine.world.things import INDEX, THINGS
 
@@ -47,21 +48,31 @@ QUESTIONS = Answers(  # type: ignore[arg-type]  # how many answers each has
 )._asdict()
 
 
-def truth(scenes: Sequence[Scene], turned: Sequence[bool] | None = None) -> Answers:
-    """The right answers.
+def exchanged(scenes: Sequence[Scene], layouts: Layout | None = None) -> Bool[np.ndarray, " B"]:
+    """Whether the thing that a scene names second is the first to be seen.
 
     Args:
-      turned: whether, of two things next to each other, the second named is the left one; None: it is not.
+      layouts: where the things are drawn; without it, of two next to each other the first named comes first.
     """
-    turned = [False] * len(scenes) if turned is None else turned
-    return Answers(*np.array([_of_one(*each) for each in zip(scenes, turned, strict=True)], np.int32).T)
+    under = np.array([scene.relation == "under" for scene in scenes])
+    if layouts is None:
+        return under
+    across = np.where(layouts.thing == 1, layouts.centre[..., 0], np.inf).min(1)
+    left = across < np.where(layouts.thing == 0, layouts.centre[..., 0], np.inf).min(1)
+    return under | (left & [scene.relation == "next to" for scene in scenes])
+
+
+def truth(scenes: Sequence[Scene], layouts: Layout | None = None) -> Answers:
+    """The right answers; `layouts` as in `exchanged`."""
+    rows = zip(scenes, exchanged(scenes, layouts), strict=True)
+    return Answers(*np.array([_of_one(*row) for row in rows], np.int32).T)
 
 
 def _of_one(scene: Scene, turned: bool) -> tuple[int, ...]:
     things = [INDEX[name] for name in scene.things]
     colours = [shown_colour(scene, which) for which in range(len(things))]
     painted = [NO_COLOUR if colour is None else COLOURS.index(colour) for colour in colours]
-    if scene.relation == "under" or (scene.relation == "next to" and turned):
+    if turned:
         things, painted = things[::-1], painted[::-1]
     arrangement = scene.relation or scene.place or "several"
     return (
@@ -98,7 +109,7 @@ def marks(answers: Answers, scenes: Sequence[Scene]) -> Facts:
     seen = np.stack([answers.first_colour, answers.second_colour])
     seen = np.where(crossed, seen[::-1], seen)
     painted = [[colour is not None for colour in (*scene.colours, None)[:2]] for scene in scenes]
-    asked = np.where(_reversed(scenes)[:, None], np.flip(painted, 1), painted).T
+    asked = np.where(exchanged(scenes)[:, None], np.flip(painted, 1), painted).T
     hits = (seen == np.stack([right.first_colour, right.second_colour])) & asked
     two = np.array([scene.relation is not None for scene in scenes])
     undirected = np.array([scene.relation == "next to" for scene in scenes])
@@ -123,11 +134,6 @@ def _matched(answers: Answers, right: Answers) -> tuple[Bool[np.ndarray, " B"], 
     straight = np.int32(answers.first == right.first) + (answers.second == right.second)
     crossing = np.int32(answers.first == right.second) + (answers.second == right.first)
     return np.maximum(straight, crossing) == 2, (crossing > straight) & (right.second != NO_THING)
-
-
-def _reversed(scenes: Sequence[Scene]) -> Bool[np.ndarray, " B"]:
-    """Where `truth` names the things in the other order than the scene."""
-    return np.array([scene.relation == "under" for scene in scenes])
 
 
 def _where(asked: Bool[np.ndarray, " B"], value: np.ndarray) -> Float[np.ndarray, " B"]:

@@ -7,7 +7,7 @@ the sprites in `atlas` and the painted `backgrounds`; `things` holds what there 
 """
 
 from engine.world.captions import caption, retold, tell, told, words
-from engine.world.drawing import batch
+from engine.world.drawing import batch, draw
 from engine.world.facts import FACTS, facts
 from engine.world.sampling import held_out, sample_scene
 from engine.world.scene import Scene, Thing
@@ -20,6 +20,7 @@ __all__ = [
     "Thing",
     "batch",
     "caption",
+    "draw",
     "facts",
     "held_out",
     "retold",

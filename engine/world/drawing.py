@@ -1,6 +1,7 @@
 """Batches of the grown world: scenes told on the host, drawn on the device."""
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -9,7 +10,7 @@ from engine.errors import UserError
 from engine.world import atlas
 from engine.world.captions import tell
 from engine.world.compose import Textures, compose, textures
-from engine.world.layout import layouts
+from engine.world.layout import Layout, layouts
 from engine.world.scene import Scene
 from engine.world.things import THINGS
 
@@ -35,9 +36,21 @@ def batch(
     Raises:
       UserError: another size, or the atlas cannot be read.
     """
-    if size % MULTIPLE:
-        raise UserError(f"size={size}: the grown world is drawn in multiples of {MULTIPLE} pixels")
     told = (tell(seed, first_index + i, easy, held_out) for i in range(n))
     captions, scenes, rngs = zip(*told, strict=True)
+    return draw(scenes, rngs, size)[0], list(captions), list(scenes)
+
+
+def draw(
+    scenes: Sequence[Scene], rngs: Sequence[np.random.Generator], size: int
+) -> tuple[UInt8[np.ndarray, "N S S 3"], Layout]:
+    """Pictures of scenes, and where everything is in them; what a scene leaves open comes from its generator.
+
+    Raises:
+      UserError: as `batch`.
+    """
+    if size % MULTIPLE:
+        raise UserError(f"size={size}: the grown world is drawn in multiples of {MULTIPLE} pixels")
     sprites, tables = tools()
-    return np.asarray(compose(tables, layouts(scenes, sprites, rngs), size)), list(captions), list(scenes)
+    where = layouts(scenes, sprites, rngs)
+    return np.asarray(compose(tables, where, size)), where
