@@ -35,17 +35,17 @@ class Answers(NamedTuple):
     style: Int[np.ndarray, " B"]
 
 
-QUESTIONS = Answers(  # type: ignore[arg-type]  # how many answers each has
-    first=len(THINGS) + 1,
-    second=len(THINGS) + 1,
-    first_colour=len(COLOURS) + 1,
-    second_colour=len(COLOURS) + 1,
-    count=MOST,
-    arrangement=len(ARRANGEMENTS),
-    background=len(BACKGROUNDS),
-    time=len(TIMES),
-    style=len(STYLES),
-)._asdict()
+QUESTIONS = {  # the fields of Answers, and how many answers each has
+    "first": len(THINGS) + 1,
+    "second": len(THINGS) + 1,
+    "first_colour": len(COLOURS) + 1,
+    "second_colour": len(COLOURS) + 1,
+    "count": MOST,
+    "arrangement": len(ARRANGEMENTS),
+    "background": len(BACKGROUNDS),
+    "time": len(TIMES),
+    "style": len(STYLES),
+}
 
 
 def exchanged(scenes: Sequence[Scene], layouts: Layout | None = None) -> Bool[np.ndarray, " B"]:
@@ -64,7 +64,7 @@ def exchanged(scenes: Sequence[Scene], layouts: Layout | None = None) -> Bool[np
 
 def truth(scenes: Sequence[Scene], layouts: Layout | None = None) -> Answers:
     """The right answers; `layouts` as in `exchanged`."""
-    rows = zip(scenes, exchanged(scenes, layouts), strict=True)
+    rows = zip(scenes, exchanged(scenes, layouts).tolist(), strict=True)
     return Answers(*np.array([_of_one(*row) for row in rows], np.int32).T)
 
 

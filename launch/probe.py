@@ -1,0 +1,54 @@
+"""Trains the probe that launch.evaluate reads pictures of the drawn world with.
+
+  python -m launch.probe --workdir=runs/probe
+
+The probe in the package was made by this command. It learns from renders alone, an hour or two on a few CPU
+cores; the same command goes on where it was stopped. At the end WORKDIR/probe.safetensors is written, and the
+shares of right answers about renders that it never saw go to stdout.
+
+Exit code: 0 trained; 2 a mistake, explained in one line; 130 stopped and saved.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from engine.errors import UserError
+from launch import cli
+
+FLAGS: cli.Groups = {
+    "What": {
+        "workdir": ("FOLDER", "for checkpoints, metrics and the probe"),
+        "test_renders": ("N", "fresh pictures that it is examined on"),
+    },
+}
+KINDS = {"workdir": str, "test_renders": int}
+DEFAULTS = {"workdir": "", "test_renders": 2000}
+
+
+def main(argv: Sequence[str]) -> int:
+    """From the command line to a probe; returns the exit code."""
+    options = cli.options(argv, __doc__, FLAGS, KINDS, DEFAULTS, {})
+    if options is None:
+        return cli.DONE
+    if not options["workdir"]:
+        raise UserError("where should the run be kept? write --workdir=FOLDER")
+    if options["test_renders"] < 1:
+        raise UserError(f"test_renders={options['test_renders']}: write 1 or more")
+
+    try:  # JAX comes with these: --help should be instant
+        from engine.evaluate import reader, reader_training
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install -e '.[train]'") from None
+
+    workdir = pathlib.Path(options["workdir"])
+    params = reader_training.train(workdir)
+    if params is None:
+        return cli.STOPPED
+    reader.save(params, workdir / "probe.safetensors")
+    shares = reader_training.accuracy(reader.load(workdir / "probe.safetensors"), options["test_renders"])
+    cli.say("  ".join(f"{question} {share:.2%}" for question, share in shares.items()))
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    cli.main(main)
