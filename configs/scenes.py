@@ -64,8 +64,9 @@ def get_config() -> TrainConfig:
             optim=OptimConfig(learning_rate=2e-3, warmup_steps=100, decay_steps=600),
         ),
         diffusion=DiffusionStage(
-            steps=20000,
+            steps=30000,
             batch_size=32,
+            distinct=153_600,
             ema=(0.998,),
             checkpoint_every=250,
             time_mean=0.5,
