@@ -11,6 +11,7 @@ from PIL import Image
 import engine
 from engine import finish
 from engine.evaluate import fid, frechet
+from engine.evaluate import sheet as sheets
 from engine.evaluate.clip_score import ClipScorer
 from launch import cli, evaluate, judging
 from tests.instruments import random_inception, tiny_clip
@@ -161,8 +162,16 @@ def test_the_figures_do_not_depend_on_the_batch(of_model, tmp_path):
     assert figures(tmp_path)["pictures"] == 3
 
 
-def test_the_sheet_is_whole(of_model, tmp_path):
+def test_the_sheet_is_whole(of_model, monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(judging, "sheet", lambda *args: shown.append(args) or sheets.sheet(*args))
     outcome = of_model()
+    ((rows, headings),) = shown
+    assert headings == {0: "Best by CLIP score", 4: "Worst by CLIP score"}
+    texts = [text.split("  ") for _, text in rows]
+    scores = [float(score) for score, _ in texts]
+    assert scores[:4] == sorted(scores, reverse=True)[:4] and scores[4:] == sorted(scores)[:3]
+    assert {text for _, text in texts} == {row["prompt"] for row in ROWS}
     sheet, file = tmp_path / "results" / "best-and-worst.png", tmp_path / "results" / "evaluation.json"
     assert outcome.paths[-2:] == ["results/evaluation.json", "results/best-and-worst.png"]
     Image.open(sheet).verify()
