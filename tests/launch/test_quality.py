@@ -15,6 +15,7 @@ from engine.evaluate import sheet as sheets
 from engine.evaluate.clip_score import ClipScorer
 from launch import cli, evaluate, judging
 from tests.instruments import random_inception, tiny_clip
+from tests.jobs.s3_server import s3, s3_server  # noqa: F401
 from tests.launch.conftest import ROWS, Outcome
 from tests.tiny import compiled_quickly
 
@@ -149,6 +150,15 @@ def test_formats_of_jobs(of_model, measure, job, clip, tmp_path):
         (tmp_path / format / "job.json").unlink()
         assert measure("--pictures", tmp_path / format, "--clip", clip).code == cli.DONE
         assert figures(tmp_path) == pytest.approx(whole, rel=1e-5), format
+
+
+@pytest.mark.parametrize("format", ["files", "parquet"])
+def test_a_job_in_a_bucket(of_model, measure, job, clip, s3, tmp_path, format):  # noqa: F811
+    assert of_model().code == cli.DONE
+    whole = figures(tmp_path)
+    assert job("--format", format, "--out", s3.url).code == cli.DONE
+    assert measure("--pictures", s3.url, "--clip", clip).code == cli.DONE
+    assert figures(tmp_path) == pytest.approx(whole, rel=1e-5)
 
 
 def test_the_figures_do_not_depend_on_the_batch(of_model, tmp_path):
