@@ -99,7 +99,7 @@ def strip(frames: Pictures, predictions: Pictures | None = None, gap: int = 4) -
 
 def slug(prompt: str, limit: int = 60) -> str:
     """The prompt for a file name: at most `limit` of [a-z0-9-], never empty ('picture' stands in)."""
-    words = re.sub(r"[^a-z0-9]+", "-", _ascii(prompt).lower()).strip("-")
+    words = re.sub(r"[^a-z0-9]+", "-", in_ascii(prompt).lower()).strip("-")
     if len(words) > limit:
         cut = words[: limit + 1].rpartition("-")[0]  # between words, where there is a place
         words = cut or words[:limit]
@@ -259,14 +259,14 @@ def _readable(settings: dict[str, Any]) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _ascii(text: str) -> str:
+def in_ascii(text: str) -> str:
     """Letters without their accents; what has no ASCII form is left out."""
     return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
 
 
 def _fitting(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """The longest start of the label, on one line, that is no wider than `width` px."""
-    label = " ".join(_ascii(label[: 2 * width]).split())  # no letter is narrower than half a pixel
+    label = " ".join(in_ascii(label[: 2 * width]).split())  # no letter is narrower than half a pixel
     label = "".join(c for c in label if c.isprintable())
     if font.getlength(label) <= width:
         return label

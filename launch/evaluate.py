@@ -8,15 +8,22 @@ background and the arrangement from the pictures. The probe is a small net that 
 is first needed (ten minutes of one core) and kept in the user's cache folder; the line "renders" says how
 often it is right about pictures whose content is known.
 
-The shares of right pictures go to stdout. Exit code: 0 measured; 2 a mistake, explained in one line; 130
-stopped with Ctrl-C.
+FID and CLIP score of any model's pictures, or of pictures that are there, need none of that:
+
+  python -m launch.evaluate --model FOLDER --prompts_file captions.txt --clip CLIP_FOLDER \\
+    --inception weights.safetensors --reference PHOTOGRAPHS --out results
+  python -m launch.evaluate --pictures JOB_FOLDER --clip CLIP_FOLDER
+  python -m launch.evaluate --inception weights.safetensors --reference PHOTOGRAPHS --save_reference stats.npz
+
+The shares of right pictures, or the figures, go to stdout. Exit code: 0 measured; 2 a mistake, explained in
+one line; 130 stopped with Ctrl-C.
 """
 
 from collections.abc import Mapping, Sequence
 
 from engine.config import GenerateConfig
 from engine.errors import UserError
-from launch import cli
+from launch import cli, quality
 
 FLAGS: cli.Groups = {
     "What to draw": {
@@ -54,9 +61,12 @@ DEFAULTS = {
 
 def main(argv: Sequence[str]) -> int:
     """From the command line to shares; returns the exit code."""
-    options = cli.options(argv, __doc__, FLAGS, KINDS, DEFAULTS, {})
+    groups, kinds = {**FLAGS, **quality.FLAGS}, {**KINDS, **quality.KINDS}
+    options = cli.options(argv, __doc__, groups, kinds, DEFAULTS, {})
     if options is None:
         return cli.DONE
+    if quality.is_asked_for(options):
+        return quality.main(argv, KINDS)
     if options["num_prompts"] < 1:
         raise UserError(f"num_prompts={options['num_prompts']}: write 1 or more")
     if not 0 <= options["seed"] < 2**32:

@@ -72,24 +72,40 @@ class Features:
         """
         return moments_of(self.features(batches))
 
-    def folder_moments(self, folder: str | os.PathLike) -> Moments:
+    def folder_moments(self, folder: str | os.PathLike, check: Callable[[], Any] = lambda: None) -> Moments:
         """Of the PNG, JPEG and WebP files in a folder and those below it; hidden ones are left out.
 
         Pictures are read as torch-fidelity and pytorch-fid read them, for comparable figures: without
         their transparency, and not turned as their EXIF says.
+
+        Args:
+          check: called after each batch; what it raises stops the work.
 
         Raises:
           UserError: no folder, no pictures in it, or one that cannot be read.
         """
         files = _pictures(Path(os.path.expanduser(folder)))
         with tqdm(total=len(files), desc=str(folder), unit="picture", leave=False) as bar:
-            return moments_of(self._run(self._read(files, bar.update)))
+
+            def progress(count: int) -> None:
+                bar.update(count)
+                check()
+
+            return moments_of(self._run(self._read(files, progress)))
 
     def features(
         self, batches: Iterable[UInt8[np.ndarray, "_ _ _ 3"]]
     ) -> Iterator[Float[np.ndarray, "_ 2048"]]:
         """The features of each picture, in order, in batches of the devices' size."""
         return self._run(self._resized(batches))
+
+    def features_of(self, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "N 2048"]:
+        """The features of pictures at hand, one or more. Of one size, they come to the network's on the
+        devices; of several, on the host, so that no program is compiled for each of them.
+        """
+        alike = len({picture.shape for picture in pictures}) == 1
+        placed = self._resized([np.stack(pictures)]) if alike else self._resized_here(pictures)
+        return np.concatenate(list(self._run(placed)))
 
     # ---- on the devices; (shared, batched) -> batched
 
@@ -102,6 +118,11 @@ class Features:
         for batch in _rebatched(batches, self.size):
             placed = self.devices.shard_batch(pad(batch, self.size))
             yield self._resize({}, placed), len(batch)
+
+    def _resized_here(self, pictures: Sequence[np.ndarray]) -> Iterator[Placed]:
+        for first in range(0, len(pictures), self.size):
+            batch = np.stack([resize(picture[None])[0] for picture in pictures[first : first + self.size]])
+            yield self.devices.shard_batch(pad(batch, self.size)), len(batch)
 
     def _read(self, files: Sequence[Path], progress: Callable[[int], Any]) -> Iterator[Placed]:
         with ThreadPoolExecutor() as pool:

@@ -89,7 +89,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
       UserError: fewer than two pictures, other features, or statistics that are none.
     """
     for moments in (a, b):
-        _check(moments)
+        check(moments)
     if len(a.mean) != len(b.mean):
         raise UserError(
             f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared: "
@@ -111,7 +111,8 @@ def _root(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D R"]:
     return vectors[:, above] * np.sqrt(values[above])
 
 
-def _check(moments: Moments) -> None:
+def check(moments: Moments) -> None:
+    """Raises UserError where no distance can be taken: fewer than two pictures, or numbers that are none."""
     if moments.n is not None and moments.n < 2:
         raise UserError(f"{moments.n} picture has no covariance: give 2 or more, {RECOMMENDED} for a paper")
     if not (np.isfinite(moments.mean).all() and np.isfinite(moments.covariance).all()):

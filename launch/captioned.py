@@ -1,0 +1,264 @@
+"""Pictures with captions that are to be judged: drawn now, of a job, or of any folder or shards.
+
+All that can be wrong with them is said before the first is drawn or decoded.
+"""
+
+import concurrent.futures
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from engine.config import JobConfig
+from engine.evaluate.quality import Batch
+from engine.finish import SETTINGS_KEY
+from engine.jobs import folder, formats
+from engine.jobs.plan import request, settle_with
+from engine.jobs.store import Store, open_store
+from engine.jobs.work import TEXT_BATCH
+from engine.pipeline import Pipeline
+from engine.requests import Settings
+from engine.text.rows import Row, Rows
+from engine.train.sources.finding import open_source
+from engine.train.sources.item import NO_CAPTION, Source, Unusable, caption_in
+from engine.train.sources.pixels import FORMATS, read_header
+from engine.types import UserError
+from launch import cli
+
+POLL = 0.01  # seconds between looks at whether a batch is drawn
+AT_ONCE = 64  # pictures that are read ahead of their measuring
+ADVICE = "mend it, or take it out of the folder"
+
+
+class Captioned(NamedTuple):
+    """Pictures to come."""
+
+    count: int  # that are expected; a NaN may strike some of those that are drawn
+    batches: Iterator[Batch]
+    about: dict[str, Any]  # which pictures these are, for JSON
+    warnings: tuple[str, ...] = ()
+
+
+# ---- drawn now
+
+
+def drawn(config: JobConfig, rows: Rows, most: int | None, pipe: Pipeline) -> Captioned:
+    """A picture of each row, as a job with this config draws them.
+
+    Args:
+      most: rows at most, from the first on.
+
+    Raises:
+      UserError: one of these rows cannot be drawn.
+    """
+    count = len(rows) if most is None else min(most, len(rows))
+    settle, groups = settle_with(config, pipe), {}
+    for number in range(count):
+        row = rows[number]
+        settings = settle(row)
+        if isinstance(settings, str):
+            where = f"{config.prompts_file}: row {number} (id {row.id[:40]})"
+            raise UserError(f"{where} cannot be drawn: {settings}")
+        groups.setdefault(settings, []).append(number)
+    height, width = pipe.default_size
+    filled = pipe.settings(config.steps, config.sampler, config.guidance_scale, config.height, config.width)
+    about = {name: getattr(config, name) for name in ("prompts_file", "model", "seed", "negative_prompt")}
+    about |= {"prompts": count, "rows_sha256": rows.digest}
+    about |= {"sampler": filled.sampler, "steps": config.steps, "guidance_scale": config.guidance_scale}
+    about |= {"height": config.height or height, "width": config.width or width, "dtype": config.dtype}
+    about |= {name: getattr(config, name) for name in ("lora", "embedding") if getattr(config, name)}
+    about |= {"parallel": config.parallel, "batch_size": sorted({s.batch_size for s in groups})}
+    return Captioned(count, _draw(config, rows, groups, pipe), about)
+
+
+def _draw(
+    config: JobConfig, rows: Rows, groups: Mapping[Settings, Sequence[int]], pipe: Pipeline
+) -> Iterator[Batch]:
+    """The devices draw the next batch while one is measured."""
+    flying = None
+    for settings, numbers in groups.items():
+        size = settings.batch_size * pipe.devices.count
+        for first in range(0, len(numbers), size):
+            part = [rows[number] for number in numbers[first : first + size]]
+            found = part, _dispatch(config, part, settings, pipe)
+            if flying is not None:
+                yield _landed(*flying)
+            flying = found
+    if flying is not None:
+        yield _landed(*flying)
+
+
+def _dispatch(config: JobConfig, rows: Sequence[Row], settings: Settings, pipe: Pipeline) -> Any:
+    requests = [request(config, row, 0) for row in rows]
+    texts = [text for one in requests for text in (one.prompt, one.negative_prompt)]
+    return pipe.dispatch(requests, pipe.encode(texts, TEXT_BATCH), settings)
+
+
+def _landed(rows: Sequence[Row], arrays: Any) -> Batch:
+    """The pictures of a batch that no NaN struck, when they are there. Here the program also stops."""
+    while not arrays[1].is_ready():
+        cli.pause(POLL)
+    cli.stop_if_asked()
+    images, finite = (np.asarray(array)[: len(rows)] for array in arrays)
+    return images[finite], [row.prompt for row, sound in zip(rows, finite, strict=True) if sound]
+
+
+# ---- there already
+
+
+def found(path: str, kind: str = "auto", field: str = "", need_captions: bool = True) -> Captioned:
+    """Pictures that are there.
+
+    Args:
+      path: a job's folder, on s3:// or gs:// too; a folder of pictures; a shard, or a folder of them.
+      kind, field: `kind` and `caption_field` of DataConfig, for all but a job's.
+      need_captions: whether a picture without one is a mistake.
+
+    Raises:
+      UserError: there is nothing, or something that cannot be read.
+    """
+    if "://" in path or os.path.isfile(os.path.join(os.path.expanduser(path), "job.json")):
+        return of_job(open_store(path, JobConfig.patience, cli.tell, writable=False, pause=cli.pause))
+    source = open_source(path, kind, field)
+    places, captions = _looked_at(path, source, need_captions)
+    return Captioned(len(places), _read(source, places, captions), {"pictures": path})
+
+
+def of_job(store: Store) -> Captioned:
+    """The pictures of all shards of a job that are done."""
+    job = folder.read_job(store)
+    done, there = folder.done(store), set(store.names("shards"))
+    names = [name for name in folder.names(job) if name in done]
+    count = failures = 0
+    for name in names:
+        cli.stop_if_asked()
+        manifest = _manifest(store, name)
+        count += len(manifest["pictures"])
+        failures += manifest["failures"]
+        if manifest["pictures"] and formats.path_of(manifest["format"], name).split("/")[1] not in there:
+            raise UserError(
+                f"{store.url}: the pictures of shard {name} are gone; remove its manifest, and the same "
+                "command of launch.generate draws them again"
+            )
+    if not count:
+        raise UserError(
+            f"{store.url}: the job there has no picture yet; --status of launch.generate says more"
+        )
+    told = []
+    if open_ := job["shards"] - len(names):
+        told.append(f"{open_} of {job['shards']} shards of the job are not done: their pictures are left out")
+    if failures:
+        told.append(f"{failures} pictures or rows of the job could not be drawn, and are left out")
+    about = {"pictures": store.url, "job": job["fingerprint"]}
+    return Captioned(count, _shards(store, names), about, tuple(told))
+
+
+def _shards(store: Store, names: Sequence[str]) -> Iterator[Batch]:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for name in names:
+            manifest = _manifest(store, name)
+            facts = manifest["pictures"]
+            try:
+                pngs = formats.read_pngs(store, manifest["format"], name) if facts else iter(())
+                for first in range(0, len(facts), AT_ONCE):
+                    part = facts[first : first + AT_ONCE]
+                    files = [next(pngs, b"") for _ in part]  # none: no picture, which the decoder says
+                    where = [f"{store.url}: picture {one['number']} of shard {name}" for one in part]
+                    yield list(pool.map(_pixels, files, where)), [one["prompt"] for one in part]
+                    cli.stop_if_asked()
+            except (FileNotFoundError, ValueError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(f"{store.url}: {error}; --verify of launch.generate says more") from None
+
+
+def _manifest(store: Store, name: str) -> dict[str, Any]:
+    try:
+        return folder.read_manifest(store, name)
+    except ValueError as error:
+        raise UserError(f"{store.url}/{error}; --verify of launch.generate says more") from None
+
+
+def _looked_at(path: str, source: Source, need_captions: bool) -> tuple[list[int], list[str]]:
+    """Which pictures of a source are to be judged, and their captions, from a look at each header."""
+    places, captions, problems = [], [], []
+
+    def look(i: int) -> str | Unusable | None:
+        try:
+            return _caption(source, i, need_captions)
+        except Unusable as problem:
+            return problem
+
+    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit of our own
+        for first in range(0, len(source), AT_ONCE):
+            cli.stop_if_asked()
+            some = range(first, min(first + AT_ONCE, len(source)))
+            for i, caption in zip(some, pool.map(look, some), strict=True):
+                if isinstance(caption, Unusable):
+                    problems.append(f"{source.name(i)}: {caption}")
+                elif caption is not None:
+                    places.append(i)
+                    captions.append(caption)
+    if problems:
+        each = "it" if len(problems) == 1 else f"these {len(problems)}"
+        raise UserError(f"{problems[0]}; mend {each}, or take {each} out of {path}")
+    if not places:
+        raise UserError(f"{path}: no picture to judge, but sheets and strips of launch.generate")
+    return places, captions
+
+
+def _caption(source: Source, i: int, needed: bool) -> str | None:
+    """Of one picture; None: it is a sheet or a strip of launch.generate. Raises Unusable."""
+    item = source.read(i)
+    with item.file as file:
+        settings = _settings(read_header(file, SETTINGS_KEY).settings)
+    if "sheet" in settings or "frames" in settings:
+        return None
+    if item.caption is not None:
+        return item.caption
+    try:
+        return caption_in(settings, "prompt")
+    except Unusable:
+        if needed:
+            raise Unusable(NO_CAPTION) from None
+        return ""
+
+
+def _settings(text: Any) -> dict[str, Any]:
+    """What a picture of ours remembers; empty for others."""
+    try:
+        settings = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _read(source: Source, places: Sequence[int], captions: Sequence[str]) -> Iterator[Batch]:
+    def read(i: int) -> np.ndarray:
+        try:
+            with source.read(i).file as file:
+                return _pixels(file, source.name(i))
+        except Unusable as problem:  # it has changed since it was looked at
+            raise UserError(f"{source.name(i)}: {problem}; {ADVICE}") from None
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for first in range(0, len(places), AT_ONCE):
+            some = slice(first, first + AT_ONCE)
+            yield list(pool.map(read, places[some])), list(captions[some])
+            cli.stop_if_asked()
+
+
+def _pixels(file: bytes | io.BufferedIOBase, where: str) -> np.ndarray:
+    """A picture as FID's and CLIP's own programs read it: not turned as its EXIF says, nor put on white."""
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow raises half a dozen types for broken files
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(f"{where} cannot be read ({reason}): {ADVICE}") from None

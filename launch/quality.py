@@ -1,0 +1,130 @@
+"""The flags of launch.evaluate for FID and CLIP score; what is done with them is in launch/judging.py."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_type_hints
+
+from engine.config import DataConfig, JobConfig
+from engine.errors import UserError
+from launch import cli
+
+OUT = "results"
+FLAGS: cli.Groups = {
+    "FID and CLIP score: which pictures": {
+        "prompts_file": (
+            "FILE",
+            "draws each row of it: .txt (a prompt a line), .jsonl, .csv or .parquet as launch.generate\n"
+            "reads them, or - for standard input. --num_prompts N: the first N rows",
+        ),
+        "pictures": (
+            "PATH",
+            "in place of drawing: what launch.generate has made (a job may be on s3:// or gs://, too), a\n"
+            "folder of pictures, or shards (.tar, .arrayrecord, .parquet)",
+        ),
+        "kind": ("KIND", "files, webdataset, arrayrecord or parquet, where --pictures holds several"),
+        "caption_field": ("NAME", "in JSON and Parquet; without it caption, text or prompt"),
+    },
+    "FID and CLIP score: with what": {
+        "clip": ("FOLDER", "a CLIP as transformers saves it, for CLIP score"),
+        "inception": ("FILE", "FID's network, torch-fidelity's weights as .safetensors"),
+        "reference": ("PATH", "real pictures that FID compares with: a folder, or .npz with mu and sigma"),
+        "save_reference": ("FILE", "writes the statistics of that folder as .npz, for the next time"),
+        "out": ("FOLDER", f"for evaluation.json and best-and-worst.png (default {OUT})"),
+    },
+    "FID and CLIP score: how to draw, beside the above": {
+        "negative_prompt": ("TEXT", "what to steer away from"),
+        "lora": ("FILE[=SCALE]", "as in launch.generate; several with commas between them"),
+        "embedding": ("FILE", "likewise"),
+        "height": ("PIXELS", "without it the size that the model was trained for"),
+        "width": ("PIXELS", "likewise"),
+        "dtype": ("TYPE", "of the model: float32 or bfloat16"),
+        "parallel": ("MODE", "over all local devices: shard_map, jit or pmap"),
+        "split_params": ("", "with --parallel jit: splits the model over the devices"),
+    },
+}
+SHARED = ("model", "seed", "sampler", "steps", "guidance_scale", "batch_size")  # with the probe
+OWN = ("negative_prompt", "lora", "embedding", "height", "width", "dtype", "parallel", "split_params")
+DRAWING = (*SHARED, *OWN)  # options of JobConfig
+READING = ("kind", "caption_field")
+KINDS = dict.fromkeys(("prompts_file", "pictures", *READING), str)
+KINDS |= dict.fromkeys(("clip", "inception", "reference", "save_reference", "out"), str)
+KINDS |= {name: kind for name, kind in get_type_hints(JobConfig).items() if name in OWN}
+
+
+def is_asked_for(options: Mapping[str, Any]) -> bool:
+    """Whether a flag of FID or CLIP score was given; `options`: without defaults for these flags."""
+    return not KINDS.keys().isdisjoint(options)
+
+
+def main(argv: Sequence[str], kinds: Mapping[str, Any]) -> int:
+    """From the command line to figures; returns the exit code.
+
+    Args:
+      kinds: of the flags of launch.evaluate that are not in KINDS.
+    """
+    _, given = cli.parse(argv, {**kinds, **KINDS}) or ([], {})
+    check(given)
+    with cli.stops_put_off():
+        from launch import judging  # JAX comes with it: help, and mistakes in flags, should be instant
+
+        return judging.run(given)
+
+
+def check(given: Mapping[str, Any]) -> None:
+    """Raises UserError for flags that are wrong in themselves, or do not go together."""
+    known = {*KINDS, *DRAWING, "num_prompts"}
+    if foreign := [name for name in given if name not in known]:
+        raise UserError(f"--{foreign[0]} is not for FID or CLIP score; leave it out")
+    if empty := [name for name in KINDS if name != "negative_prompt" and given.get(name) == ""]:
+        raise UserError(f"--{empty[0]} is empty; write a value, or leave it out")
+    check_instruments(given)
+    if "prompts_file" in given and "pictures" in given:
+        raise UserError("--prompts_file draws pictures and --pictures reads them; leave out one")
+    if "prompts_file" not in given and "pictures" not in given and "save_reference" not in given:
+        raise UserError(
+            "no pictures to judge: write --prompts_file FILE to draw some, or --pictures PATH for some that "
+            "are there"
+        )
+    if "prompts_file" in given:
+        if given.get("num_prompts", 1) < 1:
+            raise UserError(f"num_prompts={given['num_prompts']}: write 1 or more")
+        of_reading = [name for name in READING if name in given]
+        if of_reading:
+            raise UserError(f"--{of_reading[0]} is for --pictures; leave it out")
+        drawing_config(given).validate()
+    elif of_drawing := [name for name in ("num_prompts", *DRAWING) if name in given]:
+        raise UserError(f"--{of_drawing[0]} is for drawing; leave it out, or write --prompts_file FILE")
+    if "kind" in given:
+        DataConfig(paths=("pictures",), kind=given["kind"]).validate("pictures")
+
+
+def check_instruments(given: Mapping[str, Any]) -> None:
+    """The same of the flags that say with what to measure."""
+    if "inception" not in given:
+        for name in ("reference", "save_reference"):
+            if name in given:
+                raise UserError(f"--{name} is for FID; write --inception FILE, its network, too")
+        if "clip" not in given:
+            raise UserError(
+                "nothing to measure with: write --clip FOLDER for CLIP score, --inception FILE and "
+                "--reference PATH for FID, or all three"
+            )
+    elif "reference" not in given:
+        raise UserError("--inception is for FID; write --reference PATH, pictures to compare with, too")
+    if "save_reference" in given:
+        if is_npz(given["reference"]):
+            raise UserError(
+                f"{given['reference']} is a file of statistics already; leave out --save_reference"
+            )
+        if not is_npz(given["save_reference"]):
+            raise UserError(f"save_reference={given['save_reference']}: write a name that ends in .npz")
+
+
+def is_npz(path: str) -> bool:
+    """Whether it is the path of a file of statistics, by its name."""
+    return path.endswith(".npz")
+
+
+def drawing_config(given: Mapping[str, Any]) -> JobConfig:
+    """What to draw, as launch.generate would have it in a job; seed 0, so that figures can be compared."""
+    chosen = {name: given[name] for name in ("prompts_file", *DRAWING) if name in given}
+    return JobConfig(**{"seed": 0, **chosen})
