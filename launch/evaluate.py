@@ -8,6 +8,12 @@ background and the arrangement from the pictures. The probe is a small net that 
 is first needed (ten minutes of one core) and kept in the user's cache folder; the line "renders" says how
 often it is right about pictures whose content is known.
 
+Of a model of the grown world (configs/scenes.py) more is asked: colours, counts, relations and styles, of
+combinations that it was trained on and of those that were held out. How like renders the pictures look, the
+best and the worst of them, and the nearest pictures of the training are written beside the table:
+
+  python -m launch.evaluate --world grown --model runs/scenes/model --probe runs/probe/probe.safetensors
+
 FID and CLIP score of any model's pictures, or of pictures that are there, need none of that:
 
   python -m launch.evaluate --model FOLDER --prompts_file captions.txt --clip CLIP_FOLDER \\
@@ -21,14 +27,16 @@ one line; 130 stopped with Ctrl-C.
 
 from collections.abc import Mapping, Sequence
 
-from engine.config import GenerateConfig
+from engine.config import GenerateConfig, nearest
 from engine.errors import UserError
 from launch import cli, quality
 
 FLAGS: cli.Groups = {
     "What to draw": {
         "model": ("FOLDER", "in the layout of PyTorch diffusers, or the one in the package"),
-        "num_prompts": ("N", "prompts of each kind: one thing, two things"),
+        "num_prompts": ("N", "prompts of each kind"),
+        "world": ("WORLD", "that the model was trained on: small (configs/scenes_small.py) or grown"),
+        "probe": ("FILE", "that reads pictures of the grown world, made by launch.probe"),
         "seed": ("N", "of the prompts and of the pictures"),
     },
     "How": {
@@ -41,16 +49,21 @@ FLAGS: cli.Groups = {
 KINDS = {
     "model": str,
     "num_prompts": int,
+    "world": str,
+    "probe": str,
     "seed": int,
     "sampler": str,
     "steps": int,
     "guidance_scale": float,
     "batch_size": int,
 }
+WORLDS = ("small", "grown")
 GENERATE = GenerateConfig()
 DEFAULTS = {
     "model": GENERATE.model,
     "num_prompts": 500,
+    "world": "small",
+    "probe": "",
     "seed": 0,
     "sampler": GENERATE.sampler,
     "steps": GENERATE.steps,
@@ -67,17 +80,26 @@ def main(argv: Sequence[str]) -> int:
         return cli.DONE
     if quality.is_asked_for(options):
         return quality.main(argv, KINDS)
+    if options["world"] not in WORLDS:
+        known = nearest(options["world"], WORLDS)
+        raise UserError(f"world={options['world']!r} is unknown{known}; write {' or '.join(WORLDS)}")
     if options["num_prompts"] < 1:
         raise UserError(f"num_prompts={options['num_prompts']}: write 1 or more")
     if not 0 <= options["seed"] < 2**32:
         raise UserError(f"seed={options['seed']}: write a number from 0 to 2^32 - 1")
 
+    if options["world"] == "grown" and not options["probe"]:
+        raise UserError("which probe reads the pictures? write --probe FILE, made by launch.probe")
+
     try:  # JAX comes with these: --help should be instant
         from engine import pipeline
         from engine.evaluate import following, probe_training
+        from launch import composing
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -e '.[train]'") from None
 
+    if options["world"] == "grown":
+        return composing.run({"out": quality.OUT, **options})
     pipe = pipeline.load(None if options["model"] == GENERATE.model else options["model"])
     how = {name: options[name] for name in ("sampler", "steps", "guidance_scale", "batch_size")}
     pipe.settings(**how)  # a wrong one is said before the minutes that the probe may take

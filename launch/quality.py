@@ -51,8 +51,8 @@ KINDS |= {name: kind for name, kind in get_type_hints(JobConfig).items() if name
 
 
 def is_asked_for(options: Mapping[str, Any]) -> bool:
-    """Whether a flag of FID or CLIP score was given; `options`: without defaults for these flags."""
-    return not KINDS.keys().isdisjoint(options)
+    """Whether a flag of FID or CLIP score alone was given; `options`: without defaults for these flags."""
+    return not (KINDS.keys() - {"out"}).isdisjoint(options)
 
 
 def main(argv: Sequence[str], kinds: Mapping[str, Any]) -> int:

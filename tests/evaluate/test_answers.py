@@ -42,7 +42,9 @@ def test_the_truth():
     assert (three.second[0], three.count[0]) == (NO_THING, 2)
     assert three.first_colour[0] == COLOURS.index("red")  # an apple's own
     assert ARRANGEMENTS[three.arrangement[0]] == "several"
-    assert truth([dataclasses.replace(LONE, things=("rainbow",), colours=(None,))]).first_colour[0] == NO_COLOUR
+    assert (
+        truth([dataclasses.replace(LONE, things=("rainbow",), colours=(None,))]).first_colour[0] == NO_COLOUR
+    )
 
 
 def test_every_answer_has_its_number():
