@@ -14,6 +14,7 @@ import numpy as np
 import engine
 from configs import scenes
 from engine import finish, pipeline
+from engine.config import GenerateConfig
 from engine.evaluate import composing, neighbours, reader, reader_training
 from engine.evaluate.sheet import sheet
 from engine.train.stage_data import SEEDS
@@ -30,7 +31,7 @@ SAMPLES, AMONG, EACH = 16, 20_000, 3  # held against so many pictures of the tra
 def run(options: Mapping[str, Any]) -> int:
     """Draws all groups of prompts, and says how often what they state is seen; returns the exit code."""
     out = finish.prepare_folder(os.path.expanduser(options["out"]))
-    pipe = pipeline.load(options["model"] or None)
+    pipe = pipeline.load(None if options["model"] == GenerateConfig.model else options["model"])
     how = {name: options[name] for name in ("sampler", "steps", "guidance_scale", "batch_size")}
     pipe.settings(**how)  # a wrong one is said before anything is drawn
     probe = reader.load(pathlib.Path(os.path.expanduser(options["probe"])))
@@ -68,9 +69,7 @@ def tell(
     for name, shares in table.items():
         cells = (f"{shares[column]:.1%}" if column in shares else "" for column in COLUMNS)
         cli.say(f"{name:19}" + "".join(f"{cell:>11}" for cell in cells).rstrip())
-    cli.say(
-        f"Frechet distance to renders {like.pictures:.2f}; of renders among themselves {like.renders:.2f}"
-    )
+    cli.say(f"Frechet distance to renders: {like.pictures:.2f}; of other renders: {like.renders:.2f}")
     right = "  ".join(f"{question} {share:.1%}" for question, share in examined.items())
     cli.say(f"the probe about renders: {right}")
 
