@@ -27,8 +27,8 @@ def get_config() -> TrainConfig:
         },
         unet={
             "block_out_channels": (48, 96, 192, 256),
-            "down_block_types": (*("DownBlock2D",) * 2, *("CrossAttnDownBlock2D",) * 2),
-            "up_block_types": (*("CrossAttnUpBlock2D",) * 2, *("UpBlock2D",) * 2),
+            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+            "up_block_types": (*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
             "layers_per_block": 1,
             "attention_head_dim": (3, 3, 6, 8),
             "norm_num_groups": 16,
@@ -66,13 +66,12 @@ def get_config() -> TrainConfig:
         diffusion=DiffusionStage(
             steps=30000,
             batch_size=32,
-            distinct=153_600,
             ema=(0.998,),
-            checkpoint_every=250,
+            checkpoint_every=500,
             time_mean=0.5,
             time_std=1.4,
-            easy=0.7,
-            easy_steps=2000,
+            easy=0.9,
+            easy_steps=8000,
             optim=OptimConfig(learning_rate=7e-4, warmup_steps=100, decay_steps=5000, weight_decay=0.01),
         ),
     )

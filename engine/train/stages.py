@@ -24,7 +24,7 @@ from engine.train.stage_data import SEEDS, StageData, stage_data
 from engine.train.step import Loss
 from engine.train.workdir import check_same_pictures, check_same_run, remember
 from engine.types import Params, UserError
-from engine.weights.component import KINDS, Component
+from engine.weights.component import KINDS, Component, abstract
 from engine.weights.files import new_folder
 from engine.weights.folder import Model, load_folder, save_folder
 
@@ -231,11 +231,13 @@ def started(config: TrainConfig) -> tuple[Tokenizer, Parts]:
     for kind, wanted in part_configs(config, model.tokenizer.vocab_size).items():
         here = dataclasses.asdict(parts[kind].config)
         for name, value in dataclasses.asdict(wanted).items():
-            if here[name] != value:
+            if here[name] != value and name != "sample_size":  # no weight depends on it
                 raise UserError(
                     f"start={config.start}: its {kind} has {name}={here[name]!r}, the config {value!r}: "
                     "give a model of the same shape"
                 )
+        graphdef, _ = abstract(kind, wanted)
+        parts[kind] = dataclasses.replace(parts[kind], config=wanted, graphdef=graphdef)
     return model.tokenizer, parts
 
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from engine.models.attention import Transformer2DModel
-from engine.models.layers import GroupNorm, TimestepEmbedding, host_rngs, resize_nearest
+from engine.models.layers import GroupNorm, TimestepEmbedding, conv, host_rngs, resize_nearest
 
 
 def test_host_rngs_draw_the_keys_of_flax():
@@ -19,6 +19,24 @@ def test_host_rngs_draw_the_keys_of_flax():
     expected = build(nnx.Rngs(3))
     for found in (build(host_rngs(3)), jax.jit(lambda: build(host_rngs(3)))()):
         jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 3), (2, 5), (3, 3)])
+@pytest.mark.parametrize(("stride", "padding"), [(1, None), (2, None), (2, 0)])
+def test_convolutions_of_pictures_smaller_than_the_kernel(size, stride, padding):
+    layer = conv(3, 4, 3, stride=stride, padding=padding, rngs=host_rngs())
+    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+    layer.bias[...] = jnp.arange(4.0)
+    plain = jax.lax.conv_general_dilated(
+        x,
+        layer.kernel[...],
+        (stride, stride),
+        layer.padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    found = layer(x)
+    assert found.shape == plain.shape
+    np.testing.assert_allclose(found, plain + jnp.arange(4.0), atol=1e-5)
 
 
 def test_words_reach_the_picture_from_the_first_step():
