@@ -12,13 +12,12 @@ import jax
 import numpy as np
 
 import engine
-from configs import scenes
 from engine import finish, pipeline
 from engine.config import GenerateConfig
 from engine.evaluate import composing, neighbours, reader, reader_training
 from engine.evaluate.sheet import sheet
-from engine.train.stage_data import SEEDS
-from engine.types import Params
+from engine.types import Params, UserError
+from engine.world.drawing import MULTIPLE
 from launch import cli
 from launch.bulk import Progress
 
@@ -34,6 +33,11 @@ def run(options: Mapping[str, Any]) -> int:
     pipe = pipeline.load(None if options["model"] == GenerateConfig.model else options["model"])
     how = {name: options[name] for name in ("sampler", "steps", "guidance_scale", "batch_size")}
     pipe.settings(**how)  # a wrong one is said before anything is drawn
+    height, width = pipe.model.default_size
+    if height != width or height % MULTIPLE:
+        raise UserError(
+            f"this model draws {width} x {height}: the grown world has squares of {MULTIPLE} n px"
+        )
     probe = reader.load(pathlib.Path(os.path.expanduser(options["probe"])))
     examined = reader_training.accuracy(probe, options["num_prompts"])
     drawn = draw(pipe, probe, options, how)
@@ -41,7 +45,7 @@ def run(options: Mapping[str, Any]) -> int:
     tell(composing.table(drawn), like, examined)
     write(out, drawn, like, examined, options)
     cli.tell("looking for the nearest pictures of the training")
-    show_nearest(out, probe, drawn)
+    show_nearest(out, probe, drawn, options["train_seed"])
     return cli.DONE
 
 
@@ -103,18 +107,16 @@ def write(
     save(out / SHEET, sheet(rows, headings if len(every) >= SHOWN else {0: headings[0]}))
 
 
-def show_nearest(out: pathlib.Path, probe: Params, drawn: Sequence[composing.Drawn]) -> None:
-    """Samples of all groups, each with the nearest pictures of the training beside it."""
+def show_nearest(out: pathlib.Path, probe: Params, drawn: Sequence[composing.Drawn], seed: int) -> None:
+    """Samples of all groups, each with the nearest pictures of the training with `seed` beside it."""
     turns = itertools.zip_longest(*([(each, i) for i in range(len(each.scenes))] for each in drawn))
     samples = [one for turn in turns for one in turn if one][:SAMPLES]
-    config = scenes.get_config()
-    first = config.diffusion.easy_steps * config.diffusion.batch_size  # the easy scenes are over
     found = neighbours.nearest(
         probe,
         np.stack([each.images[i] for each, i in samples]),
         [each.scenes[i] for each, i in samples],
-        config.seed + SEEDS["diffusion"],
-        range(first, first + AMONG),
+        seed,
+        range(AMONG),
         EACH,
     )
     rows = []

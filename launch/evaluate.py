@@ -37,6 +37,7 @@ FLAGS: cli.Groups = {
         "num_prompts": ("N", "prompts of each kind"),
         "world": ("WORLD", "that the model was trained on: small (configs/scenes_small.py) or grown"),
         "probe": ("FILE", "that reads pictures of the grown world, made by launch.probe"),
+        "train_seed": ("N", "of the scenes that the grown world's model has seen: config.seed + 1"),
         "seed": ("N", "of the prompts and of the pictures"),
     },
     "How": {
@@ -51,6 +52,7 @@ KINDS = {
     "num_prompts": int,
     "world": str,
     "probe": str,
+    "train_seed": int,
     "seed": int,
     "sampler": str,
     "steps": int,
@@ -64,6 +66,7 @@ DEFAULTS = {
     "num_prompts": 500,
     "world": "small",
     "probe": "",
+    "train_seed": 1,
     "seed": 0,
     "sampler": GENERATE.sampler,
     "steps": GENERATE.steps,

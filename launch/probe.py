@@ -12,6 +12,7 @@ Exit code: 0 trained; 2 a mistake, explained in one line; 130 stopped and saved.
 import pathlib
 from collections.abc import Sequence
 
+from engine.config import StageConfig
 from engine.errors import UserError
 from launch import cli
 
@@ -37,17 +38,38 @@ def main(argv: Sequence[str]) -> int:
 
     try:  # JAX comes with these: --help should be instant
         from engine.evaluate import reader, reader_training
+        from engine.train import loop  # noqa: F401  # what training needs
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -e '.[train]'") from None
 
     workdir = pathlib.Path(options["workdir"])
-    params = reader_training.train(workdir)
+    params = train(workdir, reader_training.STAGE)
     if params is None:
         return cli.STOPPED
     reader.save(params, workdir / "probe.safetensors")
     shares = reader_training.accuracy(reader.load(workdir / "probe.safetensors"), options["test_renders"])
     cli.say("  ".join(f"{question} {share:.2%}" for question, share in shares.items()))
     return cli.DONE
+
+
+def train(workdir: pathlib.Path, stage: StageConfig):
+    """Weights of a probe, averaged over the last steps; None where a signal stopped the run."""
+    import jax
+
+    from engine.evaluate import reader, reader_training
+    from engine.train import loop, optim
+
+    return loop.fit(
+        "probe",
+        reader_training.loss,
+        reader.init(jax.random.key(0)),
+        None,
+        optim.optimizer(stage.optim, stage.steps),
+        stage,
+        seed=0,
+        batch_at=reader_training.batches(stage.batch_size),
+        workdir=workdir,
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python -m launch.probe --workdir runs/probe
 """
 
 import functools
-import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,8 +18,6 @@ from engine.config import OptimConfig, StageConfig
 from engine.evaluate import reader
 from engine.evaluate.answers import Answers, exchanged, truth
 from engine.evaluate.reader import CELLS, SIZE
-from engine.train import loop, optim
-from engine.train.data import BatchAt, own_rows
 from engine.types import Params
 from engine.world.layout import Layout
 
@@ -64,12 +62,11 @@ def places(scenes: list[world.Scene], layouts: Layout) -> Float[np.ndarray, "B 2
     return np.where(exchanged(scenes, layouts)[:, None, None], found[:, ::-1], found).astype(np.float32)
 
 
-def batches(batch_size: int, seed: int = SEED) -> BatchAt:
+def batches(batch_size: int, seed: int = SEED) -> Callable[[int], dict[str, np.ndarray]]:
     """step -> {"image", "where", and the answer to each question}"""
-    first, share = own_rows(batch_size, jax.process_index(), jax.process_count())
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
-        drawn = renders(seed, step * batch_size + first, share)
+        drawn = renders(seed, step * batch_size, batch_size)
         return {"image": drawn.images, "where": drawn.where, **drawn.answers._asdict()}
 
     return batch_at
@@ -101,21 +98,6 @@ def soften(images: UInt8[Array, "B S S 3"], key: Key[Array, ""]) -> Float[Array,
     x = x + jnp.clip(2.0 * blur - 1.4, 0, 1) * (blurred[1] - x)
     x = 127.5 + (x - 127.5) * (0.85 + 0.3 * dull)
     return x + 14 * rough**2 * jax.random.normal(keys[3], x.shape)
-
-
-def train(workdir: pathlib.Path, stage: StageConfig = STAGE, seed: int = SEED) -> Params | None:
-    """Weights of a probe, averaged over the last steps; None where a signal stopped the run."""
-    return loop.fit(
-        "probe",
-        loss,
-        reader.init(jax.random.key(seed % 2**32)),
-        None,
-        optim.optimizer(stage.optim, stage.steps),
-        stage,
-        seed=seed % 2**32,
-        batch_at=batches(stage.batch_size, seed),
-        workdir=workdir,
-    )
 
 
 @functools.cache

@@ -1,8 +1,11 @@
 """python -m launch.evaluate --world grown, and launch.probe."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,11 +21,19 @@ def probe_file(tmp_path):
     return tmp_path / "probe.safetensors"
 
 
+def folder_of(size, path):
+    """A tiny model that draws `size` pixels."""
+    config = tiny_folder(path) / "unet" / "config.json"
+    options = json.loads(config.read_text())
+    config.write_text(json.dumps(options | {"sample_size": size // 16 * options["sample_size"]}))
+    return path
+
+
 def test_it_measures_a_model_of_the_grown_world(tmp_path, monkeypatch, capsys, probe_file):
     monkeypatch.setattr(launch_composing, "AMONG", 50)
     monkeypatch.setattr(launch_composing, "SAMPLES", 3)
     out = tmp_path / "results"
-    command = ["--world=grown", f"--probe={probe_file}", f"--model={tiny_folder(tmp_path / 'model')}"]
+    command = ["--world=grown", f"--probe={probe_file}", f"--model={folder_of(32, tmp_path / 'model')}"]
     command += ["--num_prompts=3", "--steps=2", "--batch_size=2", f"--out={out}"]
     assert cli.exit_code(evaluate.main, command) == cli.DONE
     lines = capsys.readouterr().out.splitlines()
@@ -57,8 +68,28 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, argv, told):
     assert told in err and err.count("\n") == 1
 
 
+def test_its_training_learns_and_goes_on(tmp_path):
+    stage = dataclasses.replace(
+        reader_training.STAGE, steps=12, batch_size=16, ema=(0.5,), checkpoint_every=8
+    )
+    stage.optim = dataclasses.replace(stage.optim, warmup_steps=2, decay_steps=2)
+    params = probe.train(tmp_path, stage)
+    batch = {name: jnp.asarray(each) for name, each in reader_training.batches(16)(0).items()}
+    key = jax.random.key(0)
+    before = reader_training.loss(reader.init(jax.random.key(0)), None, batch, key)
+    assert reader_training.loss(params, None, batch, key)[0] < 0.9 * before[0]
+    again = probe.train(tmp_path, stage)
+    np.testing.assert_array_equal(again["what.weight"], params["what.weight"])
+
+
+def test_a_model_of_another_size_is_refused(tmp_path, capsys, probe_file):
+    command = ["--world=grown", f"--probe={probe_file}", f"--model={tiny_folder(tmp_path / 'model')}"]
+    assert cli.exit_code(evaluate.main, [*command, f"--out={tmp_path}"]) == cli.MISTAKE
+    assert "this model draws 16 x 16: the grown world has squares of 32 n px" in capsys.readouterr().err
+
+
 def test_a_probe_is_trained(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reader_training, "train", lambda workdir: reader.init(jax.random.key(1)))
+    monkeypatch.setattr(probe, "train", lambda workdir, stage: reader.init(jax.random.key(1)))
     assert cli.exit_code(probe.main, [f"--workdir={tmp_path}", "--test_renders=20"]) == cli.DONE
     assert capsys.readouterr().out.count("%") == len(reader.QUESTIONS)
     reader.load(tmp_path / "probe.safetensors")
