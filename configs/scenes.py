@@ -7,7 +7,17 @@ from engine.config import AutoencoderStage, DataConfig, DiffusionStage, OptimCon
 
 
 def get_config() -> TrainConfig:
-    """Autoencoder of 32 x 32 x 8 latents, U-Net of 21 M parameters, text encoder of 2 M."""
+    """Autoencoder of 32 x 32 x 8 latents, U-Net of 21 M parameters, text encoder of 2 M.
+
+    In training: no model of it is in the package yet. On two CPU cores the U-Net learns first at 64 px, where
+    a picture costs a quarter (50 pictures/s; 13 at 128 px), then on from those weights at 128 px:
+
+    --workdir=runs/scenes64 --config.image_size=64
+    --config.start=runs/scenes64/model --config.seed=1 --config.autoencoder.steps=0 --config.words.steps=0
+
+    The autoencoder began with that of configs/scenes_small.py (--config.start, 1,600 steps, 7 minutes alone):
+    31.97 dB on 64 fresh scenes at 128 px, 27.8 at 64 px.
+    """
     return TrainConfig(
         seed=0,
         image_size=128,

@@ -36,7 +36,7 @@ def run(options: Mapping[str, Any]) -> int:
     height, width = pipe.model.default_size
     if height != width or height % MULTIPLE:
         raise UserError(
-            f"this model draws {width} x {height}: the grown world has squares of {MULTIPLE} n px"
+            f"this model draws {width} x {height} px: the grown world is squares of a multiple of {MULTIPLE}"
         )
     probe = reader.load(pathlib.Path(os.path.expanduser(options["probe"])))
     examined = reader_training.accuracy(probe, options["num_prompts"])

@@ -85,7 +85,10 @@ def test_its_training_learns_and_goes_on(tmp_path):
 def test_a_model_of_another_size_is_refused(tmp_path, capsys, probe_file):
     command = ["--world=grown", f"--probe={probe_file}", f"--model={tiny_folder(tmp_path / 'model')}"]
     assert cli.exit_code(evaluate.main, [*command, f"--out={tmp_path}"]) == cli.MISTAKE
-    assert "this model draws 16 x 16: the grown world has squares of 32 n px" in capsys.readouterr().err
+    assert (
+        "this model draws 16 x 16 px: the grown world is squares of a multiple of 32"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_probe_is_trained(tmp_path, monkeypatch, capsys):

@@ -59,6 +59,13 @@ def test_a_stage_with_steps_trains_its_part_alone(config, folder, tmp_path, stag
         assert same(getattr(after, name), getattr(before, name)) == (name != kind)
 
 
+def test_a_run_may_draw_another_size_than_the_model_it_began_with(config, folder, tmp_path):
+    config.image_size, config.diffusion.steps = 16, 2
+    after, before = load_folder(stages.train(config, tmp_path)), load_folder(folder)
+    assert (before.default_size, after.default_size) == ((8, 8), (16, 16))
+    assert same(after.vae, before.vae) and not same(after.unet, before.unet)
+
+
 def test_training_begins_with_the_weights_of_the_folder(config, folder, tmp_path):
     """A rate of next to nothing leaves them where they were, up to the rounding to 16 bits."""
     config.diffusion.steps, config.diffusion.optim.learning_rate = 2, 1e-9
