@@ -68,7 +68,6 @@ setup(
             "diffusers>=0.35",
             "transformers>=4.50",
             "peft>=0.17",  # LoRAs in PyTorch diffusers
-            "torch-fidelity>=0.4",  # FID in PyTorch
         ],
     },
 )

@@ -1,18 +1,28 @@
-"""FID's network against torch-fidelity's: its resize to the bit, its features with random weights."""
+"""FID's network against PyTorch's: its resize to the bit, its features with random weights."""
 
 import numpy as np
 import pytest
 import torch
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from engine.models.inception import InceptionV3, resize
+from tests.parity import inception
 from tests.parity.common import Twin, assert_same, compiled, nchw
-from tests.parity.inception import original
+from tests.parity.inception import ORIGINALS, original
 
 
-@pytest.fixture(scope="module")
-def twin():
-    return Twin(InceptionV3, original(), "inception")
+@pytest.fixture(scope="module", params=ORIGINALS)
+def twin(request):
+    return Twin(InceptionV3, original(request.param), "inception")
+
+
+@pytest.fixture(params=ORIGINALS)
+def their_resize(request):
+    if request.param == ORIGINALS[0]:
+        return inception.resize
+    theirs = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+    return lambda images: theirs.interpolate_bilinear_2d_like_tensorflow1x(
+        images, (299, 299), align_corners=False
+    )
 
 
 def pictures(count: int, height: int, width: int) -> np.ndarray:
@@ -26,11 +36,11 @@ def pictures(count: int, height: int, width: int) -> np.ndarray:
     "size",
     [(64, 64), (128, 128), (320, 200), (299, 299), (298, 301), (1, 1), (1, 700), (1023, 2), (777, 512)],
 )
-def test_resize(size):
+def test_resize(size, their_resize):
     """On the host bit for bit; on a device, which may round once where others round twice, almost so."""
     images = pictures(2, *size)
     tensor = torch.from_numpy(nchw(images).copy()).float()
-    expected = interpolate_bilinear_2d_like_tensorflow1x(tensor, (299, 299), align_corners=False).numpy()
+    expected = their_resize(tensor).numpy()
     np.testing.assert_array_equal(nchw(resize(images)), expected)
     np.testing.assert_allclose(nchw(compiled(resize)(images)), expected, rtol=0, atol=1e-4)
 

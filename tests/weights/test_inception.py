@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torchvision
 from safetensors.numpy import load_file, save_file
 
 from engine.types import UserError
@@ -38,6 +37,7 @@ def test_read(network, tmp_path):
 
 def test_pytorch_fid_has_the_same_keys(network):
     """Its file is loaded into torchvision's network of 1008 classes, whose names it takes."""
+    torchvision = pytest.importorskip("torchvision")
     other = torchvision.models.inception_v3(
         num_classes=1008, aux_logits=False, weights=None, init_weights=False
     )
