@@ -31,6 +31,7 @@ class DataConfig:
     flip: float = 0.0  # the probability of being mirrored
     seed: int = 0  # of order, crops and flips
     workers: int = 8  # threads that decode
+    tellers: int = 0  # processes that tell the grown world's scenes, for a GPU or TPU; 0: none but this one
 
     def validate(self, where: str = "data") -> None:
         """Raises UserError; `where` is what the config calls this part."""
@@ -43,10 +44,13 @@ class DataConfig:
             raise UserError(f"{where}.paths={self.paths!r}: write a tuple, such as ('pictures',)")
         if self.paths and self.kind in DRAWN:
             raise UserError(f"{where}.kind={self.kind!r} draws its pictures: leave out {where}.paths")
+        if self.tellers and self.kind != "world":
+            raise UserError(f"{where}.tellers={self.tellers} without a world: write {where}.kind='world'")
         if not self.paths and self.kind not in ("auto", *DRAWN):
             raise UserError(f"{where}.kind={self.kind!r} without pictures: write {where}.paths too")
         ranges = {"buckets": (1, 99), "multiple": (1, 1024), "workers": (1, 256), "flip": (0, 1)}
         ranges |= {"size": (0, 2**14), "min_size": (1, 2**14), "max_aspect": (1, 16), "seed": (0, 2**64 - 1)}
+        ranges["tellers"] = (0, 256)
         for name, (low, high) in ranges.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise UserError(f"{where}.{name}={value} is out of range; write {low} to {high}")

@@ -27,7 +27,7 @@ HELD_OUT_EVERY = 5  # one render in so many has a combination that is held out
 WHERE = 1.0  # weight of the maps in the loss
 STAGE = StageConfig(
     steps=6000,
-    batch_size=32,
+    batch_size=64,
     ema=(0.998,),
     checkpoint_every=250,
     optim=OptimConfig(learning_rate=2e-3, warmup_steps=200, decay_steps=4000, weight_decay=1e-3),

@@ -4,13 +4,16 @@ import concurrent.futures
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 from engine import scenes, world
+from engine.config import DataConfig
 from engine.text.tokenizer import Tokenizer
+from engine.train.tellers import Tellers
 from engine.types import UserError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray | jax.Array]
 BatchAt = Callable[[int], Batch]  # the batch of a step, a pure function
 
 
@@ -28,9 +31,11 @@ class Drawn(Protocol):
     ) -> tuple[np.ndarray, list[str], list[Any]]: ...
 
 
-def drawn_world(kind: str) -> Drawn:
-    """The world of a DataConfig.kind: the grown one where it says so, else the shipped model's."""
-    return world if kind == "world" else scenes
+def drawn_world(config: DataConfig) -> Drawn:
+    """The world that it names: the grown one where its kind says so, else the shipped model's."""
+    if config.kind != "world":
+        return scenes
+    return Tellers(config.tellers) if config.tellers else world
 
 
 def own_rows(batch_size: int, process: int, processes: int) -> tuple[int, int]:

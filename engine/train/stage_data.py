@@ -43,7 +43,7 @@ def stage_data(config: TrainConfig, workdir: pathlib.Path, process: int, process
     """What the config names; pictures are not looked at before they are needed."""
     if config.data.paths:
         return OwnPictures(config, workdir, process, processes)
-    return Scenes(config, process, processes, drawn_world(config.data.kind))
+    return Scenes(config, process, processes, drawn_world(config.data))
 
 
 class Scenes:
@@ -58,7 +58,7 @@ class Scenes:
 
     def images(self, count: int) -> np.ndarray:
         size = self._config.image_size
-        return pictures(LATENT_SEED, count, size, drawn=self._drawn)(0)["image"]
+        return np.asarray(pictures(LATENT_SEED, count, size, drawn=self._drawn)(0)["image"])
 
     def pictures(self, name: str) -> BatchAt:
         batch_size = getattr(self._config, name).batch_size

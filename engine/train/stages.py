@@ -129,7 +129,7 @@ def train_words(run: Run, parts: Parts) -> Parts | None:
     stage, encoder = run.config.words, parts["text_encoder"]
     if stage.steps == 0:
         return {}
-    drawn = drawn_world(run.config.data.kind)
+    drawn = drawn_world(run.config.data)
     fresh = {
         "text_encoder": encoder.params,
         "heads": objectives.fresh_heads(encoder.config.hidden_size, drawn.FACTS),

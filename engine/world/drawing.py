@@ -2,7 +2,9 @@
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -17,11 +19,38 @@ from engine.world.things import THINGS
 MULTIPLE = 32  # pixels, which pixel art needs
 
 
+class Told(NamedTuple):
+    """Scenes that are settled to the last number, and not drawn yet."""
+
+    captions: list[str]
+    scenes: list[Scene]
+    layouts: Layout
+
+
 @functools.cache
-def tools() -> tuple[atlas.Atlas, Textures]:
-    """The sprites, and what `compose` draws from. UserError where the atlas cannot be read."""
-    sprites = atlas.load(THINGS)
-    return sprites, textures(sprites)
+def sprites() -> atlas.Atlas:
+    """UserError where the atlas cannot be read."""
+    return atlas.load(THINGS)
+
+
+@functools.cache
+def tables() -> Textures:
+    """What `compose` draws from. UserError where the atlas cannot be read."""
+    return textures(sprites())
+
+
+def laid_out(seed: int, first_index: int, n: int, easy: float = 0.0, held_out: bool = False) -> Told:
+    """What `batch` draws, told on the host alone."""
+    told = (tell(seed, first_index + i, easy, held_out) for i in range(n))
+    captions, scenes, rngs = zip(*told, strict=True)
+    return Told(list(captions), list(scenes), layouts(scenes, sprites(), rngs))
+
+
+def composed(where: Layout, size: int) -> UInt8[jax.Array, "N S S 3"]:
+    """The pictures, on the device; does not wait for them. UserError for a size that they cannot have."""
+    if size % MULTIPLE:
+        raise UserError(f"size={size}: the grown world is drawn in multiples of {MULTIPLE} pixels")
+    return compose(tables(), where, size)
 
 
 def batch(
@@ -36,9 +65,8 @@ def batch(
     Raises:
       UserError: another size, or the atlas cannot be read.
     """
-    told = (tell(seed, first_index + i, easy, held_out) for i in range(n))
-    captions, scenes, rngs = zip(*told, strict=True)
-    return draw(scenes, rngs, size)[0], list(captions), list(scenes)
+    told = laid_out(seed, first_index, n, easy, held_out)
+    return np.asarray(composed(told.layouts, size)), told.captions, told.scenes
 
 
 def draw(
@@ -49,8 +77,5 @@ def draw(
     Raises:
       UserError: as `batch`.
     """
-    if size % MULTIPLE:
-        raise UserError(f"size={size}: the grown world is drawn in multiples of {MULTIPLE} pixels")
-    sprites, tables = tools()
-    where = layouts(scenes, sprites, rngs)
-    return np.asarray(compose(tables, where, size)), where
+    where = layouts(scenes, sprites(), rngs)
+    return np.asarray(composed(where, size)), where

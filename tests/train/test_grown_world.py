@@ -9,7 +9,9 @@ import engine
 from engine import world
 from engine.config import DataConfig
 from engine.train import stages
+from engine.train.data import drawn_world
 from engine.train.stage_data import Scenes, stage_data
+from engine.train.tellers import Tellers
 from engine.types import UserError
 from tests.tiny import tiny_tokenizer
 from tests.train.tiny_run import get_config
@@ -53,3 +55,34 @@ def test_sizes_that_cannot_be_drawn(config, tmp_path):
     config.image_size = 48
     with pytest.raises(UserError, match="size=48: the grown world is drawn in multiples of 32 pixels"):
         stage_data(config, tmp_path, 0, 1).images(1)
+
+
+@pytest.fixture(scope="module")
+def tellers():
+    tellers = Tellers(2)
+    yield tellers
+    tellers._pool.shutdown()
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_tellers_tell_the_same_scenes(tellers, n):
+    here, there = world.batch(4, 7, n, 32, 0.5), tellers.batch(4, 7, n, 32, 0.5)
+    np.testing.assert_array_equal(here[0], np.asarray(there[0]))
+    assert here[1:] == there[1:]
+
+
+def test_training_with_tellers(config, tellers, tmp_path):
+    config.data.tellers = 1
+    assert isinstance(drawn_world(config.data), Tellers)
+    told, alone = (Scenes(config, drawn=drawn).captioned(tiny_tokenizer())(2) for drawn in (tellers, world))
+    np.testing.assert_array_equal(told["image"], alone["image"])
+    np.testing.assert_array_equal(told["ids"], alone["ids"])
+
+
+def test_a_teller_that_is_killed():
+    tellers = Tellers(1)
+    tellers.batch(0, 0, 1, 32)
+    for process in tellers._pool._processes.values():
+        process.kill()
+    with pytest.raises(UserError, match=r"killed: write a lower data\.tellers"):
+        tellers.batch(0, 1, 1, 32)

@@ -71,7 +71,7 @@ def training_batches(
     if config.paths:
         rows = open_pictures(config, batch_size, size, workdir, process, accept).rows
     else:
-        rows = _drawn(drawn_world(config.kind), config.seed, batch_size, size)
+        rows = _drawn(drawn_world(config), config.seed, batch_size, size)
     return batches_of(rows, config.seed, batch_size, tokenizer, process, processes, keep_tags, reword)
 
 
