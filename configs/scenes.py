@@ -59,11 +59,11 @@ def get_config() -> TrainConfig:
             "steps_offset": 1,
         },
         autoencoder=AutoencoderStage(
-            steps=2000,
+            steps=1200,
             batch_size=16,
             ema=(0.99,),
             kl_weight=5e-4,
-            optim=OptimConfig(learning_rate=5e-4, warmup_steps=50, decay_steps=1800, weight_decay=0.0),
+            optim=OptimConfig(learning_rate=5e-4, warmup_steps=50, decay_steps=1000, weight_decay=0.0),
         ),
         words=WordsStage(
             steps=800,

@@ -25,13 +25,20 @@ SEED = 2**32 + 1  # scenes of its own: neither a model's training nor an evaluat
 TEST_SEED = 2**32 + 2
 HELD_OUT_EVERY = 5  # one render in so many has a combination that is held out
 WHERE = 1.0  # weight of the maps in the loss
-STAGE = StageConfig(
-    steps=6000,
-    batch_size=64,
-    ema=(0.998,),
-    checkpoint_every=250,
-    optim=OptimConfig(learning_rate=2e-3, warmup_steps=200, decay_steps=4000, weight_decay=1e-3),
-)
+
+
+def stage(steps: int, further: bool = False) -> StageConfig:
+    """How to train; `further`: a probe that has learned before."""
+    rate, flat = (1e-3, 0) if further else (2e-3, steps // 3)
+    return StageConfig(
+        steps=steps,
+        batch_size=64,
+        ema=(0.998,),
+        checkpoint_every=250,
+        optim=OptimConfig(
+            learning_rate=rate, warmup_steps=200, decay_steps=max(steps - flat, 1), weight_decay=1e-3
+        ),
+    )
 
 
 class Renders(NamedTuple):

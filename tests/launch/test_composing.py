@@ -69,17 +69,20 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, argv, told):
 
 
 def test_its_training_learns_and_goes_on(tmp_path):
-    stage = dataclasses.replace(
-        reader_training.STAGE, steps=12, batch_size=16, ema=(0.5,), checkpoint_every=8
-    )
+    stage = dataclasses.replace(reader_training.stage(12), batch_size=16, ema=(0.5,), checkpoint_every=8)
     stage.optim = dataclasses.replace(stage.optim, warmup_steps=2, decay_steps=2)
-    params = probe.train(tmp_path, stage)
+    params = probe.train(tmp_path / "first", stage)
     batch = {name: jnp.asarray(each) for name, each in reader_training.batches(16)(0).items()}
     key = jax.random.key(0)
     before = reader_training.loss(reader.init(jax.random.key(0)), None, batch, key)
     assert reader_training.loss(params, None, batch, key)[0] < 0.9 * before[0]
-    again = probe.train(tmp_path, stage)
+    again = probe.train(tmp_path / "first", stage)
     np.testing.assert_array_equal(again["what.weight"], params["what.weight"])
+    reader.save(params, tmp_path / "probe.safetensors")
+    further = probe.train(tmp_path / "further", stage, tmp_path / "probe.safetensors")
+    assert (
+        reader_training.loss(further, None, batch, key)[0] < reader_training.loss(params, None, batch, key)[0]
+    )
 
 
 def test_a_model_of_another_size_is_refused(tmp_path, capsys, probe_file):
@@ -92,14 +95,20 @@ def test_a_model_of_another_size_is_refused(tmp_path, capsys, probe_file):
 
 
 def test_a_probe_is_trained(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(probe, "train", lambda workdir, stage: reader.init(jax.random.key(1)))
+    monkeypatch.setattr(probe, "train", lambda workdir, stage, start: reader.init(jax.random.key(1)))
     assert cli.exit_code(probe.main, [f"--workdir={tmp_path}", "--test_renders=20"]) == cli.DONE
     assert capsys.readouterr().out.count("%") == len(reader.QUESTIONS)
     reader.load(tmp_path / "probe.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"), [([], "write --workdir"), (["--workdir=x", "--test_renders=0"], "0")]
+    ("argv", "told"),
+    [
+        ([], "write --workdir"),
+        (["--workdir=x", "--test_renders=0"], "0"),
+        (["--workdir=x", "--steps=0"], "0"),
+        (["--workdir=x", "--start=no.safetensors"], "no.safetensors"),
+    ],
 )
 def test_mistakes_of_launch_probe(capsys, argv, told):
     assert cli.exit_code(probe.main, argv) == cli.MISTAKE
