@@ -1,5 +1,6 @@
 """The tags of captions, shuffled on the host."""
 
+import numpy as np
 import pytest
 
 from engine.train import data
@@ -37,12 +38,12 @@ def test_where_nothing_may_move_only_spaces_change(caption):
 
 
 def test_batches_have_their_captions_shuffled():
+    def draw(*_):
+        return np.zeros((2, 32, 32, 3), np.uint8), [CAPTION] * 2, []
+
     tokenizer = tiny_tokenizer()
     plain, mixed = (
-        data.captioned_pictures(5, 2, 32, tokenizer, keep_tags=keep, draw=lambda *_: ([], [CAPTION] * 2, []))(
-            7
-        )
-        for keep in (None, 0)
+        data.captioned_pictures(5, 2, 32, tokenizer, keep_tags=keep, draw=draw)(7) for keep in (None, 0)
     )
     assert (plain["ids"] == tokenizer.encode([CAPTION] * 2)).all()
     assert (mixed["ids"] == tokenizer.encode(data.shuffled([CAPTION] * 2, 5, 7))).all()

@@ -98,7 +98,7 @@ def test_easy_scenes_grow_rare(step, least, most):
     def told(seed, first_index, n, size, easy):
         captions, truths = world.told(seed, first_index, n, easy)
         drawn.extend(truths)
-        return [], captions, truths
+        return np.zeros((n, size, size, 3), np.uint8), captions, truths
 
     data.captioned_pictures(1, 64, 32, tiny_tokenizer(), easy=1.0, easy_steps=10, draw=told)(step)
     plain = ((None,), ("big",), "middle", "day", "plain")
