@@ -1,4 +1,4 @@
-"""The run of launch.evaluate on the grown world, once its flags are read."""
+"""The run of launch.evaluate on a model of the drawn world, once its flags are read."""
 
 import datetime
 import itertools
@@ -21,6 +21,7 @@ from engine.world.drawing import MULTIPLE
 from launch import cli
 from launch.bulk import Progress
 
+SHIPPED = GenerateConfig.model  # the word for what is in the package
 COLUMNS = ("things", "colour", "count", "relation", "place", "background", "time", "style", "all")
 REPORT, SHEET, NEAREST = "evaluation.json", "best-and-worst.png", "neighbours.png"
 SHOWN = 8  # best pictures, and worst ones
@@ -29,16 +30,18 @@ SAMPLES, AMONG, EACH = 16, 20_000, 3  # held against so many pictures of the tra
 
 def run(options: Mapping[str, Any]) -> int:
     """Draws all groups of prompts, and says how often what they state is seen; returns the exit code."""
+    named = options["probe"]
+    probe = reader.load(reader.SHIPPED if named == SHIPPED else pathlib.Path(os.path.expanduser(named)))
     out = finish.prepare_folder(os.path.expanduser(options["out"]))
-    pipe = pipeline.load(None if options["model"] == GenerateConfig.model else options["model"])
+    pipe = pipeline.load(None if options["model"] == SHIPPED else options["model"])
     how = {name: options[name] for name in ("sampler", "steps", "guidance_scale", "batch_size")}
     pipe.settings(**how)  # a wrong one is said before anything is drawn
     height, width = pipe.model.default_size
     if height != width or height % MULTIPLE:
         raise UserError(
-            f"this model draws {width} x {height} px: the grown world is squares of a multiple of {MULTIPLE}"
+            f"this model draws {width} x {height} px, and no scenes: they are squares of a multiple of "
+            f"{MULTIPLE}; its pictures can be measured with --clip or --inception"
         )
-    probe = reader.load(pathlib.Path(os.path.expanduser(options["probe"])))
     examined = reader_training.accuracy(probe, options["num_prompts"])
     drawn = draw(pipe, probe, options, how)
     like = composing.likeness(probe, drawn)

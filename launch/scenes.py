@@ -1,12 +1,16 @@
-"""Draws scenes of the world that the shipped model learned, as a folder of pictures with captions.
+"""Draws scenes of the world that the shipped model learns, as a folder of pictures with captions.
 
   python -m launch.scenes --num_images 20 --style "pencil sketch" --out sketches
 
 Beside the pictures, FOLDER/metadata.jsonl says what each shows ({"file_name": ..., "text": ...}), as data
-sets of pictures do. The path of the folder goes to stdout. Exit code: 0 written; 2 a mistake, explained in
-one line; 130 stopped with Ctrl-C.
+sets of pictures do. With --style all are in that style, which ends every caption; things are among them that
+the training of the shipped model never shows in it.
+
+The path of the folder goes to stdout. Exit code: 0 written; 2 a mistake, explained in one line; 130 stopped
+with Ctrl-C.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -18,14 +22,14 @@ from launch import cli
 FLAGS: cli.Groups = {
     "What to draw": {
         "num_images": ("N", "pictures"),
-        "style": ("STYLE", "pencil sketch, neon, pixel art or watercolour; without it as emoji are"),
-        "size": ("PIXELS", "of each side"),
+        "style": ("STYLE", "watercolour, pencil sketch, pixel art, neon or photo; without it, of all sorts"),
+        "size": ("PIXELS", "of each side, a multiple of 32"),
         "easy": ("SHARE", "of scenes of one big thing, from 0 to 1"),
         "seed": ("N", "the same seed draws the same pictures"),
     },
     "Where": {"out": ("FOLDER", "made if it is not there")},
 }
-DEFAULTS = {"num_images": 20, "style": "", "size": 64, "easy": 0.0, "seed": 0}
+DEFAULTS = {"num_images": 20, "style": "", "size": 128, "easy": 0.0, "seed": 0}
 MOST = 100_000
 
 
@@ -44,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
 def check(options: dict) -> None:
     """Raises UserError for an option that is out of range."""
-    ranges = {"num_images": (1, MOST), "size": (16, 1024), "easy": (0, 1), "seed": (0, 2**31 - 1)}
+    ranges = {"num_images": (1, MOST), "size": (32, 1024), "easy": (0, 1), "seed": (0, 2**31 - 1)}
     for name, (low, high) in ranges.items():
         if not low <= options[name] <= high:
             raise UserError(f"{name}={options[name]} is out of range; write {low} to {high}")
@@ -52,18 +56,21 @@ def check(options: dict) -> None:
 
 def write(options: dict) -> None:
     """Writes pictures and captions."""
-    from engine import finish, scenes  # only now: --help should be instant
+    from engine import finish, world  # only now: --help should be instant
+    from engine.world.scene import STYLES
 
     style = options["style"]
-    if style and style not in scenes.STYLES:
-        raise UserError(f"style={style!r} is unknown{nearest(style, scenes.STYLES)}")
+    if style and style not in (styles := STYLES[1:]):  # the first is plain
+        raise UserError(f"style={style!r} is unknown{nearest(style, styles)}; write {', '.join(styles)}")
     folder = finish.prepare_folder(os.path.expanduser(options["out"]))
     lines = []
     for index in range(options["num_images"]):
         cli.stop_if_asked()
-        image, caption, _ = scenes.example(options["seed"], index, options["size"], options["easy"])
+        caption, scene, rng = world.tell(options["seed"], index, options["easy"])
         if style:
-            image, caption = scenes.restyle(image, style), f"{caption}, {style}"
+            plain, scene = (dataclasses.replace(scene, style=each) for each in (STYLES[0], style))
+            caption = f"{world.caption(plain, rng)}, {style}"
+        (image,), _ = world.draw([scene], [rng], options["size"])
         name = finish.picture_name(index, caption)
         finish.write_png(folder / name, image, {"prompt": caption, "scenes": options["seed"], "index": index})
         lines.append(json.dumps({"file_name": name, "text": caption}))

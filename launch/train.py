@@ -1,9 +1,9 @@
 """Trains a text-to-image model; a stopped run goes on with the same command.
 
-  python -m launch.train --config=configs/scenes_small.py --workdir=runs/scenes_small
-  python -m launch.train --config=configs/scenes_small.py --workdir=runs/short --config.diffusion.steps=500
-  python -m launch.train --config=configs/scenes_small.py --workdir=runs/longer --config.seed=1 \\
-    --config.start=engine/assets/scenes-64 --config.autoencoder.steps=0 --config.words.steps=0
+  python -m launch.train --config=configs/scenes.py --workdir=runs/scenes
+  python -m launch.train --config=configs/scenes.py --workdir=runs/short --config.diffusion.steps=500
+  python -m launch.train --config=configs/scenes.py --workdir=runs/longer --config.seed=1 \\
+    --config.start=runs/scenes/model --config.autoencoder.steps=0 --config.words.steps=0
 
 On your own pictures with captions, from scratch; or the decoder of such a model alone:
 

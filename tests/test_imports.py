@@ -20,7 +20,7 @@ LAYERS = [
     ["engine.config"],
     [
         *("engine.diffusion", "engine.models", "engine.text", "engine.parallel", "engine.finish"),
-        *("engine.scenes", "engine.world"),
+        "engine.world",
     ],
     ["engine.weights"],
     ["engine.pipeline"],
@@ -158,7 +158,7 @@ FORBIDDEN = [
     ("engine.text.tokenizer", "from transformers import CLIPTokenizer", "imports transformers"),
     ("engine.diffusion.noise", "from flax import nnx", "imports flax"),
     ("engine.novelty", "", "is in no layer: give it its place in LAYERS"),
-    ("configs.x", "from engine import scenes", "imports engine.scenes"),
+    ("configs.x", "from engine import world", "imports engine.world"),
     ("launch.generate", "import configs.x", "imports configs.x"),
     ("launch.generate", "if TYPE_CHECKING:\n import torch.nn", "imports torch"),
     ("launch.generate", "import pickle", "imports pickle"),
@@ -214,7 +214,7 @@ HEAVY = [
     "sklearn",
     "pandas",
 ]
-OURS_IN_TRAINING = ["engine.train", "engine.evaluate", "engine.scenes", "engine.world"]
+OURS_IN_TRAINING = ["engine.train", "engine.evaluate", "engine.world"]
 
 
 def loaded_by(code: str) -> set[str]:

@@ -79,5 +79,5 @@ def test_python_examples(tmp_path, monkeypatch):
     for block in blocks:
         names: dict = {}
         exec(block, names)
-        assert names["images"].shape == (2, 64, 64, 3)
+        assert names["images"].shape == (2, *names["pipe"].default_size, 3)
         assert names["images"].dtype == np.uint8

@@ -5,8 +5,8 @@ import dataclasses
 from engine.config.reader import nearest
 from engine.errors import UserError
 
-DATA_KINDS = ("auto", "files", "webdataset", "arrayrecord", "parquet", "scenes", "world")
-DRAWN = ("scenes", "world")
+DRAWN = "world"
+DATA_KINDS = ("auto", "files", "webdataset", "arrayrecord", "parquet", DRAWN)
 CROPS = ("center", "random")
 
 
@@ -18,8 +18,8 @@ class DataConfig:
     .arrayrecord, .parquet) or a folder of shards. What cannot be used is skipped, and listed.
     """
 
-    paths: tuple[str, ...] = ()  # none: what is drawn
-    kind: str = "auto"  # what the paths hold, where that is not plain; or "scenes", "world": what is drawn
+    paths: tuple[str, ...] = ()  # none: the drawn world
+    kind: str = "auto"  # what the paths hold, where that is not plain; or "world", the drawn one
     repeats: tuple[int, ...] = (1,)  # how often an epoch shows each picture: of all paths, or one for each
     caption_field: str = ""  # in JSON and Parquet; none: the first of caption, text, prompt
     size: int = 0  # pixels: a square of this size has the area of every picture; 0: what the model has
@@ -31,7 +31,7 @@ class DataConfig:
     flip: float = 0.0  # the probability of being mirrored
     seed: int = 0  # of order, crops and flips
     workers: int = 8  # threads that decode
-    tellers: int = 0  # processes that tell the grown world's scenes, for a GPU or TPU; 0: none but this one
+    tellers: int = 0  # processes that tell the drawn scenes, for a GPU or TPU; 0: none but this one
 
     def validate(self, where: str = "data") -> None:
         """Raises UserError; `where` is what the config calls this part."""
@@ -42,11 +42,14 @@ class DataConfig:
                 )
         if isinstance(self.paths, str) or not all(self.paths):
             raise UserError(f"{where}.paths={self.paths!r}: write a tuple, such as ('pictures',)")
-        if self.paths and self.kind in DRAWN:
+        if self.paths and self.kind == DRAWN:
             raise UserError(f"{where}.kind={self.kind!r} draws its pictures: leave out {where}.paths")
-        if self.tellers and self.kind != "world":
-            raise UserError(f"{where}.tellers={self.tellers} without a world: write {where}.kind='world'")
-        if not self.paths and self.kind not in ("auto", *DRAWN):
+        if self.paths and self.tellers:
+            raise UserError(
+                f"{where}.tellers={self.tellers} tell drawn scenes, and {where}.paths are other pictures: "
+                f"write {where}.tellers=0"
+            )
+        if not self.paths and self.kind not in ("auto", DRAWN):
             raise UserError(f"{where}.kind={self.kind!r} without pictures: write {where}.paths too")
         ranges = {"buckets": (1, 99), "multiple": (1, 1024), "workers": (1, 256), "flip": (0, 1)}
         ranges |= {"size": (0, 2**14), "min_size": (1, 2**14), "max_aspect": (1, 16), "seed": (0, 2**64 - 1)}

@@ -197,7 +197,7 @@ class TrainConfig:
 
     The last stage sharpens pictures without moving the latents that the U-Net learned; 0 steps leave it out.
 
-    `data` names pictures with captions to learn from; none: the drawn scenes. The words' stage asks what a
+    `data` names pictures with captions to learn from; none: the drawn world. The words' stage asks what a
     scene shows, which nobody knows of other pictures: there it has 0 steps, and the text encoder trains with
     the U-Net (`diffusion.train_text_encoder`).
 
@@ -253,8 +253,11 @@ class TrainConfig:
                 f"diffusion.distinct={distinct}: write a multiple of diffusion.batch_size={batch_size}, "
                 "or 0 for new scenes all the time"
             )
-        if distinct and self.data.kind != "world":
-            raise UserError(f"diffusion.distinct={distinct} is for data.kind='world': write 0")
+        if distinct and self.data.paths:
+            raise UserError(
+                f"diffusion.distinct={distinct} is a number of drawn scenes, and data.paths are other "
+                "pictures: write diffusion.distinct=0"
+            )
         if distinct and self.diffusion.caption_shuffle:
             raise UserError(f"diffusion.distinct={distinct} tells scenes anew: write caption_shuffle=False")
 

@@ -1,4 +1,4 @@
-"""How well a model of the grown world follows its prompts, and how like renders its pictures look."""
+"""How well a model of the drawn world follows its prompts, and how like renders its pictures look."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""What a model of the grown world saw in training that is nearest to what it draws: does it copy?"""
+"""What a model of the drawn world saw in training that is nearest to what it draws: does it copy?"""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

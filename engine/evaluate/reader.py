@@ -1,4 +1,4 @@
-"""The probe of the grown world: a small convolutional net that reads from a picture what `engine.world` drew.
+"""The probe of the drawn world: a small convolutional net that reads from a picture what `engine.world` drew.
 
 It answers the questions of `engine.evaluate.answers`, each with one softmax. It is trained on fresh renders
 alone and never sees a generated picture: blur and noise in its training make up for the softness of decoded
@@ -25,6 +25,7 @@ from engine.types import Params, UserError
 from engine.weights.files import new_file
 from engine.weights.safetensors_io import write
 
+SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "probe.safetensors"
 SIZE = 128  # pixels that the net sees
 PATCH = 4  # of them a side are one place of its first layer
 CELLS = SIZE // 16
@@ -165,6 +166,8 @@ def load(path: pathlib.Path) -> Params:
     Raises:
       UserError: there is no such file, it is broken, or holds another probe.
     """
+    if not path.exists():
+        raise UserError(f"there is no probe {path}: write a file that launch.probe has made")
     try:
         params = load_file(path)
     except (OSError, SafetensorError) as error:

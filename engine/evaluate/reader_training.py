@@ -1,4 +1,4 @@
-"""Trains the probe of the grown world on fresh renders, resumably.
+"""Trains the probe of the drawn world on fresh renders, resumably.
 
 python -m launch.probe --workdir runs/probe
 """

@@ -1,13 +1,13 @@
 """Batches of the drawn world, addressed by step: the position of the data is the step itself."""
 
 import concurrent.futures
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from engine import scenes, world
+from engine import world
 from engine.config import DataConfig
 from engine.text.tokenizer import Tokenizer
 from engine.train.tellers import Tellers
@@ -15,27 +15,13 @@ from engine.types import UserError
 
 Batch = dict[str, np.ndarray | jax.Array]
 BatchAt = Callable[[int], Batch]  # the batch of a step, a pure function
+# (seed, first_index, n, size, easy) -> pictures, captions and truths, as `world.batch`
+Draw = Callable[..., tuple[Any, list[str], list[world.Scene]]]
 
 
-@runtime_checkable
-class Drawn(Protocol):
-    """A world that is drawn: the modules engine.scenes and engine.world."""
-
-    FACTS: Mapping[str, int]
-
-    def facts(self, scene: Any) -> tuple[int, ...]: ...
-    def told(self, seed: int, first_index: int, n: int) -> tuple[list[str], list[Any]]: ...
-    def words(self) -> frozenset[str]: ...
-    def batch(
-        self, seed: int, first_index: int, n: int, size: int, easy: float = 0.0
-    ) -> tuple[np.ndarray, list[str], list[Any]]: ...
-
-
-def drawn_world(config: DataConfig) -> Drawn:
-    """The world that it names: the grown one where its kind says so, else the shipped model's."""
-    if config.kind != "world":
-        return scenes
-    return Tellers(config.tellers) if config.tellers else world
+def drawing(config: DataConfig) -> Draw:
+    """What draws its scenes: this process alone, or with tellers."""
+    return Tellers(config.tellers).batch if config.tellers else world.batch
 
 
 def own_rows(batch_size: int, process: int, processes: int) -> tuple[int, int]:
@@ -47,19 +33,19 @@ def own_rows(batch_size: int, process: int, processes: int) -> tuple[int, int]:
 
 
 def pictures(
-    seed: int, batch_size: int, size: int, process: int = 0, processes: int = 1, drawn: Drawn = scenes
+    seed: int, batch_size: int, size: int, process: int = 0, processes: int = 1, draw: Draw = world.batch
 ) -> BatchAt:
     """{"image": uint8 (B / processes, size, size, 3)}
 
     Args:
       batch_size: of all hosts together.
       process, processes: each host makes its part of the batch, see `own_rows`; so in all that follows.
-      drawn: the world that is drawn.
+      draw: draws the scenes; so in `captioned_pictures`.
     """
     first, share = own_rows(batch_size, process, processes)
 
     def batch_at(step: int) -> Batch:
-        return {"image": drawn.batch(seed, step * batch_size + first, share, size)[0]}
+        return {"image": draw(seed, step * batch_size + first, share, size)[0]}
 
     return batch_at
 
@@ -74,7 +60,7 @@ def captioned_pictures(
     keep_tags: int | None = None,
     process: int = 0,
     processes: int = 1,
-    drawn: Drawn = scenes,
+    draw: Draw = world.batch,
 ) -> BatchAt:
     """{"image": uint8 (B / processes, size, size, 3), "ids": int32 (B / processes, L)}
 
@@ -86,7 +72,7 @@ def captioned_pictures(
 
     def batch_at(step: int) -> Batch:
         easily = easy_share(step, easy, easy_steps)
-        images, captions, _ = drawn.batch(seed, step * batch_size + first, share, size, easily)
+        images, captions, _ = draw(seed, step * batch_size + first, share, size, easily)
         if keep_tags is not None:
             captions = shuffled(captions, seed, step, keep_tags, first)
         return {"image": images, "ids": tokenizer.encode(captions)}
@@ -119,12 +105,7 @@ def shuffled(
 
 
 def captions_with_facts(
-    seed: int,
-    batch_size: int,
-    tokenizer: Tokenizer,
-    process: int = 0,
-    processes: int = 1,
-    drawn: Drawn = scenes,
+    seed: int, batch_size: int, tokenizer: Tokenizer, process: int = 0, processes: int = 1
 ) -> BatchAt:
     """Captions and what is true of their scenes.
 
@@ -133,8 +114,8 @@ def captions_with_facts(
     first, share = own_rows(batch_size, process, processes)
 
     def batch_at(step: int) -> Batch:
-        captions, truths = drawn.told(seed, step * batch_size + first, share)
-        return {"ids": tokenizer.encode(captions), "facts": np.array([*map(drawn.facts, truths)], np.int32)}
+        captions, truths = world.told(seed, step * batch_size + first, share)
+        return {"ids": tokenizer.encode(captions), "facts": np.array([*map(world.facts, truths)], np.int32)}
 
     return batch_at
 

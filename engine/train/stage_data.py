@@ -1,4 +1,4 @@
-"""What a training from scratch learns from: the drawn scenes, or pictures with captions of one's own."""
+"""What a training from scratch learns from: the drawn world, or pictures with captions of one's own."""
 
 import functools
 import pathlib
@@ -7,11 +7,13 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from engine import scenes
+from engine import world
 from engine.config import TrainConfig
 from engine.text.tokenizer import Tokenizer
-from engine.train.data import Batch, BatchAt, Drawn, captioned_pictures, drawn_world, pictures
+from engine.train.data import Batch, BatchAt, captioned_pictures, drawing, pictures
 from engine.train.sources import PictureBatches, batches_of, open_pictures
+from engine.types import UserError
+from engine.world.drawing import MULTIPLE
 
 # What is added to a run's seed: each stage draws its own scenes and noise.
 SEEDS = {"autoencoder": 0, "diffusion": 1, "decoder": 2, "words": 3}
@@ -40,29 +42,37 @@ class StageData(Protocol):
 
 
 def stage_data(config: TrainConfig, workdir: pathlib.Path, process: int, processes: int) -> StageData:
-    """What the config names; pictures are not looked at before they are needed."""
+    """What the config names; pictures are not looked at before they are needed. UserError as in `Scenes`."""
     if config.data.paths:
         return OwnPictures(config, workdir, process, processes)
-    return Scenes(config, process, processes, drawn_world(config.data))
+    return Scenes(config, process, processes)
 
 
 class Scenes:
-    """A drawn world, addressed by seed and step."""
+    """The drawn world, addressed by seed and step.
 
-    def __init__(self, config: TrainConfig, process: int = 0, processes: int = 1, drawn: Drawn = scenes):
-        self._config, self._drawn = config, drawn
-        self._hosts = {"process": process, "processes": processes, "drawn": drawn}
+    Raises:
+      UserError: it has no pictures of the config's size.
+    """
+
+    def __init__(self, config: TrainConfig, process: int = 0, processes: int = 1):
+        if config.image_size % MULTIPLE:
+            raise UserError(
+                f"image_size={config.image_size}: the world is drawn in multiples of {MULTIPLE} pixels, or "
+                "write data.paths to learn from pictures of your own"
+            )
+        self._config = config
+        self._how = {"process": process, "processes": processes, "draw": drawing(config.data)}
 
     def texts(self, count: int) -> tuple[list[str], list[str]]:
-        return self._drawn.told(0, 0, count)[0], sorted(self._drawn.words())
+        return world.told(0, 0, count)[0], sorted(world.words())
 
     def images(self, count: int) -> np.ndarray:
-        size = self._config.image_size
-        return np.asarray(pictures(LATENT_SEED, count, size, drawn=self._drawn)(0)["image"])
+        return np.asarray(pictures(LATENT_SEED, count, self._config.image_size)(0)["image"])
 
     def pictures(self, name: str) -> BatchAt:
         batch_size = getattr(self._config, name).batch_size
-        return pictures(self._config.seed + SEEDS[name], batch_size, self._config.image_size, **self._hosts)
+        return pictures(self._config.seed + SEEDS[name], batch_size, self._config.image_size, **self._how)
 
     def captioned(self, tokenizer: Tokenizer) -> BatchAt:
         stage = self._config.diffusion
@@ -74,7 +84,7 @@ class Scenes:
             stage.easy,
             stage.easy_steps,
             stage.keep_tags if stage.caption_shuffle else None,
-            **self._hosts,
+            **self._how,
         )
 
 

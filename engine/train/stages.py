@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from engine import world
 from engine.config import TrainConfig
 from engine.diffusion.losses import check_terminal
 from engine.diffusion.scheduler_config import SchedulerConfig
@@ -17,7 +18,7 @@ from engine.models.clip import CLIPTextConfig
 from engine.models.unet import UNetConfig
 from engine.text.tokenizer import Tokenizer, train_tokenizer
 from engine.train import loop, objectives, optim
-from engine.train.data import BatchAt, captions_with_facts, drawn_world
+from engine.train.data import BatchAt, captions_with_facts
 from engine.train.kept import kept_latents
 from engine.train.scaling import scaled_once
 from engine.train.stage_data import SEEDS, StageData, stage_data
@@ -129,15 +130,14 @@ def train_words(run: Run, parts: Parts) -> Parts | None:
     stage, encoder = run.config.words, parts["text_encoder"]
     if stage.steps == 0:
         return {}
-    drawn = drawn_world(run.config.data)
     fresh = {
         "text_encoder": encoder.params,
-        "heads": objectives.fresh_heads(encoder.config.hidden_size, drawn.FACTS),
+        "heads": objectives.fresh_heads(encoder.config.hidden_size, world.FACTS),
     }
     hosts = jax.process_index(), jax.process_count()
     seed = run.config.seed + SEEDS["words"]
-    batch_at = captions_with_facts(seed, stage.batch_size, run.tokenizer, *hosts, drawn)
-    loss = objectives.words_loss(encoder.graphdef, drawn.FACTS)
+    batch_at = captions_with_facts(seed, stage.batch_size, run.tokenizer, *hosts)
+    loss = objectives.words_loss(encoder.graphdef, world.FACTS)
     params = _fit(run, "words", loss, fresh, {}, batch_at)
     return None if params is None else _with(parts, {"text_encoder": params["text_encoder"]})
 

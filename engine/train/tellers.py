@@ -1,4 +1,4 @@
-"""Scenes of the grown world, told by several processes: an accelerator draws faster than one can tell.
+"""Scenes of the drawn world, told by several processes: an accelerator draws faster than one can tell.
 
 On one core of a server 5,000 scenes a second are told and laid out; a GPU trains a small U-Net on twice as
 many. What is drawn does not depend on the number of processes.
@@ -20,15 +20,7 @@ from engine.world.drawing import composed, laid_out
 
 
 class Tellers:
-    """The module engine.world, but for the processes that work for it. They start with the first batch.
-
-    A batch's pictures stay on the device, and are not waited for.
-    """
-
-    FACTS = world.FACTS
-    facts = staticmethod(world.facts)
-    words = staticmethod(world.words)
-    told = staticmethod(world.told)
+    """Processes that tell scenes for this one, which draws them. They start with the first batch."""
 
     def __init__(self, processes: int):
         self._processes = processes
@@ -42,7 +34,11 @@ class Tellers:
     def batch(
         self, seed: int, first_index: int, n: int, size: int, easy: float = 0.0
     ) -> tuple[Any, list[str], list[world.Scene]]:
-        """As `world.batch`. UserError where a process was killed."""
+        """As `world.batch`, but that the pictures stay on the device, and are not waited for.
+
+        Raises:
+          UserError: one of the processes was killed; and as `world.batch`.
+        """
         bounds = np.linspace(0, n, min(self._processes, n) + 1).astype(int)
         tasks = [
             self._pool.submit(laid_out, seed, first_index + int(a), int(b - a), easy)

@@ -32,7 +32,7 @@ def check_same_run(config: Any, workdir: pathlib.Path, settled: Sequence[str]) -
 
 
 def check_same_pictures(config: TrainConfig, workdir: pathlib.Path) -> None:
-    """Refuses to go on with scenes where a run began with pictures, and with pictures where with scenes.
+    """Refuses to go on with drawn scenes where a run began with pictures, and the other way round.
 
     Pictures may move and change, as in a fine-tuning.
     """
@@ -48,9 +48,7 @@ def check_same_pictures(config: TrainConfig, workdir: pathlib.Path) -> None:
 
 
 def _learned_from(data: Mapping[str, Any]) -> str:
-    if data.get("paths"):
-        return "data.paths"
-    return "the grown world" if data.get("kind") == "world" else "the drawn scenes"
+    return "data.paths" if data.get("paths") else "the drawn world"
 
 
 def recall(workdir: pathlib.Path) -> TrainConfig | FinetuneConfig:

@@ -1,4 +1,4 @@
-"""The drawn world, grown up: what the next shipped model learns. Words on one side, pictures on the other.
+"""The drawn world: what the shipped model learns. Words on one side, pictures on the other.
 
     images, captions, scenes = batch(seed=0, first_index=0, n=16, size=128)
 

@@ -1,4 +1,4 @@
-"""Batches of the grown world: scenes told on the host, drawn on the device."""
+"""Batches of the drawn world: scenes told on the host, drawn on the device."""
 
 import functools
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def laid_out(seed: int, first_index: int, n: int, easy: float = 0.0, held_out: b
 def composed(where: Layout, size: int) -> UInt8[jax.Array, "N S S 3"]:
     """The pictures, on the device; does not wait for them. UserError for a size that they cannot have."""
     if size % MULTIPLE:
-        raise UserError(f"size={size}: the grown world is drawn in multiples of {MULTIPLE} pixels")
+        raise UserError(f"size={size}: the world is drawn in multiples of {MULTIPLE} pixels")
     return compose(tables(), where, size)
 
 

@@ -10,9 +10,11 @@ import sys
 
 import pytest
 
+from engine.pipeline import SHIPPED
 from tests.cluster import gcloud
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "launch/cluster/tpu_vm.sh"
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = ROOT / "launch/cluster/tpu_vm.sh"
 WHERE = ["--name", "fog", "--zone", "us-west4-a"]
 JOB = ["--prompts_file", "prompts.csv", "--out", "gs://bucket/out", "--elastic"]
 DRAWN = ["scp", "ssh", "ssh"]  # files, installation, job
@@ -105,7 +107,7 @@ def test_every_host_gets_everything_and_runs_the_job(cloud):
         assert call[3] not in ("scp", "ssh") or "--worker=all" in call
     for number in (0, 1):
         home = cloud.folder / f"host-{number}"
-        assert (home / "fogsculpt/engine/assets/scenes-64/model_index.json").exists()
+        assert (home / "fogsculpt" / SHIPPED.relative_to(ROOT) / "model_index.json").exists()
         assert (home / "fogsculpt/setup.py").exists()
         assert not list((home / "fogsculpt").rglob("__pycache__"))
         venv, install = (home / "installed").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Groups of pictures of the grown world: shares, likeness, and what training held that is nearest."""
+"""Groups of pictures of the drawn world: shares, likeness, and what training held that is nearest."""
 
 import jax
 import numpy as np

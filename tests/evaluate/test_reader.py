@@ -1,4 +1,4 @@
-"""The probe of the grown world: shapes, maps, files, and that its training learns."""
+"""The probe of the drawn world: shapes, maps, files, and that its training learns."""
 
 import jax
 import jax.numpy as jnp

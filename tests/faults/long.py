@@ -1,7 +1,7 @@
 """A long job, watched: is it as fast at the end as at the beginning, and does its memory stay flat?
 
   python -m tests.faults.long --pictures 100000 --tiny             (16 px, a tiny model of random weights)
-  python -m tests.faults.long --minutes 30 --steps 8               (64 px, the model in the package)
+  python -m tests.faults.long --minutes 30 --steps 8               (the model in the package)
 
 Prints a table of tenths: pictures, images/s, and the memory of the process (resident, MiB: mean and largest).
 """

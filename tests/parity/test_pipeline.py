@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import engine
-from configs import scenes_small
+from configs import scenes
 from tests.parity.common import nchw
 from tests.tiny import compiled_quickly, tiny_folder
 
@@ -22,7 +22,7 @@ SCHEDULERS = {
         **LEADING,
     },
     "Euler": {"_class_name": "EulerDiscreteScheduler", **SCALED},
-    "shipped": scenes_small.get_config().scheduler,
+    "shipped": scenes.get_config().scheduler,
 }
 PROMPTS = ["a red fox at night", "a cat above a dog"]
 NEGATIVES = ["a blue car", ""]

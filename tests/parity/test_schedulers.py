@@ -79,10 +79,10 @@ def told_the_right_step(scheduler, timesteps: np.ndarray, i: int) -> None:
     with trailing where steps do not divide T: they evaluate at one noise level and call it another. Here T
     and steps are set for each step such that t - T // steps is the next timestep of the grid."""
     k = i if isinstance(scheduler, diffusers.DDIMScheduler) or i != 1 else 0
-    following = timesteps[k + 1] if k + 1 < len(timesteps) else -1
+    after = timesteps[k + 1] if k + 1 < len(timesteps) else -1
     scheduler.num_inference_steps = 1
     scheduler._internal_dict = FrozenDict(
-        {**scheduler.config, "num_train_timesteps": int(timesteps[k] - following)}
+        {**scheduler.config, "num_train_timesteps": int(timesteps[k] - after)}
     )
 
 

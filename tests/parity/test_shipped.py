@@ -3,7 +3,6 @@
 import numpy as np
 
 import engine
-from engine import scenes
 from engine.pipeline import SHIPPED, SHIPPED_NAME
 from engine.text.prompts import unread
 from tests.parity.test_pipeline import NEGATIVES, PROMPTS, draw_in_pytorch, psnr
@@ -18,7 +17,6 @@ def test_it_is_small():
 
 def test_it_knows_the_words_of_its_world():
     tokenizer = engine.load().model.tokenizer
-    assert not unread([" ".join(sorted(scenes.words())[:10])], tokenizer)
     assert set(tokenizer.known_words) >= {"fox", "cat", "car", "scarlet", "sunset", "skateboard"}
     assert "zeppelin" in unread(["a zeppelin"], tokenizer)[0]
 

@@ -1,14 +1,28 @@
 """Training steps, as all that is tiny, are compiled quickly; and runs that are disturbed."""
 
+import functools
+
 import pytest
 
+from engine.pipeline import use_compilation_cache
 from engine.train import loop
+from engine.world import compose, drawing
 from tests.tiny import compiled_quickly
 
 
 @pytest.fixture(scope="package", autouse=True)
 def quick_compiler():
+    use_compilation_cache()  # many tests compile the same
     with compiled_quickly():
+        yield
+
+
+@pytest.fixture(scope="package", autouse=True)
+def few_backgrounds():
+    """Each background is painted once, not eight times: seconds of every process of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        table = functools.cache(lambda: compose.textures(drawing.sprites(), variants=1))
+        patch.setattr(drawing, "tables", table)
         yield
 
 

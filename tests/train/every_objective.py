@@ -1,4 +1,4 @@
-"""Does each objective learn? The U-Net of configs/scenes_small.py, from fresh weights, some steps of each.
+"""Does each objective learn? The U-Net of configs/scenes.py, from fresh weights, some steps of each.
 
   python -m tests.train.every_objective [--steps 200] [--batch_size 8] [--workdir runs/objectives]
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from configs import scenes_small
+from configs import scenes
 from engine.config import TrainConfig
 from engine.pipeline import SHIPPED
 from engine.train import plot, progress, stages
@@ -50,7 +50,7 @@ def begin(folder: pathlib.Path) -> pathlib.Path:
     """The model in the package, with a fresh U-Net."""
     if not folder.exists():
         model = load_folder(SHIPPED)
-        config = scenes_small.get_config()
+        config = scenes.get_config()
         fresh = stages.components(config, model.tokenizer)["unet"]
         save_folder(folder, dataclasses.replace(model, unet=fresh), dtype=jnp.float32)
     return folder
@@ -59,7 +59,7 @@ def begin(folder: pathlib.Path) -> pathlib.Path:
 def config_of(
     start: pathlib.Path, steps: int, batch_size: int, scheduler: dict[str, Any], options: dict[str, Any]
 ) -> TrainConfig:
-    config = scenes_small.get_config()
+    config = scenes.get_config()
     own = scheduler if "_class_name" in scheduler else {**config.scheduler, **scheduler}
     optim = dataclasses.replace(config.diffusion.optim, warmup_steps=20, decay_steps=steps // 2)
     stage = dataclasses.replace(

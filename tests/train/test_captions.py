@@ -1,5 +1,6 @@
 """The tags of captions, shuffled on the host."""
 
+import numpy as np
 import pytest
 
 from engine.train import data
@@ -36,11 +37,14 @@ def test_where_nothing_may_move_only_spaces_change(caption):
     assert data.shuffled([caption], 0, 0, keep_tags=2) == [kept]
 
 
-def test_batches_have_their_captions_shuffled(monkeypatch):
-    images, _, truths = data.scenes.batch(5, 0, 2, 16)
-    monkeypatch.setattr(data.scenes, "batch", lambda *_: (images, [CAPTION] * 2, truths))
+def test_batches_have_their_captions_shuffled():
+    def draw(*_):
+        return np.zeros((2, 32, 32, 3), np.uint8), [CAPTION] * 2, []
+
     tokenizer = tiny_tokenizer()
-    plain, mixed = (data.captioned_pictures(5, 2, 16, tokenizer, keep_tags=keep)(7) for keep in (None, 0))
+    plain, mixed = (
+        data.captioned_pictures(5, 2, 32, tokenizer, keep_tags=keep, draw=draw)(7) for keep in (None, 0)
+    )
     assert (plain["ids"] == tokenizer.encode([CAPTION] * 2)).all()
     assert (mixed["ids"] == tokenizer.encode(data.shuffled([CAPTION] * 2, 5, 7))).all()
     assert (mixed["ids"] != plain["ids"]).any()

@@ -21,7 +21,6 @@ from engine.config import (
     SamplesConfig,
 )
 from engine.finish import to_uint8
-from engine.pipeline import use_compilation_cache
 from engine.train import dry_run, finetune, flops
 from engine.train.objectives import applier, to_float
 from engine.types import UserError
@@ -30,16 +29,9 @@ from launch import cache as cache_command
 from launch import cli
 from launch import export as export_command
 from launch import train as train_command
-from tests.tiny import compiled_quickly, tiny_folder
+from tests.tiny import tiny_folder
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 40, 220), "green": (30, 200, 60), "white": (250, 250, 250)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quickly():
-    use_compilation_cache()  # most tests compile the same steps
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from engine.config import (
     PriorConfig,
     SamplesConfig,
 )
-from engine.pipeline import use_compilation_cache
 from engine.train import dry_run, finetune, objectives
 from engine.types import UserError
 from engine.weights import embeddings
@@ -40,11 +39,6 @@ UNET = {
     "up_block_types": ("UpBlock2D",),
     "mid_block_type": None,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _kept():
-    use_compilation_cache()  # most tests compile the same steps
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ SEED = 7
 def config(monkeypatch):
     monkeypatch.setattr(kept, "STEPS", 2)
     config = get_config()
-    config.data, config.image_size = DataConfig(kind="world"), 32
     stage = config.diffusion
     stage.batch_size, stage.easy, stage.easy_steps = 4, 0.5, 2
     stage.distinct = 5 * stage.batch_size
@@ -50,7 +49,7 @@ def made(monkeypatch):
 
 def test_the_first_round_is_what_would_be_drawn(config, vae, tmp_path):
     batch_at = kept.kept_latents(config, SEED, tiny_tokenizer(), vae, tmp_path)
-    fresh = captioned_pictures(SEED, 4, 32, tiny_tokenizer(), 0.5, 2, drawn=world)
+    fresh = captioned_pictures(SEED, 4, 32, tiny_tokenizer(), 0.5, 2)
     for step in (3, 0, 4):
         images, ids = fresh(step).values()
         np.testing.assert_array_equal(batch_at(step)["ids"], ids)
@@ -118,7 +117,8 @@ def test_mistakes(config, changes, told):
         config.validate()
 
 
-def test_the_small_world_has_no_second_telling(config):
-    config.data = DataConfig(kind="scenes")
-    with pytest.raises(UserError, match="write 0"):
+def test_pictures_of_one_s_own_come_again_anyway(config):
+    config.data = DataConfig(paths=("pictures",))
+    config.words.steps, config.diffusion.easy, config.diffusion.train_text_encoder = 0, 0.0, True
+    with pytest.raises(UserError, match=r"data\.paths are other pictures: write diffusion\.distinct=0"):
         config.validate()

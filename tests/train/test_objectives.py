@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from engine import scenes
+from engine import world
 from engine.config import AutoencoderStage, ObjectiveConfig, OptimConfig, StageConfig
 from engine.diffusion.losses import diffusion_loss
 from engine.diffusion.scheduler_config import FLOW, SchedulerConfig
@@ -28,7 +28,7 @@ WORDS = 150  # steps
 def batch():
     """Four pictures of large pixels, each with its caption."""
     coarse = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 3), dtype=np.uint8)
-    return {"image": coarse.repeat(2, axis=1).repeat(2, axis=2), "ids": tiny_tokenizer().encode(CAPTIONS)}
+    return {"image": coarse.repeat(8, axis=1).repeat(8, axis=2), "ids": tiny_tokenizer().encode(CAPTIONS)}
 
 
 SCHEDULER = SchedulerConfig.from_json(get_config().scheduler, "tiny_run")
@@ -138,20 +138,20 @@ def test_eps_of_pure_noise_is_refused():
 
 def test_a_text_encoder_learns_what_captions_say():
     """Of captions that it did not see."""
-    tokenizer = train_tokenizer(scenes.told(0, 0, 500)[0], 1024, 24, sorted(scenes.words()))
+    tokenizer = train_tokenizer(world.told(0, 0, 500)[0], 2048, 24, sorted(world.words()))
     config = dataclasses.replace(get_config(), max_tokens=24)
     config.text_encoder.update(hidden_size=32, intermediate_size=64)
     text_encoder = stages.components(config, tokenizer)["text_encoder"]
-    params = {"text_encoder": text_encoder.params, "heads": objectives.fresh_heads(32, scenes.FACTS)}
+    params = {"text_encoder": text_encoder.params, "heads": objectives.fresh_heads(32, world.FACTS)}
     batch_at, loss = (
         data.captions_with_facts(0, 64, tokenizer),
-        objectives.words_loss(text_encoder.graphdef, scenes.FACTS),
+        objectives.words_loss(text_encoder.graphdef, world.FACTS),
     )
     _, state = run(loss, params, {}, batch_at, WORDS, 1e-2, decay_steps=50)
 
     value, unseen = jax.jit(loss), batch_at(WORDS)
     before, after = (value(p, {}, unseen, KEY)[0] for p in (params, state.ema_params["ema_0.9"]))
-    np.testing.assert_allclose(before, np.log([*scenes.FACTS.values()]).sum(), rtol=1e-5)  # it knows nothing
+    np.testing.assert_allclose(before, np.log([*world.FACTS.values()]).sum(), rtol=1e-5)  # it knows nothing
     wrong = value(state.ema_params["ema_0.9"], {}, unseen | {"facts": unseen["facts"][::-1]}, KEY)[0]
     assert after < 0.92 * wrong  # more than what is usual in any scene
 

@@ -11,7 +11,6 @@ import pytest
 import engine
 from configs import own as own_config
 from engine.config import DataConfig
-from engine.pipeline import use_compilation_cache
 from engine.train import dry_run, export, stages
 from engine.train.sources import pictures
 from engine.train.stage_data import OwnPictures, Scenes, stage_data
@@ -26,7 +25,6 @@ STAGES = {"autoencoder": STEPS, "diffusion": STEPS, "decoder": 2}
 
 @pytest.fixture(autouse=True, scope="module")
 def _quickly():
-    use_compilation_cache()  # most tests compile the same steps
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "LATENT_IMAGES", 8)
         yield
@@ -73,7 +71,7 @@ def weights(folder) -> list[bytes]:
 def test_every_stage_leaves_a_model_that_draws(uninterrupted, config, capsys):
     pipe = engine.load(uninterrupted / "model")
     first, second = pipe.generate(["a red fox", "a boat, at night"], seed=1, steps=3)
-    assert first.shape == (8, 8, 3) and (first != second).any()
+    assert first.shape == (32, 32, 3) and (first != second).any()
     tokenizer = pipe.model.tokenizer
     assert tokenizer.unknown_words("a red fox and a zebra") == ["and", "zebra"]
     assert tokenizer.vocab_size > 514, "bytes and specials: nothing was merged"
@@ -145,11 +143,11 @@ def test_a_dry_run_counts_both(config, tmp_path, capsys):
 @pytest.mark.parametrize("stage, kinds", [("autoencoder", ["vae"]), ("diffusion", ["unet", "text_encoder"])])
 def test_from_a_folder_a_stage_trains_its_parts_alone(uninterrupted, config, tmp_path, capsys, stage, kinds):
     config.start = str(uninterrupted / "model")
-    config.data.buckets, config.data.multiple = 2, 4
+    config.data.buckets, config.data.multiple = 2, 16
     for each in STAGES:
         getattr(config, each).steps = 2 * (each == stage)
     after, before = load_folder(stages.train(config, tmp_path)), load_folder(uninterrupted / "model")
-    assert "data: 13 pictures (4x12: 6, 12x4: 7); 1 skipped" in capsys.readouterr().out
+    assert "data: 13 pictures (16x48: 6, 48x16: 7); 1 skipped" in capsys.readouterr().out
     for name in ("vae", "text_encoder", "unet"):
         assert same(getattr(after, name), getattr(before, name)) == (name not in kinds)
 
@@ -188,7 +186,7 @@ def test_hosts_share_each_batch(config, tmp_path, kind):
     if kind is Scenes:
         config = get_config()
     else:
-        config.data.buckets, config.data.multiple = 2, 4
+        config.data.buckets, config.data.multiple = 2, 16
     config.diffusion.caption_shuffle = True
     config.diffusion.batch_size = config.decoder.batch_size = 4
     alone, first, second = (stage_data(config, tmp_path, *host) for host in ((0, 1), (0, 2), (1, 2)))
@@ -209,10 +207,8 @@ def no_captions(config, tmp_path):
     config.data.paths = (str(tmp_path / "silent"),)
 
 
-def of_two_levels(config, image_size, multiple=4):
+def of_size(config, image_size, multiple):
     config.image_size, config.data.multiple = image_size, multiple
-    config.vae |= {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2}
-    config.vae["up_block_types"] = ("UpDecoderBlock2D",) * 2
 
 
 @pytest.mark.parametrize(
@@ -225,17 +221,17 @@ def of_two_levels(config, image_size, multiple=4):
         ),
         (lambda c, _: setattr(c.diffusion, "easy", 0.5), "write diffusion.easy=0"),
         (no_captions, "no picture can be used; skipped.jsonl says why (of the last: no caption)"),
-        (lambda c, _: setattr(c, "image_size", 10), "image_size=10: write a multiple of data.multiple=4"),
-        (lambda c, _: of_two_levels(c, 9, 1), "image_size=9: this autoencoder takes multiples of 2"),
-        (lambda c, _: of_two_levels(c, 9, 3), "image_size=9: this autoencoder takes multiples of 2"),
-        (lambda c, _: of_two_levels(c, 12, 3), "data.multiple=3: this autoencoder takes multiples of 2"),
-        (lambda c, _: setattr(c.data, "size", 16), "data.size=16 is not image_size=8: write image_size"),
+        (lambda c, _: setattr(c, "image_size", 40), "image_size=40: write a multiple of data.multiple=16"),
+        (lambda c, _: of_size(c, 34, 1), "image_size=34: this autoencoder takes multiples of 4"),
+        (lambda c, _: of_size(c, 34, 17), "image_size=34: this autoencoder takes multiples of 4"),
+        (lambda c, _: of_size(c, 36, 6), "data.multiple=6: this autoencoder takes multiples of 4"),
+        (lambda c, _: setattr(c.data, "size", 16), "data.size=16 is not image_size=32: write image_size"),
         (lambda c, _: setattr(c.data, "paths", ("nowhere",)), "nowhere: no such folder or file"),
         (lambda c, _: setattr(c, "data", DataConfig(flip=0.5)), "data.flip=0.5 without pictures"),
     ],
 )
 def test_mistakes_are_told_in_one_line(config, tmp_path, change, message):
-    config.data.buckets, config.data.multiple = 2, 4
+    config.data.buckets, config.data.multiple = 2, 16
     change(config, tmp_path)
     with pytest.raises(UserError) as error:
         stages.train(config, tmp_path / "run")
@@ -244,10 +240,10 @@ def test_mistakes_are_told_in_one_line(config, tmp_path, change, message):
 
 
 def test_scenes_do_not_go_on_with_pictures_nor_pictures_with_scenes(uninterrupted, config, tmp_path):
-    with pytest.raises(UserError, match=r"holds a run on data\.paths, not on the drawn scenes: give another"):
+    with pytest.raises(UserError, match=r"holds a run on data\.paths, not on the drawn world: give another"):
         stages.train(get_config(), uninterrupted)
     stages.remember(get_config(), tmp_path)
-    with pytest.raises(UserError, match=r"holds a run on the drawn scenes, not on data\.paths: give another"):
+    with pytest.raises(UserError, match=r"holds a run on the drawn world, not on data\.paths: give another"):
         stages.train(config, tmp_path)
 
 

@@ -20,6 +20,7 @@ import engine
 from engine.train import stages
 from engine.types import UserError
 from launch import cli, train
+from tests.train.laid_out import with_sidecars
 from tests.train.tiny_run import EVERY, STEPS, assert_same_arrays, get_config, saved, steps_in
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,13 +28,11 @@ STAGES = {"autoencoder": STEPS, "words": STEPS, "diffusion": STEPS, "decoder": 2
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    """Compiled steps are kept from run to run, and the tokenizer sees fewer captions."""
+def quick():
+    """The tokenizer sees fewer captions, and the latents' scale fewer pictures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "CAPTIONS_FOR_TOKENIZER", 200)
         patch.setattr(stages, "LATENT_IMAGES", 32)
-        if jax.config.jax_compilation_cache_dir is None:
-            jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
         yield
 
 
@@ -131,7 +130,7 @@ def test_the_last_stage_leaves_the_latents_alone(uninterrupted, tmp_path):
     [
         (lambda config: config.unet.update(block_out_channels=(32,)), "a run with unet="),
         (lambda config: config.vae.update(latent_channels=8), "a run with vae="),
-        (lambda config: setattr(config, "image_size", 32), "a run with image_size=8, not 32"),
+        (lambda config: setattr(config, "image_size", 64), "a run with image_size=32, not 64"),
         (lambda config: setattr(config, "seed", 1), "a run with seed=0, not 1"),
     ],
     ids=["unet", "vae", "image_size", "seed"],
@@ -192,15 +191,19 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: pathlib.Path, after: 
 
 
 def test_a_killed_program_goes_on_and_a_terminated_one_ends_well(tmp_path):
-    endless = ("--config.autoencoder.steps=1000000", "--config.autoencoder.checkpoint_every=2")
-    folder = tmp_path / "autoencoder"
-    process = launch(tmp_path, *endless)
+    """On pictures: to paint the backgrounds of the drawn world takes longer than all the rest."""
+    with_sidecars("txt")(tmp_path / "pictures", 4)
+    endless = [f"--config.data.paths=('{tmp_path / 'pictures'}',)", "--config.words.steps=0"]
+    endless += ["--config.diffusion.easy=0.0", "--config.diffusion.train_text_encoder=True"]
+    endless += ["--config.autoencoder.steps=1000000", "--config.autoencoder.checkpoint_every=2"]
+    folder = tmp_path / "run" / "autoencoder"
+    process = launch(tmp_path / "run", *endless)
     wait_for_checkpoint(process, folder, after=0)
     process.kill()
     process.communicate()
     killed_at = steps_in(folder)[-1]
 
-    process = launch(tmp_path, *endless)
+    process = launch(tmp_path / "run", *endless)
     wait_for_checkpoint(process, folder, after=killed_at)
     process.terminate()
     out, err = process.communicate()
@@ -221,6 +224,7 @@ def test_a_killed_program_goes_on_and_a_terminated_one_ends_well(tmp_path):
         ("--workdir=", "write --workdir"),
         ("--workdir=README.md/run", "README.md/run cannot be written"),
         ("--config.image_size=0", "image_size"),
+        ("--config.image_size=48", "image_size=48: the world is drawn in multiples of 32 pixels"),
         ("--config.autoencoder.steps=0", "autoencoder.steps=0: write a number from 1"),
         ("--config.start=nowhere", "nowhere"),
         (

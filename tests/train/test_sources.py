@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 
-from engine import scenes
 from engine.config import DataConfig
 from engine.errors import UserError
 from engine.text.tokenizer import Tokenizer
@@ -82,18 +81,6 @@ def test_hosts_share_each_batch(tmp_path, tokenizer, capsys):
         host(0, 3)
 
 
-def test_scenes_are_a_source(tmp_path, tokenizer):
-    def host(process: int, processes: int):
-        return training_batches(
-            DataConfig(), 4, tokenizer, size=SIZE, workdir=tmp_path, process=process, processes=processes
-        )
-
-    images, captions, _ = scenes.batch(0, 12, 4, SIZE)
-    batch = host(0, 1)(3)
-    assert (batch["image"] == images).all() and (batch["ids"] == tokenizer.encode(captions)).all()
-    assert (host(1, 2)(3)["image"] == images[2:]).all()
-
-
 def test_repeats_count_in_an_epoch(tmp_path):
     for part, numbers in (("a", range(2)), ("b", range(2, 4))):
         for n in numbers:
@@ -150,7 +137,9 @@ def test_mistakes_are_told(tmp_path):
         ({"crop": "middle"}, "data.crop='middle' is unknown; write center, random"),
         ({"paths": "pictures"}, "data.paths='pictures': write a tuple, such as"),
         ({"paths": ("",)}, "write a tuple, such as"),
-        ({"paths": ("a",), "kind": "scenes"}, "data.kind='scenes' draws its pictures: leave out data.paths"),
+        ({"kind": "scenes"}, "data.kind='scenes' is unknown; write auto, "),
+        ({"paths": ("a",), "kind": "world"}, "data.kind='world' draws its pictures: leave out data.paths"),
+        ({"paths": ("a",), "tellers": 2}, "data.paths are other pictures: write data.tellers=0"),
         ({"kind": "parquet"}, "data.kind='parquet' without pictures: write data.paths too"),
         ({"flip": 1.5}, "data.flip=1.5 is out of range; write 0 to 1"),
         ({"flip": float("nan")}, "data.flip=nan is out of range; write 0 to 1"),

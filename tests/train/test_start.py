@@ -14,6 +14,13 @@ from engine.weights.folder import Model, load_folder, save_folder
 from tests.train.tiny_run import get_config
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "LATENT_IMAGES", 32)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model as the config describes it, with the weights that a run would begin with."""
@@ -60,9 +67,9 @@ def test_a_stage_with_steps_trains_its_part_alone(config, folder, tmp_path, stag
 
 
 def test_a_run_may_draw_another_size_than_the_model_it_began_with(config, folder, tmp_path):
-    config.image_size, config.diffusion.steps = 16, 2
+    config.image_size, config.diffusion.steps = 64, 2
     after, before = load_folder(stages.train(config, tmp_path)), load_folder(folder)
-    assert (before.default_size, after.default_size) == ((8, 8), (16, 16))
+    assert (before.default_size, after.default_size) == ((32, 32), (64, 64))
     assert same(after.vae, before.vae) and not same(after.unet, before.unet)
 
 

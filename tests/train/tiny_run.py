@@ -1,4 +1,4 @@
-"""A run of seconds: 8 px scenes, every stage, checkpoints every third step."""
+"""A run of seconds: 32 px scenes, 8 x 8 latents, every stage, checkpoints every third step."""
 
 import pathlib
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from configs import scenes_small
+from configs import scenes
 from engine.config import AutoencoderStage, DiffusionStage, OptimConfig, TrainConfig, WordsStage
 
 STEPS, EVERY = 7, 3
@@ -20,13 +20,13 @@ def optimizing() -> OptimConfig:
 def get_config() -> TrainConfig:
     """A config like those of configs/: launch.train reads this file too."""
     return TrainConfig(
-        image_size=8,
+        image_size=32,
         vocab_size=600,
         max_tokens=16,
         vae={
-            "block_out_channels": (8,),
-            "down_block_types": ("DownEncoderBlock2D",),
-            "up_block_types": ("UpDecoderBlock2D",),
+            "block_out_channels": (8, 8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
             "norm_num_groups": 4,
             "mid_block_add_attention": False,
             "scaling_factor": 1.0,
@@ -47,7 +47,7 @@ def get_config() -> TrainConfig:
             "num_attention_heads": 2,
             "projection_dim": 16,
         },
-        scheduler=scenes_small.get_config().scheduler,
+        scheduler=scenes.get_config().scheduler,
         autoencoder=AutoencoderStage(steps=STEPS, batch_size=2, checkpoint_every=EVERY, optim=optimizing()),
         words=WordsStage(steps=STEPS, batch_size=4, checkpoint_every=EVERY, optim=optimizing()),
         diffusion=DiffusionStage(

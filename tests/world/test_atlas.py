@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from engine import emoji
 from engine.errors import UserError
 from engine.world import atlas
 from engine.world.scene import Thing
@@ -52,6 +53,12 @@ def test_sprites_of_the_font_fill_their_cells():
     assert (drawn.pixels[..., :3] <= drawn.pixels[..., 3:]).all()
     red, _, blue, alpha = drawn.pixels[0].astype(int)[drawn.pixels[0, ..., 3] > 0].mean(0)
     assert alpha > 200 and red > 2 * blue
+
+
+def test_without_the_font_the_message_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv(emoji.FONT_VARIABLE, str(tmp_path / "none.ttf"))
+    with pytest.raises(UserError, match="fonts-noto-color-emoji"):
+        atlas.build([FOX])
 
 
 def test_a_picture_that_the_font_lacks_is_named():

@@ -19,7 +19,7 @@ import numpy as np
 from engine.config import DataConfig
 from engine.text.tokenizer import Tokenizer
 from engine.train.buckets import Order, nearest_shape, shapes
-from engine.train.data import Batch, BatchAt, Drawn, drawn_world, own_rows, shuffled
+from engine.train.data import Batch, BatchAt, own_rows, shuffled
 from engine.train.sources.finding import open_source
 from engine.train.sources.item import Accept, Unusable, required
 from engine.train.sources.pictures import Look, Pictures
@@ -48,7 +48,7 @@ def training_batches(
     accept: Accept = required,
     reword: Reword | None = None,
 ) -> BatchAt:
-    """The pictures of a config, or the drawn scenes where it names none.
+    """The pictures of a config.
 
     Args:
       batch_size: of all hosts together.
@@ -67,11 +67,7 @@ def training_batches(
       UserError: the config is wrong, or nothing that it names can be used.
     """
     config.validate()
-    size = config.size or size
-    if config.paths:
-        rows = open_pictures(config, batch_size, size, workdir, process, accept).rows
-    else:
-        rows = _drawn(drawn_world(config), config.seed, batch_size, size)
+    rows = open_pictures(config, batch_size, config.size or size, workdir, process, accept).rows
     return batches_of(rows, config.seed, batch_size, tokenizer, process, processes, keep_tags, reword)
 
 
@@ -99,10 +95,6 @@ def batches_of(
         return {"image": images, "ids": tokenizer.encode(captions)}
 
     return batch_at
-
-
-def _drawn(world: Drawn, seed: int, batch_size: int, size: int) -> RowsAt:
-    return lambda step, first, count: world.batch(seed, step * batch_size + first, count, size)[:2]
 
 
 def open_pictures(

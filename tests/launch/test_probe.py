@@ -1,0 +1,48 @@
+"""python -m launch.probe."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engine.evaluate import reader, reader_training
+from launch import cli, probe
+
+
+def test_its_training_learns_and_goes_on(tmp_path):
+    stage = dataclasses.replace(reader_training.stage(12), batch_size=16, ema=(0.5,), checkpoint_every=8)
+    stage.optim = dataclasses.replace(stage.optim, warmup_steps=2, decay_steps=2)
+    params = probe.train(tmp_path / "first", stage)
+    batch = {name: jnp.asarray(each) for name, each in reader_training.batches(16)(0).items()}
+    key = jax.random.key(0)
+    before = reader_training.loss(reader.init(jax.random.key(0)), None, batch, key)
+    assert reader_training.loss(params, None, batch, key)[0] < 0.9 * before[0]
+    again = probe.train(tmp_path / "first", stage)
+    np.testing.assert_array_equal(again["what.weight"], params["what.weight"])
+    reader.save(params, tmp_path / "probe.safetensors")
+    further = probe.train(tmp_path / "further", stage, tmp_path / "probe.safetensors")
+    losses = [reader_training.loss(each, None, batch, key)[0] for each in (params, further)]
+    assert losses[1] < losses[0]
+
+
+def test_a_probe_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(probe, "train", lambda workdir, stage, start: reader.init(jax.random.key(1)))
+    assert cli.exit_code(probe.main, [f"--workdir={tmp_path}", "--test_renders=20"]) == cli.DONE
+    assert capsys.readouterr().out.count("%") == len(reader.QUESTIONS)
+    reader.load(tmp_path / "probe.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ([], "write --workdir"),
+        (["--workdir=x", "--test_renders=0"], "test_renders=0: write 1 or more"),
+        (["--workdir=x", "--steps=0"], "steps=0: write 1 or more"),
+        (["--workdir=x", "--start=no.safetensors"], "there is no probe no.safetensors"),
+    ],
+)
+def test_mistakes_of_launch_probe(capsys, argv, told):
+    assert cli.exit_code(probe.main, argv) == cli.MISTAKE
+    assert told in capsys.readouterr().err
