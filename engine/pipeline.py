@@ -36,7 +36,7 @@ from engine.types import Denoise, UserError
 from engine.weights.component import Component
 from engine.weights.folder import Model, load_folder
 
-SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-64"
+SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-128"
 SHIPPED_NAME = GenerateConfig.model  # what pictures say of the model in the package
 DTYPES = ("float32", "bfloat16")
 MAX_SIDE = 16384

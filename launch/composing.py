@@ -14,7 +14,7 @@ import numpy as np
 import engine
 from engine import finish, pipeline
 from engine.config import GenerateConfig
-from engine.evaluate import composing, neighbours, reader, reader_training
+from engine.evaluate import composing, neighbours, reader
 from engine.evaluate.sheet import sheet
 from engine.types import Params, UserError
 from engine.world.drawing import MULTIPLE
@@ -42,11 +42,10 @@ def run(options: Mapping[str, Any]) -> int:
             f"this model draws {width} x {height} px, and no scenes: they are squares of a multiple of "
             f"{MULTIPLE}; its pictures can be measured with --clip or --inception"
         )
-    examined = reader_training.accuracy(probe, options["num_prompts"])
     drawn = draw(pipe, probe, options, how)
     like = composing.likeness(probe, drawn)
-    tell(composing.table(drawn), like, examined)
-    write(out, drawn, like, examined, options)
+    tell(composing.table(drawn), like)
+    write(out, drawn, like, options)
     cli.tell("looking for the nearest pictures of the training")
     show_nearest(out, probe, drawn, options["train_seed"])
     return cli.DONE
@@ -68,24 +67,25 @@ def draw(
         ]
 
 
-def tell(
-    table: Mapping[str, Mapping[str, float]], like: composing.Likeness, examined: Mapping[str, float]
-) -> None:
-    """The table on stdout: a row for each kind of prompts, in per cent; what was not asked is empty."""
+def tell(table: composing.Table, like: composing.Likeness) -> None:
+    """The tables on stdout: a row for each kind of prompts, in per cent; what was not asked is empty."""
     cli.say(" " * 19 + "".join(f"{column:>11}" for column in COLUMNS))
+    say_rows(table)
+    cli.say("renders of the same scenes, whatever the probe misses in them:")
+    say_rows(like.table)
+    cli.say(f"Frechet distance to renders: {like.pictures:.2f}; of other renders: {like.renders:.2f}")
+
+
+def say_rows(table: composing.Table) -> None:
     for name, shares in table.items():
         cells = (f"{shares[column]:.1%}" if column in shares else "" for column in COLUMNS)
         cli.say(f"{name:19}" + "".join(f"{cell:>11}" for cell in cells).rstrip())
-    cli.say(f"Frechet distance to renders: {like.pictures:.2f}; of other renders: {like.renders:.2f}")
-    right = "  ".join(f"{question} {share:.1%}" for question, share in examined.items())
-    cli.say(f"the probe about renders: {right}")
 
 
 def write(
     out: pathlib.Path,
     drawn: Sequence[composing.Drawn],
     like: composing.Likeness,
-    examined: Mapping[str, float],
     options: Mapping[str, Any],
 ) -> None:
     """evaluation.json and the sheet."""
@@ -93,8 +93,8 @@ def write(
     report = {
         "prompts": options["num_prompts"],
         "table": composing.table(drawn),
-        "frechet_distance": like._asdict(),
-        "probe": examined,
+        "renders": like.table,
+        "frechet_distance": {"pictures": like.pictures, "renders": like.renders},
         "settings": dict(options),
         "versions": {"fogsculpt": engine.__version__, "jax": jax.__version__},
         "devices": {"kind": devices[0].device_kind, "count": len(devices)},

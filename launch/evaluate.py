@@ -5,8 +5,8 @@
 
 Draws prompts whose every fact can be checked: single things, colours, counts, relations and styles, of
 combinations that the model was trained on and of those that were held out. A probe, a small net that was
-trained on renders alone (launch.probe), reads from the pictures what they show; the last line of the table
-says how often it is right about renders, whose content is known. Beside the table stands how like renders the
+trained on renders alone (launch.probe), reads from the pictures what they show, and from renders of the same
+scenes: what it misses there it would miss in a perfect model's pictures, too. Then comes how like renders the
 pictures look. OUT gets all figures (evaluation.json), the best and the worst pictures, and the nearest
 pictures of the training beside some of the drawn ones.
 

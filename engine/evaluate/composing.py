@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -73,40 +74,49 @@ def draw(
     return Drawn(kind, held_out, texts, scenes, pictures, reader.read(probe, pictures))
 
 
-def table(drawn: Sequence[Drawn]) -> dict[str, dict[str, float]]:
+Table = dict[str, dict[str, float]]
+
+
+def table(drawn: Sequence[Drawn]) -> Table:
     """Shares of right facts by group: {"colour": {"things": 0.97, ...}, "colour, held out": ...}."""
     return {each.kind + ", held out" * each.held_out: shares(each.facts) for each in drawn}
 
 
 class Likeness(NamedTuple):
-    """Fréchet distances (Heusel et al. 2017) in the probe's features, to renders of the same scenes.
+    """How the pictures compare with renders of their scenes.
 
     Attributes:
-      pictures: of the drawn pictures.
-      renders: of other renders of the same scenes: what a perfect model would score with so few pictures.
+      pictures: the Fréchet distance (Heusel et al. 2017) to renders, in the probe's features, of all groups
+        together.
+      renders: that of other renders of the same scenes: what a perfect model would score with so few.
+      table: what `table` would say of renders: the probe's own mistakes.
     """
 
     pictures: float
     renders: float
+    table: Table
 
 
 def likeness(probe: Params, drawn: Sequence[Drawn]) -> Likeness:
-    """How like renders the pictures look, all groups together."""
-    scenes = [scene for each in drawn for scene in each.scenes]
+    """How like renders the pictures look, and how well the probe reads those."""
     size = drawn[0].images.shape[1]
-    theirs, others = (_rendered(probe, scenes, size, number) for number in (0, 1))
-    ours = frechet.moments_of(each.reading.features for each in drawn)
-    return Likeness(frechet.frechet_distance(ours, theirs), frechet.frechet_distance(others, theirs))
+    theirs, others = ([_rendered(probe, each.scenes, size, number) for each in drawn] for number in (0, 1))
+    ours, *rendered = (
+        frechet.moments_of(reading.features for reading in readings)
+        for readings in ([each.reading for each in drawn], theirs, others)
+    )
+    return Likeness(
+        *(frechet.frechet_distance(moments, rendered[0]) for moments in (ours, rendered[1])),
+        table([each._replace(reading=reading) for each, reading in zip(drawn, theirs, strict=True)]),
+    )
 
 
-def _rendered(probe: Params, scenes: Sequence[world.Scene], size: int, number: int) -> frechet.Moments:
-    """The features of renders of scenes, each with random numbers of its own."""
-
-    def features() -> Iterator[np.ndarray]:
-        for start in range(0, len(scenes), reader.BATCH_SIZE):
-            part = scenes[start : start + reader.BATCH_SIZE]
-            keys = ([RENDER_SEED + number, start + i] for i in range(len(part)))
-            rngs = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
-            yield reader.read(probe, world.draw(part, rngs, size)[0]).features
-
-    return frechet.moments_of(features())
+def _rendered(probe: Params, scenes: Sequence[world.Scene], size: int, number: int) -> reader.Reading:
+    """What the probe reads from renders of scenes, each with random numbers of its own."""
+    parts = []
+    for start in range(0, len(scenes), reader.BATCH_SIZE):
+        part = scenes[start : start + reader.BATCH_SIZE]
+        keys = ([RENDER_SEED + number, start + i] for i in range(len(part)))
+        rngs = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+        parts.append(reader.read(probe, world.draw(part, rngs, size)[0]))
+    return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)

@@ -7,6 +7,7 @@ import pytest
 import engine
 from engine import world
 from engine.evaluate import composing, neighbours, reader
+from engine.evaluate.answers import marks, shares
 from engine.evaluate.prompts import prompts
 from tests.tiny import tiny_folder
 
@@ -49,7 +50,15 @@ def test_renders_are_as_like_as_renders(probe):
     noise = np.random.default_rng(0).integers(0, 256, group.images.shape, np.uint8)
     unlike = composing.likeness(probe, [group._replace(reading=reader.read(probe, noise))])
     assert unlike.pictures > 2 * like.pictures
-    assert unlike.renders == like.renders
+    assert unlike.renders == like.renders and unlike.table == like.table
+
+
+def test_the_probe_is_examined_on_renders_of_the_same_scenes(probe):
+    group = rendered(probe, "count", False)
+    rngs = [np.random.Generator(np.random.Philox(key=[composing.RENDER_SEED, i])) for i in range(30)]
+    images, _ = world.draw(group.scenes, rngs, 64)
+    expected = shares(marks(reader.read(probe, images).answers, group.scenes))
+    assert composing.likeness(probe, [group]).table == {"count": expected}
 
 
 def test_a_picture_of_the_training_is_its_own_neighbour(probe):
