@@ -1,10 +1,10 @@
 """Draws scenes of the world that the shipped model learns, as a folder of pictures with captions.
 
-  python -m launch.scenes --num_images 20 --style "pencil sketch" --out sketches
+  python -m launch.scenes --num_images 20 --style chalk --out chalk
 
 Beside the pictures, FOLDER/metadata.jsonl says what each shows ({"file_name": ..., "text": ...}), as data
-sets of pictures do. With --style all are in that style, which ends every caption; things are among them that
-the training of the shipped model never shows in it.
+sets of pictures do. With --style all are in that style, which ends every caption. "chalk", light lines on a
+dark board, is one that no model of this world is trained on: something for a LoRA to learn.
 
 The path of the folder goes to stdout. Exit code: 0 written; 2 a mistake, explained in one line; 130 stopped
 with Ctrl-C.
@@ -22,7 +22,10 @@ from launch import cli
 FLAGS: cli.Groups = {
     "What to draw": {
         "num_images": ("N", "pictures"),
-        "style": ("STYLE", "watercolour, pencil sketch, pixel art, neon or photo; without it, of all sorts"),
+        "style": (
+            "STYLE",
+            "watercolour, pencil sketch, pixel art, neon, photo or chalk; without it, all sorts",
+        ),
         "size": ("PIXELS", "of each side, a multiple of 32"),
         "easy": ("SHARE", "of scenes of one big thing, from 0 to 1"),
         "seed": ("N", "the same seed draws the same pictures"),
@@ -31,6 +34,7 @@ FLAGS: cli.Groups = {
 }
 DEFAULTS = {"num_images": 20, "style": "", "size": 128, "easy": 0.0, "seed": 0}
 MOST = 100_000
+CHALK = "chalk"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,7 +64,7 @@ def write(options: dict) -> None:
     from engine.world.scene import STYLES
 
     style = options["style"]
-    if style and style not in (styles := STYLES[1:]):  # the first is plain
+    if style and style not in (styles := (*STYLES[1:], CHALK)):  # the first is plain
         raise UserError(f"style={style!r} is unknown{nearest(style, styles)}; write {', '.join(styles)}")
     folder = finish.prepare_folder(os.path.expanduser(options["out"]))
     lines = []
@@ -68,13 +72,27 @@ def write(options: dict) -> None:
         cli.stop_if_asked()
         caption, scene, rng = world.tell(options["seed"], index, options["easy"])
         if style:
-            plain, scene = (dataclasses.replace(scene, style=each) for each in (STYLES[0], style))
+            plain = dataclasses.replace(scene, style=STYLES[0])
+            scene = plain if style == CHALK else dataclasses.replace(scene, style=style)
             caption = f"{world.caption(plain, rng)}, {style}"
         (image,), _ = world.draw([scene], [rng], options["size"])
+        if style == CHALK:
+            image = in_chalk(image)
         name = finish.picture_name(index, caption)
         finish.write_png(folder / name, image, {"prompt": caption, "scenes": options["seed"], "index": index})
         lines.append(json.dumps({"file_name": name, "text": caption}))
     finish.write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
+
+
+def in_chalk(image):
+    """uint8 (S, S, 3): the edges of a picture as light lines on a dark green board."""
+    import numpy as np
+    from PIL import Image, ImageFilter, ImageOps
+
+    edges = Image.fromarray(image).convert("L").filter(ImageFilter.FIND_EDGES)
+    inside = ImageOps.expand(ImageOps.crop(edges, 2), 2)  # the filter copies the border
+    lines = inside.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.GaussianBlur(0.6))
+    return np.asarray(ImageOps.colorize(ImageOps.autocontrast(lines), "#17352b", "#f4f1e4"))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ def test_a_folder_of_captioned_scenes(tmp_path, capsys):
     assert all(caption.endswith(", neon") for caption in in_style)
     assert np.mean(neon) < 60  # lines on black
 
+    told, chalk = drawn(tmp_path / "chalk", "--seed=5", "--style=chalk", "--easy=1")
+    assert [caption.replace("chalk", "neon") for caption in told] == in_style
+    for picture in chalk:
+        assert picture[0, 0].tolist() == [0x17, 0x35, 0x2B] and picture.max() > 200
+
 
 @pytest.mark.parametrize(
     ("options", "told"),

@@ -37,5 +37,5 @@ def test_same_picture_as_pytorch():
 
 def test_words_change_the_picture():
     pipe = engine.load()
-    night, snow = pipe.generate(["a fox at night", "a fox in the snow"], seed=0, steps=10).mean((1, 2, 3))
+    night, snow = pipe.generate(["a fox at night", "a fox in the snow"], seed=0, steps=STEPS).mean((1, 2, 3))
     assert night < snow - 50
