@@ -1,4 +1,4 @@
-"""The model in the package: 128 px scenes of 221 things, told in 908 words.
+"""The model in the package: 128 px scenes of 221 things, told in 906 words.
 
 python -m launch.train --config=configs/scenes.py --workdir=runs/scenes
 """

@@ -3,6 +3,7 @@
 import numpy as np
 
 import engine
+from engine import world
 from engine.pipeline import SHIPPED, SHIPPED_NAME
 from engine.text.prompts import unread
 from tests.parity.test_pipeline import NEGATIVES, PROMPTS, draw_in_pytorch, psnr
@@ -18,6 +19,7 @@ def test_it_is_small():
 def test_it_knows_the_words_of_its_world():
     tokenizer = engine.load().model.tokenizer
     assert set(tokenizer.known_words) >= {"fox", "cat", "car", "scarlet", "sunset", "skateboard"}
+    assert not unread(sorted(world.words()), tokenizer)
     assert "zeppelin" in unread(["a zeppelin"], tokenizer)[0]
 
 
