@@ -1,8 +1,8 @@
 """A LoRA: a style or a thing from a few pictures, in a small file beside the model.
 
-python -m launch.scenes --num_images 20 --style "pencil sketch" --out sketches
-python -m launch.train --config=configs/lora.py --workdir=runs/sketch --config.data.paths='("sketches",)'
-python -m launch.generate "a fox, pencil sketch" --lora runs/sketch/pytorch_lora_weights.safetensors
+python -m launch.scenes --num_images 20 --style chalk --easy 0.5 --out chalk
+python -m launch.train --config=configs/lora.py --workdir=runs/chalk --config.data.paths='("chalk",)'
+python -m launch.generate "a fox, chalk" --lora runs/chalk/pytorch_lora_weights.safetensors
 """
 
 from engine.config import DataConfig, FinetuneConfig, FinetuneStage, LoraConfig, OptimConfig, SamplesConfig
