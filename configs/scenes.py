@@ -17,8 +17,8 @@ def get_config() -> TrainConfig:
     diffusion    5,455 steps, 1.4 million pictures, 4 minutes of one H100 (6,400 pictures/s), and 4 more to
                  compile, twice. It was stopped early, at a fifth of the learning rate.
 
-    How well it follows words: README.md. On an accelerator add --config.data.tellers=12; on CPUs bfloat16 is the
-    slower of the two: --config.diffusion.compute_dtype=float32. To go on from it:
+    How well it follows words: README.md. On an accelerator add --config.data.tellers=12; on CPUs bfloat16 is
+    slower than --config.diffusion.compute_dtype=float32. To go on from it:
 
     --config.start=engine/assets/scenes-128 --config.seed=1
     --config.autoencoder.steps=0 --config.words.steps=0
