@@ -3,8 +3,8 @@
   python -m launch.probe --workdir=runs/probe
   python -m launch.probe --workdir=runs/better --start runs/probe/probe.safetensors --steps 3000
 
-It learns from renders alone, two minutes on a GPU or three hours of a few CPU cores; the same command goes on
-where it was stopped. At the end WORKDIR/probe.safetensors is written, and the shares of right answers about
+It learns from renders alone, two minutes on an H100, hours on a few CPU cores; the same command goes on where
+it was stopped. At the end WORKDIR/probe.safetensors is written, and the shares of right answers about
 renders that it never saw go to stdout.
 
 Exit code: 0 trained; 2 a mistake, explained in one line; 130 stopped and saved.
@@ -25,7 +25,6 @@ FLAGS: cli.Groups = {
         "test_renders": ("N", "fresh pictures that it is examined on"),
     },
 }
-FURTHER = 2**34  # added to the seed of the scenes
 KINDS = {"workdir": str, "start": str, "steps": int, "test_renders": int}
 DEFAULTS = {"workdir": "", "start": "", "steps": 6000, "test_renders": 2000}
 
@@ -69,15 +68,18 @@ def train(workdir: pathlib.Path, stage: StageConfig, start: pathlib.Path | None 
     from engine.evaluate import reader, reader_training
     from engine.train import loop, optim
 
+    fresh = start is None
     return loop.fit(
         "probe",
         reader_training.loss,
-        reader.init(jax.random.key(0)) if start is None else reader.load(start),
+        reader.init(jax.random.key(0)) if fresh else reader.load(start),
         None,
         optim.optimizer(stage.optim, stage.steps),
         stage,
         seed=0,
-        batch_at=reader_training.batches(stage.batch_size, reader_training.SEED + FURTHER * bool(start)),
+        batch_at=reader_training.batches(
+            stage.batch_size, reader_training.SEED if fresh else reader_training.FURTHER_SEED
+        ),
         workdir=workdir,
     )
 

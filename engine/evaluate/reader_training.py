@@ -23,6 +23,7 @@ from engine.world.layout import Layout
 
 SEED = 2**32 + 1  # scenes of its own: neither a model's training nor an evaluation draws them
 TEST_SEED = 2**32 + 2
+FURTHER_SEED = SEED + 2**34  # for a probe that has learned before
 HELD_OUT_EVERY = 5  # one render in so many has a combination that is held out
 WHERE = 1.0  # weight of the maps in the loss
 

@@ -86,3 +86,5 @@ def test_a_teller_that_is_killed():
         process.kill()
     with pytest.raises(UserError, match=r"killed: write a lower data\.tellers"):
         tellers.batch(0, 1, 1, 32)
+    with pytest.raises(UserError, match="was killed"):  # found broken before anything is asked of it
+        tellers.batch(0, 1, 1, 32)
