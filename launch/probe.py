@@ -22,11 +22,12 @@ FLAGS: cli.Groups = {
         "workdir": ("FOLDER", "for checkpoints, metrics and the probe"),
         "start": ("FILE", "a probe to train further, at half the rate and on other renders"),
         "steps": ("N", "of 64 renders each"),
+        "tellers": ("N", "processes that tell the scenes, for a GPU or TPU; 0: none but this one"),
         "test_renders": ("N", "fresh pictures that it is examined on"),
     },
 }
-KINDS = {"workdir": str, "start": str, "steps": int, "test_renders": int}
-DEFAULTS = {"workdir": "", "start": "", "steps": 6000, "test_renders": 2000}
+KINDS = {"workdir": str, "start": str, "steps": int, "tellers": int, "test_renders": int}
+DEFAULTS = {"workdir": "", "start": "", "steps": 6000, "tellers": 0, "test_renders": 2000}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     for name in ("steps", "test_renders"):
         if options[name] < 1:
             raise UserError(f"{name}={options[name]}: write 1 or more")
+    if options["tellers"] < 0:
+        raise UserError(f"tellers={options['tellers']}: write 0 or more")
 
     try:  # JAX comes with these: --help should be instant
         from engine.evaluate import reader, reader_training
@@ -48,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
 
     workdir = pathlib.Path(options["workdir"])
     start = pathlib.Path(options["start"]).expanduser() if options["start"] else None
-    params = train(workdir, reader_training.stage(options["steps"], further=start is not None), start)
+    stage = reader_training.stage(options["steps"], further=start is not None)
+    params = train(workdir, stage, start, options["tellers"])
     if params is None:
         return cli.STOPPED
     reader.save(params, workdir / "probe.safetensors")
@@ -57,11 +61,12 @@ def main(argv: Sequence[str]) -> int:
     return cli.DONE
 
 
-def train(workdir: pathlib.Path, stage: StageConfig, start: pathlib.Path | None = None):
+def train(workdir: pathlib.Path, stage: StageConfig, start: pathlib.Path | None = None, tellers: int = 0):
     """Weights of a probe, averaged over the last steps; None where a signal stopped the run.
 
     Args:
       start: the file of a probe that has learned before; other scenes than its first ones follow.
+      tellers: processes that tell the scenes, see `engine.train.data.drawn`.
     """
     import jax
 
@@ -78,7 +83,7 @@ def train(workdir: pathlib.Path, stage: StageConfig, start: pathlib.Path | None 
         stage,
         seed=0,
         batch_at=reader_training.batches(
-            stage.batch_size, reader_training.SEED if fresh else reader_training.FURTHER_SEED
+            stage.batch_size, reader_training.SEED if fresh else reader_training.FURTHER_SEED, tellers
         ),
         workdir=workdir,
     )

@@ -4,8 +4,7 @@ python -m launch.probe --workdir runs/probe
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,10 @@ from engine.config import OptimConfig, StageConfig
 from engine.evaluate import reader
 from engine.evaluate.answers import Answers, exchanged, truth
 from engine.evaluate.reader import CELLS, SIZE
+from engine.train.data import BatchAt, drawn
 from engine.types import Params
-from engine.world.layout import Layout
+from engine.world.drawing import composed, sprites
+from engine.world.layout import Layout, layouts
 
 SEED = 2**32 + 1  # scenes of its own: neither a model's training nor an evaluation draws them
 TEST_SEED = 2**32 + 2
@@ -51,11 +52,17 @@ class Renders(NamedTuple):
 
 def renders(seed: int, first_index: int, n: int) -> Renders:
     """Renders first_index .. first_index + n - 1 of `seed`, with the truth about them."""
+    scenes, laid, answers, where = told(seed, first_index, n)
+    return Renders(np.asarray(composed(laid, SIZE)), scenes, answers, where)
+
+
+def told(seed: int, first_index: int, n: int) -> tuple[list[world.Scene], Layout, Answers, np.ndarray]:
+    """The same renders before they are drawn: scenes, layouts, the truth, and the places."""
     numbers = range(first_index, first_index + n)
-    told = [world.tell(seed, i, held_out=i % HELD_OUT_EVERY == 0) for i in numbers]
-    scenes, rngs = [scene for _, scene, _ in told], [rng for *_, rng in told]
-    images, layouts = world.draw(scenes, rngs, SIZE)
-    return Renders(images, scenes, truth(scenes, layouts), places(scenes, layouts))
+    all_told = [world.tell(seed, i, held_out=i % HELD_OUT_EVERY == 0) for i in numbers]
+    scenes, rngs = [scene for _, scene, _ in all_told], [rng for *_, rng in all_told]
+    laid = layouts(scenes, sprites(), rngs)
+    return scenes, laid, truth(scenes, laid), places(scenes, laid)
 
 
 def places(scenes: list[world.Scene], layouts: Layout) -> Float[np.ndarray, "B 2 T"]:
@@ -70,14 +77,14 @@ def places(scenes: list[world.Scene], layouts: Layout) -> Float[np.ndarray, "B 2
     return np.where(exchanged(scenes, layouts)[:, None, None], found[:, ::-1], found).astype(np.float32)
 
 
-def batches(batch_size: int, seed: int = SEED) -> Callable[[int], dict[str, np.ndarray]]:
-    """step -> {"image", "where", and the answer to each question}"""
+def batches(batch_size: int, seed: int = SEED, tellers: int = 0) -> BatchAt:
+    """step -> {"image", "where", and the answer to each question}; tellers: see `data.drawn`"""
+    return drawn(functools.partial(_told_at, seed, batch_size), SIZE, tellers)
 
-    def batch_at(step: int) -> dict[str, np.ndarray]:
-        drawn = renders(seed, step * batch_size, batch_size)
-        return {"image": drawn.images, "where": drawn.where, **drawn.answers._asdict()}
 
-    return batch_at
+def _told_at(seed: int, batch_size: int, step: int) -> dict[str, Any]:
+    _, laid, answers, where = told(seed, step * batch_size, batch_size)
+    return {"layouts": laid, "where": where, **answers._asdict()}
 
 
 def loss(params: Params, frozen: None, batch: dict[str, Array], key: Key[Array, ""]):

@@ -1,6 +1,8 @@
 """Batches of the drawn world, addressed by step: the position of the data is the step itself."""
 
 import concurrent.futures
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,20 +10,30 @@ import jax
 import numpy as np
 
 from engine import world
-from engine.config import DataConfig
 from engine.text.tokenizer import Tokenizer
 from engine.train.tellers import Tellers
 from engine.types import UserError
+from engine.world.drawing import composed, laid_out
 
 Batch = dict[str, np.ndarray | jax.Array]
 BatchAt = Callable[[int], Batch]  # the batch of a step, a pure function
-# (seed, first_index, n, size, easy) -> pictures, captions and truths, as `world.batch`
-Draw = Callable[..., tuple[Any, list[str], list[world.Scene]]]
 
 
-def drawing(config: DataConfig) -> Draw:
-    """What draws its scenes: this process alone, or with tellers."""
-    return Tellers(config.tellers).batch if config.tellers else world.batch
+def drawn(told: Callable[[int], dict[str, Any]], size: int, tellers: int = 0) -> BatchAt:
+    """The batches of scenes that are told on the host: "layouts" become "image", all else stays.
+
+    Args:
+      told: step -> {"layouts": a batch of `world.Layout`, ...}, a pure function that can be pickled.
+      size: pixels a side.
+      tellers: processes that call it, ahead of the training; 0: this one alone.
+    """
+    told_at = Tellers(tellers, told) if tellers else told
+
+    def batch_at(step: int) -> Batch:
+        rest = dict(told_at(step))
+        return {"image": composed(rest.pop("layouts"), size), **rest}  # on the device, not waited for
+
+    return batch_at
 
 
 def own_rows(batch_size: int, process: int, processes: int) -> tuple[int, int]:
@@ -33,21 +45,21 @@ def own_rows(batch_size: int, process: int, processes: int) -> tuple[int, int]:
 
 
 def pictures(
-    seed: int, batch_size: int, size: int, process: int = 0, processes: int = 1, draw: Draw = world.batch
+    seed: int, batch_size: int, size: int, process: int = 0, processes: int = 1, tellers: int = 0
 ) -> BatchAt:
     """{"image": uint8 (B / processes, size, size, 3)}
 
     Args:
       batch_size: of all hosts together.
       process, processes: each host makes its part of the batch, see `own_rows`; so in all that follows.
-      draw: draws the scenes; so in `captioned_pictures`.
+      tellers: see `drawn`; so in `captioned_pictures`.
     """
-    first, share = own_rows(batch_size, process, processes)
+    rows = own_rows(batch_size, process, processes)
+    return drawn(functools.partial(_layouts, seed, batch_size, *rows), size, tellers)
 
-    def batch_at(step: int) -> Batch:
-        return {"image": draw(seed, step * batch_size + first, share, size)[0]}
 
-    return batch_at
+def _layouts(seed: int, batch_size: int, first: int, share: int, step: int) -> dict[str, Any]:
+    return {"layouts": laid_out(seed, step * batch_size + first, share).layouts}
 
 
 def captioned_pictures(
@@ -60,7 +72,7 @@ def captioned_pictures(
     keep_tags: int | None = None,
     process: int = 0,
     processes: int = 1,
-    draw: Draw = world.batch,
+    tellers: int = 0,
 ) -> BatchAt:
     """{"image": uint8 (B / processes, size, size, 3), "ids": int32 (B / processes, L)}
 
@@ -68,16 +80,32 @@ def captioned_pictures(
       easy, easy_steps: the share of easy scenes (see `sample_scene`), as `easy_share` says.
       keep_tags: None, or captions are `shuffled`.
     """
-    first, share = own_rows(batch_size, process, processes)
+    captions = _Captioned(
+        seed, batch_size, *own_rows(batch_size, process, processes), tokenizer, easy, easy_steps, keep_tags
+    )
+    return drawn(captions, size, tellers)
 
-    def batch_at(step: int) -> Batch:
-        easily = easy_share(step, easy, easy_steps)
-        images, captions, _ = draw(seed, step * batch_size + first, share, size, easily)
-        if keep_tags is not None:
-            captions = shuffled(captions, seed, step, keep_tags, first)
-        return {"image": images, "ids": tokenizer.encode(captions)}
 
-    return batch_at
+@dataclasses.dataclass(frozen=True)
+class _Captioned:
+    """What a host's rows of each batch show and say."""
+
+    seed: int
+    batch_size: int
+    first: int
+    share: int
+    tokenizer: Tokenizer
+    easy: float
+    easy_steps: int
+    keep_tags: int | None
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        easily = easy_share(step, self.easy, self.easy_steps)
+        told = laid_out(self.seed, step * self.batch_size + self.first, self.share, easily)
+        captions = told.captions
+        if self.keep_tags is not None:
+            captions = shuffled(captions, self.seed, step, self.keep_tags, self.first)
+        return {"layouts": told.layouts, "ids": self.tokenizer.encode(captions)}
 
 
 def easy_share(step: int, easy: float, easy_steps: int) -> float:

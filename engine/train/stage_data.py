@@ -10,7 +10,7 @@ import numpy as np
 from engine import world
 from engine.config import TrainConfig
 from engine.text.tokenizer import Tokenizer
-from engine.train.data import Batch, BatchAt, captioned_pictures, drawing, pictures
+from engine.train.data import Batch, BatchAt, captioned_pictures, pictures
 from engine.train.sources import PictureBatches, batches_of, open_pictures
 from engine.types import UserError
 from engine.world.drawing import MULTIPLE
@@ -62,7 +62,7 @@ class Scenes:
                 "write data.paths to learn from pictures of your own"
             )
         self._config = config
-        self._how = {"process": process, "processes": processes, "draw": drawing(config.data)}
+        self._how = {"process": process, "processes": processes, "tellers": config.data.tellers}
 
     def texts(self, count: int) -> tuple[list[str], list[str]]:
         return world.told(0, 0, count)[0], sorted(world.words())

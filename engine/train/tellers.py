@@ -1,60 +1,73 @@
-"""Scenes of the drawn world, told by several processes: an accelerator draws faster than one can tell.
+"""Batches told by several processes, some steps ahead: an accelerator draws faster than one can tell.
 
-One core tells and lays out 5,000 scenes a second; one H100 trains the U-Net of configs/scenes.py on 6,400.
-What is drawn does not depend on the number of processes.
+One core tells, lays out and tokenizes 2,500 scenes a second; a GPU trains the U-Net of configs/scenes.py on
+several times as many. What is told does not depend on the number of processes.
 """
 
 import concurrent.futures
 import functools
-import itertools
 import multiprocessing
+import pickle
 import signal
-from typing import Any
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
-import jax
-import numpy as np
-
-from engine import world
 from engine.types import UserError
-from engine.world.drawing import composed, laid_out
+
+T = TypeVar("T")
+AHEAD = 2  # batches under way for each process
 
 
-class Tellers:
-    """Processes that tell scenes for this one, which draws them. They start with the first batch."""
+class Tellers(Generic[T]):
+    """The function `told`, which processes call for this one.
 
-    def __init__(self, processes: int):
+    They start with the first step that is asked for; the steps after it are then told in advance.
+    """
+
+    def __init__(self, processes: int, told: Callable[[int], T]):
+        """Args:
+        told: a pure function of the step that can be pickled.
+        """
         self._processes = processes
+        self._told = pickle.dumps(told)
+        self._under_way: dict[int, concurrent.futures.Future[T]] = {}
 
-    @functools.cached_property
-    def _pool(self) -> concurrent.futures.ProcessPoolExecutor:
-        # Forked, they would inherit the locks of JAX's threads.
-        context = multiprocessing.get_context("spawn")
-        return concurrent.futures.ProcessPoolExecutor(self._processes, context, _leave_signals)
-
-    def batch(
-        self, seed: int, first_index: int, n: int, size: int, easy: float = 0.0
-    ) -> tuple[Any, list[str], list[world.Scene]]:
-        """As `world.batch`, but that the pictures stay on the device, and are not waited for.
+    def __call__(self, step: int) -> T:
+        """What `told` returns.
 
         Raises:
-          UserError: one of the processes was killed; and as `world.batch`.
+          UserError: one of the processes was killed; and what `told` raises.
         """
-        bounds = np.linspace(0, n, min(self._processes, n) + 1).astype(int)
+        soon = range(step, step + AHEAD * self._processes)
+        for other in self._under_way.keys() - soon:
+            self._under_way.pop(other).cancel()
         try:
-            tasks = [
-                self._pool.submit(laid_out, seed, first_index + int(a), int(b - a), easy)
-                for a, b in itertools.pairwise(bounds)
-            ]
-            told = [task.result() for task in tasks]
+            for each in soon:
+                if each not in self._under_way:
+                    self._under_way[each] = _pool(self._processes).submit(_tell, self._told, each)
+            return self._under_way[step].result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError(
                 "one of the processes that tell the scenes was killed: write a lower data.tellers"
             ) from None
-        layouts = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(each.layouts for each in told))
-        captions = [caption for each in told for caption in each.captions]
-        return composed(layouts, size), captions, [scene for each in told for scene in each.scenes]
+
+
+@functools.cache
+def _pool(processes: int) -> concurrent.futures.ProcessPoolExecutor:
+    # Forked, they would inherit the locks of JAX's threads.
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(processes, context, _leave_signals)
 
 
 def _leave_signals() -> None:
     """Ctrl-C goes to the whole group; the training itself says when it is over."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _tell(told: bytes, step: int):
+    return _unpickled(told)(step)
+
+
+@functools.lru_cache(maxsize=2)
+def _unpickled(told: bytes) -> Callable:
+    return pickle.loads(told)

@@ -28,7 +28,7 @@ def test_its_training_learns_and_goes_on(tmp_path):
 
 
 def test_a_probe_is_trained(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(probe, "train", lambda workdir, stage, start: reader.init(jax.random.key(1)))
+    monkeypatch.setattr(probe, "train", lambda workdir, stage, start, tellers: reader.init(jax.random.key(1)))
     assert cli.exit_code(probe.main, [f"--workdir={tmp_path}", "--test_renders=20"]) == cli.DONE
     assert capsys.readouterr().out.count("%") == len(reader.QUESTIONS)
     reader.load(tmp_path / "probe.safetensors")
@@ -38,6 +38,7 @@ def test_a_probe_is_trained(tmp_path, monkeypatch, capsys):
     ("argv", "told"),
     [
         ([], "write --workdir"),
+        (["--workdir=a", "--tellers=-1"], "tellers=-1: write 0 or more"),
         (["--workdir=x", "--test_renders=0"], "test_renders=0: write 1 or more"),
         (["--workdir=x", "--steps=0"], "steps=0: write 1 or more"),
         (["--workdir=x", "--start=no.safetensors"], "there is no probe no.safetensors"),

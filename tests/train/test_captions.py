@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from engine.train import data
+from engine.world.drawing import laid_out
 from tests.tiny import tiny_tokenizer
 
 TAGS = ["fox", "red", "night", "grass", "moon", "tree"]
@@ -37,14 +38,10 @@ def test_where_nothing_may_move_only_spaces_change(caption):
     assert data.shuffled([caption], 0, 0, keep_tags=2) == [kept]
 
 
-def test_batches_have_their_captions_shuffled():
-    def draw(*_):
-        return np.zeros((2, 32, 32, 3), np.uint8), [CAPTION] * 2, []
-
+def test_batches_have_their_captions_shuffled(monkeypatch):
+    monkeypatch.setattr(data, "laid_out", lambda *args: laid_out(*args)._replace(captions=[CAPTION] * 2))
     tokenizer = tiny_tokenizer()
-    plain, mixed = (
-        data.captioned_pictures(5, 2, 32, tokenizer, keep_tags=keep, draw=draw)(7) for keep in (None, 0)
-    )
+    plain, mixed = (data.captioned_pictures(5, 2, 32, tokenizer, keep_tags=keep)(7) for keep in (None, 0))
     assert (plain["ids"] == tokenizer.encode([CAPTION] * 2)).all()
     assert (mixed["ids"] == tokenizer.encode(data.shuffled([CAPTION] * 2, 5, 7))).all()
     assert (mixed["ids"] != plain["ids"]).any()

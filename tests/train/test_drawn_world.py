@@ -1,15 +1,13 @@
 """A training from scratch on the drawn world, whose pictures are drawn on the device."""
 
-import jax
 import numpy as np
 import pytest
 
 import engine
 from engine import world
 from engine.config import DataConfig
-from engine.train import data, stages
+from engine.train import stages, tellers
 from engine.train.stage_data import Scenes, stage_data
-from engine.train.tellers import Tellers
 from engine.types import UserError
 from tests.tiny import tiny_tokenizer
 from tests.train.tiny_run import get_config
@@ -55,36 +53,44 @@ def test_sizes_that_cannot_be_drawn(config, tmp_path):
         world.batch(0, 0, 1, 48)
 
 
-@pytest.fixture(scope="module")
-def tellers():
-    tellers = Tellers(2)
-    yield tellers
-    tellers._pool.shutdown()
+@pytest.fixture
+def pool():
+    """Of this test alone; its size is that of no other."""
+    yield lambda: tellers._pool(3)
+    tellers._pool(3).shutdown()
+    tellers._pool.cache_clear()
 
 
-@pytest.mark.parametrize("n", [1, 5])
-def test_tellers_tell_the_same_scenes(tellers, n):
-    here, there = world.batch(4, 7, n, 32, 0.5), tellers.batch(4, 7, n, 32, 0.5)
-    np.testing.assert_array_equal(here[0], np.asarray(there[0]))
-    assert here[1:] == there[1:]
+def test_tellers_tell_the_same_scenes(config, pool):
+    """Whether steps follow each other, or one goes back."""
+    config.diffusion.easy, config.diffusion.easy_steps = 0.5, 4
+    alone = Scenes(config).captioned(tiny_tokenizer())
+    config.data.tellers = 3
+    told = Scenes(config).captioned(tiny_tokenizer())
+    for step in (2, 3, 1, 40):
+        here, there = alone(step), told(step)
+        assert here.keys() == there.keys() == {"image", "ids"}
+        for name in here:
+            np.testing.assert_array_equal(here[name], there[name])
 
 
-def test_training_with_tellers(config, tellers, monkeypatch):
-    monkeypatch.setattr(data, "Tellers", lambda count: {2: tellers}[count])
-    alone = Scenes(config).captioned(tiny_tokenizer())(2)
-    config.data.tellers = 2
-    told = Scenes(config).captioned(tiny_tokenizer())(2)
-    assert isinstance(told["image"], jax.Array) and not isinstance(alone["image"], jax.Array)
-    np.testing.assert_array_equal(told["image"], alone["image"])
-    np.testing.assert_array_equal(told["ids"], alone["ids"])
+def test_tellers_work_ahead(pool):
+    tell = tellers.Tellers(3, _twice)
+    assert [tell(step) for step in (5, 6)] == [10, 12]
+    assert sorted(tell._under_way) == list(range(6, 6 + 3 * tellers.AHEAD))
 
 
-def test_a_teller_that_is_killed():
-    tellers = Tellers(1)
-    tellers.batch(0, 0, 1, 32)
-    for process in tellers._pool._processes.values():
+def _twice(step):
+    return 2 * step
+
+
+def test_a_teller_that_is_killed(pool):
+    tell = tellers.Tellers(3, _twice)
+    tell(0)
+    for process in pool()._processes.values():
         process.kill()
     with pytest.raises(UserError, match=r"killed: write a lower data\.tellers"):
-        tellers.batch(0, 1, 1, 32)
+        for step in range(1, 100):
+            tell(step)
     with pytest.raises(UserError, match="was killed"):  # found broken before anything is asked of it
-        tellers.batch(0, 1, 1, 32)
+        tell(100)

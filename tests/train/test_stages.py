@@ -9,6 +9,7 @@ from engine import world
 from engine.train import data
 from engine.train.objectives import applier, to_float
 from engine.train.scaling import METRIC_IMAGES, in_units_of_pixels, pixel_metric
+from engine.world.drawing import laid_out
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -91,24 +92,26 @@ def test_a_batch_is_scenes_with_their_captions():
 
 
 @pytest.mark.parametrize("step, least, most", [(0, 64, 64), (5, 24, 44), (10, 0, 8), (99, 0, 8)])
-def test_easy_scenes_grow_rare(step, least, most):
+def test_easy_scenes_grow_rare(step, least, most, monkeypatch):
     """All at step 0, half of them at step 5 of 10 (and of the rest some are easy by chance)."""
     drawn = []
 
-    def told(seed, first_index, n, size, easy):
-        captions, truths = world.told(seed, first_index, n, easy)
-        drawn.extend(truths)
-        return np.zeros((n, size, size, 3), np.uint8), captions, truths
+    def told(*args):
+        drawn.extend((found := laid_out(*args)).scenes)
+        return found
 
-    data.captioned_pictures(1, 64, 32, tiny_tokenizer(), easy=1.0, easy_steps=10, draw=told)(step)
+    monkeypatch.setattr(data, "laid_out", told)
+    data.captioned_pictures(1, 64, 32, tiny_tokenizer(), easy=1.0, easy_steps=10)(step)
     plain = ((None,), ("big",), "middle", "day", "plain")
     easy = [(scene.colours, scene.sizes, scene.place, scene.time, scene.style) == plain for scene in drawn]
     assert least <= sum(easy) <= most
 
 
-def test_an_error_while_drawing_reaches_the_loop():
-    def broken(*_):
-        raise RuntimeError("no atlas")
+@pytest.mark.parametrize("tellers", [0, 1])
+def test_an_error_while_telling_reaches_the_loop(tellers):
+    with pytest.raises(ZeroDivisionError):
+        next(data.batches(data.drawn(_broken, 32, tellers), 0))
 
-    with pytest.raises(RuntimeError, match="no atlas"):
-        next(data.batches(data.pictures(0, 1, 32, draw=broken), 0))
+
+def _broken(step):
+    return 1 // step
