@@ -22,11 +22,11 @@ from engine.jobs.plan import request, settle_with
 from engine.jobs.store import Store, open_store
 from engine.jobs.work import TEXT_BATCH
 from engine.pipeline import Pipeline
+from engine.pixels import FORMATS, read_header
 from engine.requests import Settings
 from engine.text.rows import Row, Rows
 from engine.train.sources.finding import open_source
 from engine.train.sources.item import NO_CAPTION, Source, Unusable, caption_in
-from engine.train.sources.pixels import FORMATS, read_header
 from engine.types import UserError
 from launch import cli
 

@@ -66,7 +66,7 @@ def train(workdir: pathlib.Path, stage: StageConfig, start: pathlib.Path | None 
 
     Args:
       start: the file of a probe that has learned before; other scenes than its first ones follow.
-      tellers: processes that tell the scenes, see `engine.train.data.drawn`.
+      tellers: processes that tell the scenes, see `engine.world.tellers.drawn`.
     """
     import jax
 

@@ -20,6 +20,7 @@ LAYERS = [
     ["engine.config"],
     [
         *("engine.diffusion", "engine.models", "engine.text", "engine.parallel", "engine.finish"),
+        "engine.pixels",
         "engine.world",
     ],
     ["engine.weights"],

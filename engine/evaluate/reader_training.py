@@ -4,6 +4,7 @@ python -m launch.probe --workdir runs/probe
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,10 @@ from engine.config import OptimConfig, StageConfig
 from engine.evaluate import reader
 from engine.evaluate.answers import Answers, exchanged, truth
 from engine.evaluate.reader import CELLS, SIZE
-from engine.train.data import BatchAt, drawn
 from engine.types import Params
 from engine.world.drawing import composed, sprites
 from engine.world.layout import Layout, layouts
+from engine.world.tellers import drawn
 
 SEED = 2**32 + 1  # scenes of its own: neither a model's training nor an evaluation draws them
 TEST_SEED = 2**32 + 2
@@ -77,8 +78,8 @@ def places(scenes: list[world.Scene], layouts: Layout) -> Float[np.ndarray, "B 2
     return np.where(exchanged(scenes, layouts)[:, None, None], found[:, ::-1], found).astype(np.float32)
 
 
-def batches(batch_size: int, seed: int = SEED, tellers: int = 0) -> BatchAt:
-    """step -> {"image", "where", and the answer to each question}; tellers: see `data.drawn`"""
+def batches(batch_size: int, seed: int = SEED, tellers: int = 0) -> Callable[[int], dict[str, Any]]:
+    """step -> {"image", "where", and the answer to each question}; tellers: see `drawn`"""
     return drawn(functools.partial(_told_at, seed, batch_size), SIZE, tellers)
 
 

@@ -11,29 +11,12 @@ import numpy as np
 
 from engine import world
 from engine.text.tokenizer import Tokenizer
-from engine.train.tellers import Tellers
 from engine.types import UserError
-from engine.world.drawing import composed, laid_out
+from engine.world.drawing import laid_out
+from engine.world.tellers import drawn
 
 Batch = dict[str, np.ndarray | jax.Array]
 BatchAt = Callable[[int], Batch]  # the batch of a step, a pure function
-
-
-def drawn(told: Callable[[int], dict[str, Any]], size: int, tellers: int = 0) -> BatchAt:
-    """The batches of scenes that are told on the host: "layouts" become "image", all else stays.
-
-    Args:
-      told: step -> {"layouts": a batch of `world.Layout`, ...}, a pure function that can be pickled.
-      size: pixels a side.
-      tellers: processes that call it, ahead of the training; 0: this one alone.
-    """
-    told_at = Tellers(tellers, told) if tellers else told
-
-    def batch_at(step: int) -> Batch:
-        rest = dict(told_at(step))
-        return {"image": composed(rest.pop("layouts"), size), **rest}  # on the device, not waited for
-
-    return batch_at
 
 
 def own_rows(batch_size: int, process: int, processes: int) -> tuple[int, int]:

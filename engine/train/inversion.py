@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 
 from engine.config import InversionConfig
-from engine.train.sources.item import Unusable
+from engine.pixels import Unusable
 from engine.train.step import Loss
 from engine.types import Params, UserError
 from engine.weights import embeddings

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
+from engine.pixels import Crop, crop_box
 from engine.train.buckets import Order, Shape, nearest_shape, shapes
-from engine.train.sources.pixels import Crop, crop_box
 
 BUCKETS = np.array([0] * 12 + [1] * 5 + [2] * 1 + [3] * 23)
 BATCH = 4

@@ -1,6 +1,5 @@
 """The tags of captions, shuffled on the host."""
 
-import numpy as np
 import pytest
 
 from engine.train import data

@@ -6,9 +6,10 @@ import pytest
 import engine
 from engine import world
 from engine.config import DataConfig
-from engine.train import stages, tellers
+from engine.train import stages
 from engine.train.stage_data import Scenes, stage_data
 from engine.types import UserError
+from engine.world import tellers
 from tests.tiny import tiny_tokenizer
 from tests.train.tiny_run import get_config
 

@@ -10,6 +10,7 @@ from engine.train import data
 from engine.train.objectives import applier, to_float
 from engine.train.scaling import METRIC_IMAGES, in_units_of_pixels, pixel_metric
 from engine.world.drawing import laid_out
+from engine.world.tellers import drawn
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -110,7 +111,7 @@ def test_easy_scenes_grow_rare(step, least, most, monkeypatch):
 @pytest.mark.parametrize("tellers", [0, 1])
 def test_an_error_while_telling_reaches_the_loop(tellers):
     with pytest.raises(ZeroDivisionError):
-        next(data.batches(data.drawn(_broken, 32, tellers), 0))
+        next(data.batches(drawn(_broken, 32, tellers), 0))
 
 
 def _broken(step):

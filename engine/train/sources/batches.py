@@ -17,13 +17,13 @@ from typing import TypeVar
 import numpy as np
 
 from engine.config import DataConfig
+from engine.pixels import Crop
 from engine.text.tokenizer import Tokenizer
 from engine.train.buckets import Order, nearest_shape, shapes
 from engine.train.data import Batch, BatchAt, own_rows, shuffled
 from engine.train.sources.finding import open_source
 from engine.train.sources.item import Accept, Unusable, required
 from engine.train.sources.pictures import Look, Pictures
-from engine.train.sources.pixels import Crop
 from engine.train.sources.skipped import Skipped
 from engine.types import UserError
 

@@ -7,6 +7,8 @@ import stat
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from engine.pixels import Unusable
+
 CAPTIONS = ("caption", "text", "prompt")  # what the field is called, the first that is there
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_CAPTION = 2**17  # bytes of a caption
@@ -15,10 +17,6 @@ MAX_PICTURE = 2**28  # bytes of a picture's file
 
 NO_CAPTION = "no caption"
 NOT_UTF8 = "the caption is not UTF-8"
-
-
-class Unusable(Exception):
-    """A picture that cannot be trained on, and why, in a few words."""
 
 
 # a caption, None where there is none -> the caption to train on; raises Unusable

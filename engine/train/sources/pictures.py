@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from engine.finish import SETTINGS_KEY
+from engine.pixels import Crop, read_header, read_pixels
 from engine.train.sources.item import Accept, Item, Source, Unusable, caption_in_json, required
-from engine.train.sources.pixels import Crop, read_header, read_pixels
 
 AT_ONCE = 256  # pictures that a thread looks at before it takes others
 

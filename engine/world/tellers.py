@@ -7,15 +7,32 @@ several times as many. What is told does not depend on the number of processes.
 import concurrent.futures
 import functools
 import multiprocessing
-import pickle
 import signal
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from engine.types import UserError
+from engine.errors import UserError
+from engine.world.drawing import composed
 
 T = TypeVar("T")
 AHEAD = 2  # batches under way for each process
+
+
+def drawn(told: Callable[[int], dict[str, Any]], size: int, tellers: int = 0) -> Callable[[int], dict]:
+    """The batches of scenes that are told on the host: "layouts" become "image", all else stays.
+
+    Args:
+      told: step -> {"layouts": a batch of `Layout`, ...}, a pure function that can be pickled.
+      size: pixels a side.
+      tellers: processes that call it, ahead of the training; 0: this one alone.
+    """
+    told_at = Tellers(tellers, told) if tellers else told
+
+    def batch_at(step: int) -> dict[str, Any]:
+        rest = dict(told_at(step))
+        return {"image": composed(rest.pop("layouts"), size), **rest}  # on the device, not waited for
+
+    return batch_at
 
 
 class Tellers(Generic[T]):
@@ -29,7 +46,7 @@ class Tellers(Generic[T]):
         told: a pure function of the step that can be pickled.
         """
         self._processes = processes
-        self._told = pickle.dumps(told)
+        self._told = told
         self._under_way: dict[int, concurrent.futures.Future[T]] = {}
 
     def __call__(self, step: int) -> T:
@@ -44,7 +61,7 @@ class Tellers(Generic[T]):
         try:
             for each in soon:
                 if each not in self._under_way:
-                    self._under_way[each] = _pool(self._processes).submit(_tell, self._told, each)
+                    self._under_way[each] = _pool(self._processes).submit(self._told, each)
             return self._under_way[step].result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError(
@@ -62,12 +79,3 @@ def _pool(processes: int) -> concurrent.futures.ProcessPoolExecutor:
 def _leave_signals() -> None:
     """Ctrl-C goes to the whole group; the training itself says when it is over."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _tell(told: bytes, step: int):
-    return _unpickled(told)(step)
-
-
-@functools.lru_cache(maxsize=2)
-def _unpickled(told: bytes) -> Callable:
-    return pickle.loads(told)

@@ -11,8 +11,6 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from engine.train.sources.item import Unusable
-
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 2**26  # 8192 x 8192: 200 MB when decoded
 ORIENTATION = 0x0112  # in EXIF
@@ -27,6 +25,10 @@ TURNS = {
 }
 SIDEWAYS = (5, 6, 7, 8)
 EXTRA_PIXELS = 2.0  # JPEGs are decoded smaller, down to that many times the size wanted
+
+
+class Unusable(Exception):
+    """A picture that cannot be used, and why, in a few words."""
 
 
 class Crop(NamedTuple):
