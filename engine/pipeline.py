@@ -1,6 +1,7 @@
 """The whole way of one picture: words, noise, steps, picture.
 
-Three compiled stages (and two lines that draw the noise), each mapped over all devices:
+Three compiled stages (and a few lines that draw the noise), each mapped over all devices; a fourth, where
+there are pictures to change, makes latents of them (`engine.edits`):
 
   text     ids -> context vectors, once for each distinct prompt
   sampler  noise -> latents, a scan over the steps, run in segments so that one can see how far it is
@@ -24,13 +25,15 @@ import platformdirs
 from flax import nnx
 from jaxtyping import Float, UInt8
 
+from engine import edits
 from engine.config import GenerateConfig, nearest
 from engine.diffusion import guidance, noise, samplers, schedules
 from engine.diffusion.parameterization import denoiser
 from engine.diffusion.scheduler_config import for_sampler, sampler_name
+from engine.diffusion.segments import chosen_stages, segment_length
 from engine.finish import to_uint8
 from engine.parallel import Devices, pad
-from engine.requests import Batch, Context, Frames, Request, Settings
+from engine.requests import Batch, Context, Edit, Frames, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.types import Denoise, UserError
 from engine.weights.component import Component
@@ -71,12 +74,7 @@ def load(
     use_compilation_cache()
     folder = SHIPPED if model is None else pathlib.Path(model)
     loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=devices.place, loras=lora, words=embeddings)
-    channels, latent = loaded.unet.config.in_channels, loaded.vae.config.latent_channels
-    if channels != latent:
-        raise UserError(
-            f"{folder}: the U-Net takes {channels} channels for latents of {latent}: it edits pictures, "
-            "which this version does not; give a model that draws from text alone"
-        )
+    edits.made_for(loaded, str(folder))
     return Pipeline(loaded, devices, SHIPPED_NAME if model is None else str(model), dtype, folder)
 
 
@@ -106,8 +104,11 @@ class Pipeline:
     def __init__(self, model: Model, devices: Devices, name: str, dtype: str, folder: pathlib.Path):
         self.model, self.devices, self.name, self.dtype = model, devices, name, dtype
         self.folder = folder  # from which the model was loaded
+        self.made_for = edits.made_for(model, name)
         self._text = devices.map(self._encode)
         self._decoder = devices.map(self._decode)
+        self._look = devices.map(self._looked_at)
+        self._paste = devices.map(lambda _, batched: edits.pasted(*batched))
         self._begin = functools.cache(self._build_begin)
         self._segment = functools.cache(self._build_segment)
         self._noise = functools.cache(self._build_noise)
@@ -127,6 +128,9 @@ class Pipeline:
         width: int | None = None,
         latents: Float[np.ndarray, "B h w C"] | None = None,
         batch_size: int | None = None,
+        given: Sequence[Edit] | None = None,
+        strength: float | None = None,
+        image_guidance_scale: float = GenerateConfig.image_guidance_scale,
     ) -> UInt8[np.ndarray, "B H W 3"]:
         """One picture for each prompt.
 
@@ -139,6 +143,10 @@ class Pipeline:
           height, width: in pixels; None: the size that the model was trained for.
           latents: start noise of unit variance, in place of the seed's.
           batch_size: pictures a device draws at once; None: all of them.
+          given: pictures to change, one for each prompt: all with a mask or all without, see `engine.edits`.
+          strength: 0 to 1, how much of a given picture is forgotten; None: 0.8, and 1 with a mask.
+          image_guidance_scale: how strictly a model that changes pictures as it is told keeps to the given
+            one, where guidance_scale is not 1.
 
         Raises:
           UserError: an argument is wrong.
@@ -146,11 +154,20 @@ class Pipeline:
         """
         if batch_size is None:
             batch_size = self.share_of(len(prompts))
-        settings = self.settings(steps, sampler, guidance_scale, height, width, batch_size)
+        if strength is None:
+            strength = edits.default_strength(given, self.made_for)
+        settings = self.settings(steps, sampler, guidance_scale, height, width, batch_size, strength)
         seed = noise.fresh_seed() if seed is None else seed
         images = []
         for batch in self.stream(
-            prompts, negative_prompts, settings, seed=seed, first_index=first_index, latents=latents
+            prompts,
+            negative_prompts,
+            settings,
+            seed=seed,
+            first_index=first_index,
+            latents=latents,
+            given=given,
+            image_guidance_scale=image_guidance_scale,
         ):
             if batch.spoilt:
                 struck = [first_index + batch.first + i for i in batch.spoilt]
@@ -169,6 +186,8 @@ class Pipeline:
         latents: Float[np.ndarray, "B h w C"] | None = None,
         frames: int = 0,
         progress: Callable[[int], None] | None = None,
+        given: Sequence[Edit] | None = None,
+        image_guidance_scale: float = GenerateConfig.image_guidance_scale,
     ) -> Iterator[Batch]:
         """The same, batch by batch as they are done.
 
@@ -179,17 +198,20 @@ class Pipeline:
         prompts = check_prompts(prompts)
         negatives = check_negative_prompts(negative_prompts, len(prompts))
         latents = self._check_latents(latents, len(prompts), settings)
+        edits.checked(given, self.made_for, settings.height, settings.width)
         contexts = self.encode([*prompts, *negatives], settings.batch_size)
         indices = range(first_index, first_index + len(prompts))
         requests = [
-            Request(prompt, negative, seed, index, settings.guidance_scale)
-            for prompt, negative, index in zip(prompts, negatives, indices, strict=True)
+            Request(prompt, negative, seed, index, settings.guidance_scale, edit, image_guidance_scale)
+            for prompt, negative, index, edit in zip(
+                prompts, negatives, indices, given or [None] * len(prompts), strict=True
+            )
         ]
         size = settings.batch_size * self.devices.count
         for first in range(0, len(prompts), size):
             rows = slice(first, first + size)
-            given = None if latents is None else latents[rows]
-            images, finite, kept = self._draw(requests[rows], contexts, settings, given, frames, progress)
+            start = None if latents is None else latents[rows]
+            images, finite, kept = self._draw(requests[rows], contexts, settings, start, frames, progress)
             count = len(requests[rows])
             spoilt = np.flatnonzero(~np.asarray(finite)[:count]).tolist()
             if kept is not None:
@@ -231,6 +253,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 1,
+        strength: float = 1.0,
     ) -> Settings:
         """Checks settings, and fills in what the model knows; raises UserError before anything compiles."""
         default_height, default_width = self.default_size
@@ -241,9 +264,11 @@ class Pipeline:
             default_height if height is None else height,
             default_width if width is None else width,
             batch_size,
+            strength,
         )
         samplers.find(settings.sampler)
         schedules.sigmas_for(for_sampler(self.model.scheduler, settings.sampler), steps)
+        edits.check_strength(settings)
         if not np.isfinite(settings.guidance_scale):
             raise UserError(f"guidance_scale={guidance_scale} is no number; 1 is none, 5 to 8 are usual")
         if batch_size < 1:
@@ -276,6 +301,9 @@ class Pipeline:
         finite = jnp.isfinite(latents).all(axes) & jnp.isfinite(image).all(axes)
         return to_uint8(jnp.nan_to_num(image)), finite
 
+    def _looked_at(self, params: Any, given: Any) -> Any:
+        return edits.looked_at(module(self.model.vae, params), given, self.made_for)
+
     def _build_noise(self, shape: tuple[int, ...]) -> Callable:
         return self.devices.map(lambda shared, keys: noise.initial_noise(keys, shape))
 
@@ -283,15 +311,20 @@ class Pipeline:
         """The model as the samplers see it: D(x, sigma)."""
         config = for_sampler(self.model.scheduler, sampler)
         unet = module(self.model.unet, shared["unet"])
-        apply = guidance.guided(
-            unet, batched["cond"], batched["uncond"], batched["guidance_scale"], run_uncond=guided
-        )
-        return denoiser(apply, config.prediction_type, schedules.schedule_for(config))
+        words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
+        if guided and self.made_for == edits.FOLLOWS:
+            w_picture = batched["image_guidance_scale"]
+            apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture)
+        else:
+            apply = guidance.guided(edits.seeing(unet, batched), *words, w, run_uncond=guided)
+        denoise = denoiser(apply, config.prediction_type, schedules.schedule_for(config))
+        return edits.keeping(denoise, batched)
 
     def _build_begin(self, sampler: str, guided: bool) -> Callable:
         def begin(shared, batched):
             denoise = self._denoise(sampler, guided, shared, batched)
-            x = batched["noise"] * shared["initial_scale"]
+            scales = shared["initial_scale"], shared["sigmas"][0], shared["anew"]
+            x = edits.started(batched["noise"], batched, *scales)
             return samplers.start(sampler, denoise, x, shared["sigmas"], batched["keys"])
 
         return self.devices.map(begin)
@@ -317,22 +350,30 @@ class Pipeline:
     def _draw(self, requests, contexts, settings, latents=None, frames=0, progress=None):
         """One batch through sampler and decoder: images, which of them are finite, frames."""
         config = for_sampler(self.model.scheduler, settings.sampler)
-        sigmas = schedules.sigmas_for(config, settings.steps)
+        whole = schedules.sigmas_for(config, settings.steps)
+        sigmas = whole[settings.steps - settings.intervals :]
         guided = settings.guidance_scale != 1.0
         small = {
             "sigmas": jnp.asarray(sigmas),
-            "initial_scale": jnp.float32(schedules.initial_scale(config, sigmas)),
+            "initial_scale": jnp.float32(schedules.initial_scale(config, whole)),
+            "anew": jnp.float32(settings.strength == 1),
         }
         shared = self.devices.share(small) | {"unet": self.model.unet.params}
         size = settings.batch_size * self.devices.count
         batched = self._batched(requests, contexts, size)
+        given = None
+        if requests[0].edit is not None:
+            given = self.devices.shard_batch(
+                {k: pad(a, size) for k, a in edits.pixels([r.edit for r in requests]).items()}
+            )
+            batched |= self._look(self.model.vae.params, given)
         if latents is None:
             start = self._noise(self._latent_shape(settings))(shared["sigmas"], batched["keys"])
         else:
             start = self.devices.shard_batch(pad(latents, size))
         carry = self._begin(settings.sampler, guided)(shared, batched | {"noise": start})
 
-        total = samplers.find(settings.sampler).steps(settings.steps)
+        total = samplers.find(settings.sampler).steps(settings.intervals)
         length = segment_length(total)
         segment = self._segment(settings.sampler, guided, length, frames > 0)
         traces = []
@@ -344,9 +385,14 @@ class Pipeline:
                 jax.block_until_ready(carry.x)
                 progress(length)
         final = carry.x * schedules.final_scale(config, sigmas)
-        images, finite = self.devices.gather(self._decoder(self.model.vae.params, final))
-        kept = self._frames(traces, start, final, frames) if frames else None
-        return images, finite, kept
+        images, finite = self._decoder(self.model.vae.params, final)
+        if given is not None and "mask" in given:
+            images = self._paste((), (images, given))
+        images, finite = self.devices.gather((images, finite))
+        if not frames:
+            return images, finite, None
+        stages = chosen_stages(traces, start, final, frames)
+        return images, finite, Frames(*map(self._decode_stages, stages))
 
     def _batched(self, requests: Sequence[Request], contexts: Mapping[str, Context], size: int) -> Any:
         """What differs from picture to picture, filled up to `size` and spread over the devices."""
@@ -356,27 +402,14 @@ class Pipeline:
             "cond": np.stack([contexts[r.prompt] for r in requests]),
             "uncond": np.stack([contexts[r.negative_prompt] for r in requests]),
             "guidance_scale": np.array([r.guidance_scale for r in requests], np.float32),
+            "image_guidance_scale": np.array([r.image_guidance_scale for r in requests], np.float32),
         }
         return self.devices.shard_batch(arrays | {"keys": keys})
 
-    def _frames(self, traces, start, final, count: int) -> Frames:
-        """`count` stages, evenly spaced over the steps: the first is the static, the last the picture."""
-        x = np.concatenate([np.asarray(t.x) for t in traces], axis=1)
-        noisy = np.concatenate([np.asarray(start)[:, None], x[:, :-1], np.asarray(final)[:, None]], axis=1)
-        denoised = np.concatenate([np.asarray(t.denoised) for t in traces], axis=1)
-        denoised = np.concatenate([denoised, np.asarray(final)[:, None]], axis=1)
-        chosen = np.linspace(0, noisy.shape[1] - 1, count).round().astype(int)
-        spread = np.maximum(noisy.std(axis=(2, 3, 4), keepdims=True), 1.0)
-        spread[:, [0, -1]] = 1.0
-
-        def decode(stages: np.ndarray) -> np.ndarray:
-            pictures = [
-                self._decoder(self.model.vae.params, self.devices.shard_batch(stages[:, i]))[0]
-                for i in chosen
-            ]
-            return np.stack([np.asarray(p) for p in pictures], axis=1)
-
-        return Frames(decode(noisy / spread), decode(denoised))
+    def _decode_stages(self, stages: np.ndarray) -> np.ndarray:
+        places = [self.devices.shard_batch(x) for x in stages.swapaxes(0, 1)]
+        pictures = [self._decoder(self.model.vae.params, x)[0] for x in places]
+        return np.stack([np.asarray(p) for p in pictures], axis=1)
 
     def _latent_shape(self, settings: Settings) -> tuple[int, int, int]:
         config = self.model.vae.config
@@ -389,8 +422,3 @@ class Pipeline:
         if latents.shape != wanted:
             raise UserError(f"latents have the shape {latents.shape}; these prompts and sizes need {wanted}")
         return latents
-
-
-def segment_length(steps: int) -> int:
-    """Steps in one compiled segment: a divisor of `steps` that leaves eight segments or more, or one step."""
-    return max(n for n in range(1, steps + 1) if steps % n == 0 and (n == 1 or steps // n >= 8))

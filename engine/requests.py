@@ -19,6 +19,19 @@ class Settings:
     height: int
     width: int
     batch_size: int  # pictures a device
+    strength: float = 1.0  # of the steps, the share that a given picture takes: the last ones
+
+    @property
+    def intervals(self) -> int:
+        """The steps that are taken, as diffusers counts them."""
+        return min(int(self.steps * self.strength), self.steps)
+
+
+class Edit(NamedTuple):
+    """A picture to change."""
+
+    image: UInt8[np.ndarray, "H W 3"]
+    mask: Float[np.ndarray, "H W"] | None = None  # 1: to be drawn anew, 0: stays
 
 
 class Request(NamedTuple):
@@ -29,6 +42,8 @@ class Request(NamedTuple):
     seed: int
     index: int
     guidance_scale: float
+    edit: Edit | None = None
+    image_guidance_scale: float = 1.5  # of a model that changes pictures as it is told
 
 
 class Frames(NamedTuple):

@@ -27,6 +27,10 @@ class GenerateConfig:
     sampler: str | None = None  # None: the one that the model's folder names
     steps: int = 30
     guidance_scale: float = 5.0
+    image: str = ""  # a picture to change
+    mask: str = ""  # a picture, as large: what is white is drawn anew, what is black stays
+    strength: float | None = None  # how much of the picture is forgotten; None: 0.8, and 1 with a mask
+    image_guidance_scale: float = 1.5  # of a model that changes pictures as it is told
     height: int | None = None  # pixels; None: the size that the model was trained for
     width: int | None = None
     dtype: str = "float32"

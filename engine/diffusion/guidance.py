@@ -46,7 +46,7 @@ def guided(
     w = guidance_scale[:, None, None, None] if jnp.ndim(guidance_scale) else guidance_scale
 
     def apply_guided(x: Latents, t: Float[Array, " B"]) -> Latents:
-        F = at_least_float32(apply(_pairs(x, x), _pairs(t, t), _pairs(uncond, cond)))
+        F = at_least_float32(apply(_together(x, x), _together(t, t), _together(uncond, cond)))
         F_uncond, F_cond = F[0::2], F[1::2]
         F = F_uncond + w * (F_cond - F_uncond)
         if isinstance(guidance_rescale, float) and guidance_rescale == 0:
@@ -56,9 +56,37 @@ def guided(
     return apply_guided
 
 
-def _pairs(a: Float[Array, " B *S"], b: Float[Array, " B *S"]) -> Float[Array, " two_B *S"]:
-    """a[0], b[0], a[1], b[1], ..."""
-    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+def guided_by_picture(
+    apply: ContextApply,
+    cond: Context,
+    uncond: Context,
+    picture: Latents,
+    guidance_scale: Float[Array, " B"],
+    picture_scale: Float[Array, " B"],
+) -> Apply:
+    """A network steered by words and by a picture (Brooks et al. 2023, equation 3): (x_in, t) -> F, float32.
+
+        F(none) + w_I [F(picture) - F(none)] + w [F(picture, words) - F(picture)]
+
+    Args:
+      apply: its x_in has the channels of `picture` behind those of x; zeros are none.
+      guidance_scale, picture_scale: w and w_I.
+    """
+    w, w_picture = (scale[:, None, None, None] for scale in (guidance_scale, picture_scale))
+
+    def apply_guided(x: Latents, t: Float[Array, " B"]) -> Latents:
+        seen = picture.astype(x.dtype)
+        without, beside = (jnp.concatenate([x, extra], -1) for extra in (jnp.zeros_like(seen), seen))
+        F = apply(_together(without, beside, beside), _together(t, t, t), _together(uncond, uncond, cond))
+        F_none, F_picture, F_both = (at_least_float32(F)[i::3] for i in range(3))
+        return F_none + w_picture * (F_picture - F_none) + w * (F_both - F_picture)
+
+    return apply_guided
+
+
+def _together(*arrays: Float[Array, " B *S"]) -> Float[Array, " n_B *S"]:
+    """a[0], b[0], ..., a[1], b[1], ..."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
 def rescaled(F: Latents, F_cond: Latents, guidance_rescale: float | Float[Array, ""]) -> Latents:
