@@ -65,9 +65,9 @@ def checked(edits: Sequence[Edit] | None, made: str, height: int, width: int) ->
         raise UserError("this model changes a whole picture, as it is told: leave out --mask")
 
 
-def default_strength(edits: Sequence[Edit] | None, made: str) -> float:
+def default_strength(edit: Edit | None, made: str) -> float:
     """1 but for a picture that is drawn over as a whole."""
-    return STRENGTH if edits is not None and edits[0].mask is None and made == WORDS else 1.0
+    return STRENGTH if edit is not None and edit.mask is None and made == WORDS else 1.0
 
 
 def check_strength(settings: Settings) -> None:

@@ -155,7 +155,7 @@ class Pipeline:
         if batch_size is None:
             batch_size = self.share_of(len(prompts))
         if strength is None:
-            strength = edits.default_strength(given, self.made_for)
+            strength = edits.default_strength(given[0] if given else None, self.made_for)
         settings = self.settings(steps, sampler, guidance_scale, height, width, batch_size, strength)
         seed = noise.fresh_seed() if seed is None else seed
         images = []
@@ -242,6 +242,8 @@ class Pipeline:
           Pictures (uint8, B H W 3) and which of them are finite (B,), of a whole batch: what lies behind the
           last request only fills it. np.asarray waits for them.
         """
+        if requests[0].edit is None:
+            edits.checked(None, self.made_for, settings.height, settings.width)
         images, finite, _ = self._draw(requests, contexts, settings)
         return images, finite
 

@@ -54,8 +54,9 @@ def make_config(given: dict[str, Any], like: str | None) -> GenerateConfig:
             f"{like} was drawn by the model {config.model}, which is not here; write --model FOLDER"
         )
     files = {"lora": [file for file, _ in config.loras()], "embedding": config.embeddings()}
-    for name, what in (("lora", "LoRA"), ("embedding", "embedding")):
-        for file in () if name in given else files[name]:
+    files |= {name: [path] for name in ("image", "mask") if (path := getattr(config, name))}
+    for name, what in (("lora", "LoRA"), ("embedding", "embedding"), ("image", "picture"), ("mask", "mask")):
+        for file in () if name in given else files.get(name, ()):
             if not os.path.exists(os.path.expanduser(file)):
                 raise UserError(
                     f"{like} was drawn with the {what} {file}, which is not here; write --{name} FILE"
@@ -91,7 +92,7 @@ def tell_what_is_chosen_or_left_out(config: GenerateConfig, plan: pictures.Plan,
 def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:
     """Draws and writes the pictures, prints the paths of the files, and tells which could not be drawn."""
     settings = plan.settings
-    steps = samplers.find(settings.sampler).steps(settings.steps)
+    steps = samplers.find(settings.sampler).steps(settings.intervals)
     half = settings.batch_size // 2
     smaller = f"--batch_size {half}" if half else "a smaller --height and --width"
     progress = Progress(len(plan.prompts), settings.batch_size * pipe.devices.count, steps)

@@ -38,6 +38,19 @@ FLAGS: cli.Groups = {
         "first_index": ("N", "index of the first picture"),
         "like": ("PICTURE", "draw this PNG again: its settings stand in for the defaults below and above"),
     },
+    "A picture to change": {
+        "image": ("FILE", "draws it anew, from --strength on; its size is brought near the model's own"),
+        "mask": ("FILE", "as large: what is white is drawn anew, what is black stays as it is"),
+        "strength": (
+            "S",
+            "0 to 1, how much of the picture is forgotten, and the share of the steps that is taken;\n"
+            "without it 0.8, and with a mask 1",
+        ),
+        "image_guidance_scale": (
+            "G",
+            "how strictly InstructPix2Pix keeps to the picture; other models do not read it",
+        ),
+    },
     "How": {
         "model": ("FOLDER", "in the layout of PyTorch diffusers, or the one in the package"),
         "lora": (

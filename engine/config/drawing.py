@@ -82,8 +82,17 @@ class GenerateConfig:
             )
         return files
 
+    def _check_given(self) -> None:
+        """The picture to change, and what goes with it."""
+        for name in ("mask", "strength"):
+            if getattr(self, name) and not self.image:
+                raise UserError(f"{name}={getattr(self, name)} without a picture: write --image FILE, too")
+        if not math.isfinite(self.image_guidance_scale):
+            raise UserError(f"image_guidance_scale={self.image_guidance_scale}: 1.5 is usual, 1 is none")
+
     def check_drawing(self) -> None:
         """The part of `validate` that has nothing to do with where prompts come from."""
+        self._check_given()
         self.loras()
         self.embeddings()
         if self.split_params and self.parallel != "jit":
@@ -133,6 +142,8 @@ class JobConfig(GenerateConfig):
             raise UserError(
                 "prompts stand in the file of --prompts_file; leave out those on the command line"
             )
+        if self.image:
+            raise UserError("image is for single pictures in this version; leave it out of a job")
         if self.frames is not None or self.animate:
             raise UserError("frames and animate are for single pictures; leave them out of a job")
         if self.format not in FORMATS:

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import engine
-from engine import finish
+from engine import edits, finish
 from engine.config import GenerateConfig, from_json
 from engine.diffusion import samplers
 from engine.diffusion.noise import fresh_seed
+from engine.jobs import given
 from engine.pipeline import Pipeline
-from engine.requests import Frames, Settings
+from engine.requests import Edit, Frames, Settings
 from engine.text.prompts import check_prompt, check_prompts
 from engine.types import UserError
 
@@ -28,7 +29,7 @@ REMEMBERED = (
     *("negative_prompt", "seed", "sampler", "steps", "guidance_scale", "height", "width"),
     *("model", "dtype", "parallel", "batch_size", "upscale"),
 )
-ADDED = ("lora", "embedding")  # remembered where there are any
+ADDED = ("lora", "embedding", "image", "mask", "strength", "image_guidance_scale")  # where there are any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Plan:
     settings: Settings
     stages: int  # of each picture, for strip and animation; 0: none
     folder: pathlib.Path
+    given: Edit | None = None  # the picture to change
 
 
 class Drawn(NamedTuple):
@@ -62,15 +64,22 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     config.validate()
     prompts = tuple(p for p in check_prompts(config.prompts) for _ in range(config.num_images))
     check_prompt(config.negative_prompt)
-    settings = pipe.settings(config.steps, config.sampler, config.guidance_scale, config.height, config.width)
+    height, width = given.size(config, pipe) if config.image else (config.height, config.width)
+    settings = pipe.settings(config.steps, config.sampler, config.guidance_scale, height, width)
+    edit = given.read(config, settings.height, settings.width) if config.image else None
+    strength = edits.default_strength(edit, pipe.made_for) if config.strength is None else config.strength
+    edits.checked(None if edit is None else [edit], pipe.made_for, settings.height, settings.width)
     room = max(1, BATCH_PIXELS // (settings.height * settings.width))
     batch_size = config.batch_size or min(pipe.share_of(len(prompts)), room, BATCH_IMAGES)
-    settings = dataclasses.replace(settings, batch_size=batch_size)
+    settings = dataclasses.replace(settings, batch_size=batch_size, strength=strength)
+    edits.check_strength(settings)
     known = dataclasses.asdict(settings) | {"dtype": pipe.dtype, "parallel": pipe.devices.mode}
+    if edit is None:
+        del known["strength"]
     seed = fresh_seed() if config.seed is None else config.seed
-    stages = _stages(config, samplers.find(settings.sampler).steps(settings.steps) + 1)
+    stages = _stages(config, samplers.find(settings.sampler).steps(settings.intervals) + 1)
     folder = finish.prepare_folder(os.path.expanduser(config.out))
-    return Plan(dataclasses.replace(config, seed=seed, **known), prompts, settings, stages, folder)
+    return Plan(dataclasses.replace(config, seed=seed, **known), prompts, settings, stages, folder, edit)
 
 
 def _stages(config: GenerateConfig, most: int) -> int:
@@ -99,6 +108,8 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
         first_index=config.first_index,
         frames=plan.stages,
         progress=progress,
+        given=None if plan.given is None else [plan.given] * len(plan.prompts),
+        image_guidance_scale=config.image_guidance_scale,
     )
     for batch in batches:
         for i, image in enumerate(batch.images):
@@ -152,6 +163,8 @@ def remember(config: GenerateConfig, prompt: str, index: int) -> dict[str, Any]:
     """What a picture says of itself: enough to make it again."""
     settings = {name: getattr(config, name) for name in REMEMBERED}
     settings |= {name: value for name in ADDED if (value := getattr(config, name))}
+    if not config.image:
+        del settings["image_guidance_scale"]
     return {"prompt": prompt, "index": index, **settings, "version": engine.__version__}
 
 

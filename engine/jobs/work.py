@@ -297,6 +297,7 @@ class Worker:
         if not finite:
             return {**address, "reason": "a NaN or an infinity in the picture"}
         settings = dataclasses.asdict(self._settings(drawn.load.shard.group))
+        del settings["strength"]  # of given pictures; jobs draw from words alone
         settings |= {"guidance_scale": request.guidance_scale, "batch_size": drawn.batch_size}
         config = dataclasses.replace(
             self.job.config, **settings, negative_prompt=request.negative_prompt, seed=request.seed

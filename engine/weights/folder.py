@@ -36,6 +36,8 @@ from engine.weights.component import (
 from engine.weights.files import new_folder, read_json, write_json
 
 PIPELINE = "StableDiffusionPipeline"
+INPAINTING, PIX2PIX = "StableDiffusionInpaintPipeline", "StableDiffusionInstructPix2PixPipeline"
+PIPELINES = (PIPELINE, "StableDiffusionImg2ImgPipeline", INPAINTING, PIX2PIX)
 INDEX = "model_index.json"
 NOT_READ = ("safety_checker", "feature_extractor", "requires_safety_checker")
 
@@ -56,6 +58,13 @@ class Model:
         size, scale = self.unet.config.sample_size, self.vae.config.scale
         height, width = size if isinstance(size, tuple) else (size, size)
         return height * scale, width * scale
+
+    @property
+    def pipeline(self) -> str:
+        """The class of diffusers that draws with it: by the channels that the U-Net takes beside latents."""
+        latent = self.vae.config.latent_channels
+        beside = self.unet.config.in_channels - latent
+        return {latent + 1: INPAINTING, latent: PIX2PIX}.get(beside, PIPELINE)
 
 
 def load_folder(
@@ -124,8 +133,8 @@ def read_index(folder: Path) -> dict[str, str]:
     _check_is_model(folder)
     where = folder / INDEX
     index = read_json(where)
-    if index.get("_class_name") != PIPELINE:
-        raise UserError(f"{where} describes a {index.get('_class_name')}; the engine reads {PIPELINE}")
+    if (name := index.get("_class_name")) not in PIPELINES:
+        raise UserError(f"{where} describes a {name}; the engine reads {', '.join(PIPELINES)}")
     wanted = {kind: {spec.class_name} for kind, spec in KINDS.items()}
     wanted |= {"tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"}, "scheduler": None}
     found = {}
@@ -176,10 +185,12 @@ def save_folder(
         for kind in KINDS:
             (new / kind).mkdir()
             write_component(new / kind, getattr(model, kind), dtype, max_shard_size)
-        write_rest(new, model.tokenizer, model.scheduler)
+        write_rest(new, model.tokenizer, model.scheduler, model.pipeline)
 
 
-def write_rest(folder: Path, tokenizer: Tokenizer, scheduler: SchedulerConfig) -> None:
+def write_rest(
+    folder: Path, tokenizer: Tokenizer, scheduler: SchedulerConfig, pipeline: str = PIPELINE
+) -> None:
     """What is no network: tokenizer/, scheduler/ and model_index.json."""
     (folder / "tokenizer").mkdir()
     tokenizer.save(folder / "tokenizer")
@@ -187,7 +198,7 @@ def write_rest(folder: Path, tokenizer: Tokenizer, scheduler: SchedulerConfig) -
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", options)
     index = {
-        "_class_name": PIPELINE,
+        "_class_name": pipeline,
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
