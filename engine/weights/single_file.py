@@ -148,9 +148,14 @@ def understand(path: Path, prediction_type: str | None = None) -> Single:
         configs, scheduler = notes
         predicted = prediction_type or scheduler.prediction_type
     scheduler = dataclasses.replace(scheduler, prediction_type=predicted)
-    told = _told_of(path, header, family, notes is None, prediction_type, predicted)
-    tensors = _find(path, header, configs)
-    return Single(path, family, notes is None, configs, scheduler, tensors, told)
+    told = _told_of(path, header, configs["unet"].in_channels != configs["vae"].latent_channels)
+    if notes is None and prediction_type is None and _is_second(family) and V_MARK not in header:
+        other = PREDICTIONS[predicted == PREDICTIONS[0]]
+        told.append(
+            f"{path} does not say what it predicts: taken for {predicted}, as most of {family.name}; if it "
+            f"draws noise, convert it with --prediction_type {other}"
+        )
+    return Single(path, family, notes is None, configs, scheduler, _find(path, header, configs), told)
 
 
 def _is_second(family: Family) -> bool:
@@ -186,27 +191,19 @@ def _read_notes(path: Path) -> tuple[dict[str, Any], SchedulerConfig] | None:
     return configs, SchedulerConfig.from_json(options["scheduler"], f"{where}: scheduler")
 
 
-def _told_of(
-    path: Path,
-    header: Header,
-    family: Family,
-    by_convention: bool,
-    prediction_type: str | None,
-    predicted: str,
-) -> list[str]:
-    """A line for each thing that was assumed, or not read."""
+def _told_of(path: Path, header: Header, edits: bool) -> list[str]:
+    """A line for each thing that is not read. edits: the U-Net looks at a picture, too."""
+    outside = [
+        key for key in header if not key.startswith((*PREFIXES, SCALE, V_MARK)) and not BUFFERS.match(key)
+    ]
+    averaged = [key for key in outside if key.startswith(AVERAGED)]
+    others = [key for key in outside if not key.startswith(AVERAGED)]
     told = []
-    if by_convention and prediction_type is None and V_MARK not in header:
-        other = "epsilon" if predicted == "v_prediction" else "v_prediction"
-        told.append(
-            f"{path} does not say what it predicts: taken for {predicted}, as in {family.name}; "
-            f"if its pictures are noise or too dark, convert it with --prediction_type {other}"
-        )
-    outside = [key for key in header if not key.startswith((*PREFIXES, SCALE, V_MARK))]
-    if averaged := [key for key in outside if key.startswith(AVERAGED)]:
+    if edits:
+        told.append(f"{path} edits pictures, which this version does not: the folder does not draw by itself")
+    if averaged:
         told.append(f"not read: {len(averaged)} averaged weights ({AVERAGED}*); {UNET}* were")
-    outside = [key for key in outside if not BUFFERS.match(key)]
-    if others := [key for key in outside if not key.startswith(AVERAGED)]:
+    if others:
         told.append(f"not read, because they are no weights of the model: {listed(others, 5)}")
     return told
 

@@ -72,6 +72,7 @@ def to_file(
     }
     notes = {kind: to_json(config, KINDS[kind].class_name) for kind, config in configs.items()}
     notes["scheduler"] = scheduler.to_json()
+    told = _surprises(file, shapes, configs, scheduler)
     with contextlib.ExitStack() as stack, new_file(file) as new:
         files = {one.file for stored in parts.values() for one in stored}
         opened = {file: stack.enter_context(open(file, "rb")) for file in files}
@@ -82,7 +83,7 @@ def to_file(
             return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays)).reshape(shapes[key])
 
         write(new, shapes, dtypes, tensor, {METADATA: json.dumps(notes)})
-    return _surprises(file, shapes, configs, scheduler)
+    return told
 
 
 class _Stored(NamedTuple):
@@ -133,8 +134,8 @@ def _surprises(
     if not differing:
         return []
     return [
-        f"{file}: programs that do not read its metadata take it for a {family.name}, and draw other pictures "
-        f"with it: {listed(differing)}"
+        f"{file}: programs that do not read its metadata take it for a {family.name}, and draw other "
+        f"pictures with it: {listed(differing)}"
     ]
 
 
