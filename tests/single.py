@@ -22,8 +22,7 @@ VAE = {
     "layers_per_block": 2,
 }
 VAE |= {"sample_size": 512}
-# The second size has no attention, the third has; two layers each: nothing that falls together by chance.
-ATTENDS = ("CrossAttn", "", "CrossAttn")
+ATTENDS = ("CrossAttn", "")  # of the sizes; the last has no attention, as in the original
 UNET = {
     "down_block_types": tuple(f"{kind}DownBlock2D" for kind in ATTENDS),
     "up_block_types": tuple(f"{kind}UpBlock2D" for kind in ATTENDS[::-1]),
@@ -32,17 +31,17 @@ UNET = {
     "cross_attention_dim": 64,
     "sample_size": 64,
 }
-TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "num_hidden_layers": 3}
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "num_hidden_layers": 2}
 OPTIONS = (
     {
-        "unet": UNET | {"block_out_channels": (32, 64, 96), "attention_head_dim": 8},
+        "unet": UNET | {"block_out_channels": (32, 64), "attention_head_dim": 8},
         "text_encoder": TEXT | {"projection_dim": 768},
     },
     {
         "unet": UNET
         | {
-            "block_out_channels": (64, 128, 128),
-            "attention_head_dim": (1, 2, 2),
+            "block_out_channels": (64, 128),
+            "attention_head_dim": (1, 2),
             "use_linear_projection": True,
             "upcast_attention": True,
             "sample_size": 96,
