@@ -29,7 +29,7 @@ COMMANDS = commands(README)
 # What a reader fills in, and what would take hours or gigabytes: those commands have tests of their own.
 MODEL = "path/to/stable-diffusion-v1-5"
 USAGE = "PROMPT..."
-LONG = ("launch.train", "launch.evaluate", "launch.random_model", "launch.scenes")
+LONG = ("launch.train", "launch.evaluate", "launch.random_model", "launch.scenes", "launch.convert")
 
 
 def test_the_readme_shows_commands():

@@ -12,8 +12,9 @@ picture depends on them, and a folder without them is complete.
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -27,6 +28,7 @@ from engine.weights.component import (
     DIFFUSERS_VERSION,
     KINDS,
     MAX_SHARD_SIZE,
+    PICKLES,
     Component,
     Place,
     load_component,
@@ -86,11 +88,7 @@ def load_folder(
         a LoRA or an embedding that is not for this model.
     """
     folder = Path(os.path.expanduser(path))  # unlike Path's own, silent about users that do not exist
-    scheduler_class = read_index(folder)["scheduler"]
-    scheduler_file = folder / "scheduler" / "scheduler_config.json"
-    # The index decides on the class, as in diffusers.
-    options = read_json(scheduler_file) | {"_class_name": scheduler_class}
-    scheduler = SchedulerConfig.from_json(options, str(scheduler_file))
+    scheduler = read_scheduler(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     configs = {kind: read_config(folder / kind / "config.json", kind) for kind in lora.KINDS}
     learned = embeddings.read_all(words, tokenizer, configs["text_encoder"].hidden_size)
@@ -98,7 +96,7 @@ def load_folder(
     changes += [learned.change] if learned else []
     parts = {kind: load_component(folder / kind, kind, dtype, variant, place, changes) for kind in KINDS}
     model = Model(**parts, tokenizer=tokenizer, scheduler=scheduler)
-    _check_parts_fit(model, folder)
+    check_parts_fit({kind: part.config for kind, part in parts.items()}, tokenizer, folder)
     return with_words(model, learned) if learned else model
 
 
@@ -108,24 +106,32 @@ def with_words(model: Model, learned: embeddings.Words) -> Model:
     return dataclasses.replace(model, text_encoder=text_encoder, tokenizer=learned.tokenizer)
 
 
-def _check_parts_fit(model: Model, folder: Path) -> None:
-    """UserError where a part of one model stands in the folder of another."""
-    unet, text = model.unet.config, model.text_encoder.config
+def check_parts_fit(configs: Mapping[str, Any], tokenizer: Tokenizer, where: Path) -> None:
+    """UserError where a part of one model stands beside those of another. configs: of each of KINDS."""
+    unet, vae, text = (configs[kind] for kind in ("unet", "vae", "text_encoder"))
     for width in set(unet.per_block("cross_attention_dim")) - {text.hidden_size}:
         raise UserError(
-            f"{folder}: the parts are of different models: unet/config.json has cross_attention_dim {width}, "
+            f"{where}: the parts are of different models: unet/config.json has cross_attention_dim {width}, "
             f"text_encoder/config.json hidden_size {text.hidden_size}"
         )
-    if unet.out_channels != model.vae.config.latent_channels:
+    if unet.out_channels != vae.latent_channels:
         raise UserError(
-            f"{folder}: the parts are of different models: unet/config.json has out_channels "
-            f"{unet.out_channels}, vae/config.json latent_channels {model.vae.config.latent_channels}"
+            f"{where}: the parts are of different models: unet/config.json has out_channels "
+            f"{unet.out_channels}, vae/config.json latent_channels {vae.latent_channels}"
         )
-    if model.tokenizer.vocab_size > text.vocab_size:
+    if tokenizer.vocab_size > text.vocab_size:
         raise UserError(
-            f"{folder}: the parts are of different models: tokenizer/ has {model.tokenizer.vocab_size} ids, "
+            f"{where}: the parts are of different models: tokenizer/ has {tokenizer.vocab_size} ids, "
             f"text_encoder/config.json vocab_size {text.vocab_size}"
         )
+
+
+def read_scheduler(folder: Path) -> SchedulerConfig:
+    """The scheduler of a model; UserError as of `read_index`, or for what the engine does not know of it."""
+    name = read_index(folder)["scheduler"]
+    file = folder / "scheduler" / "scheduler_config.json"
+    options = read_json(file) | {"_class_name": name}  # the index decides on the class, as in diffusers
+    return SchedulerConfig.from_json(options, str(file))
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -155,7 +161,13 @@ def read_index(folder: Path) -> dict[str, str]:
 
 def _check_is_model(folder: Path) -> None:
     if folder.is_file():
-        raise UserError(f"{folder} is a file: a model is a folder with {INDEX}, unet/, vae/, text_encoder/")
+        check_no_pickle(folder)
+        single = folder.suffix == ".safetensors"
+        command = f"python -m launch.convert {folder} FOLDER --tokenizer FOLDER"
+        hint = f"; make one of a single file with {command}" if single else ""
+        raise UserError(
+            f"{folder} is a file: a model is a folder with {INDEX}, unet/, vae/, text_encoder/{hint}"
+        )
     if not folder.is_dir():
         known_online = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
         hint = " (nothing is fetched by name: download it first)" if known_online else ""
@@ -164,6 +176,18 @@ def _check_is_model(folder: Path) -> None:
         present = ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "nothing"
         parts = ", ".join(f"{name}/" for name in (*KINDS, "tokenizer", "scheduler"))
         raise UserError(f"{folder} is no model: looked for {INDEX} beside {parts}; it holds {present}")
+
+
+def check_no_pickle(path: Path) -> None:
+    """UserError, with what makes safetensors of it, for a file that can run code when it is opened."""
+    if path.name.endswith(PICKLES):
+        load = f"torch.load({str(path)!r}, map_location='cpu', weights_only=True)"
+        rest = "{k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}"
+        raise UserError(
+            f"{path} is in a format that is never opened because it can run code; if you trust it, PyTorch "
+            f'makes safetensors of it: python -c "import torch, safetensors.torch as s; d = {load}; '
+            f"d = d.get('state_dict', d); s.save_file({rest}, {str(path.with_suffix('.safetensors'))!r})\""
+        )
 
 
 def save_folder(

@@ -73,11 +73,14 @@ def torch_shape(path: Path, shape: Shape) -> Shape:
     return tuple(shape[axis] for axis in TO_TORCH[len(shape)]) if path[-1] == "kernel" else tuple(shape)
 
 
+def was_convolution(kind: str, key: str) -> bool:
+    """Whether old files have the matrix `key` as a 1x1 convolution, which is the same with (1, 1) behind."""
+    return kind == "vae" and bool(_WAS_CONVOLUTION.match(key))
+
+
 def fits(kind: str, key: str, found: Shape, wanted: Shape) -> bool:
     """Whether a tensor of shape `found`, as stored, can be the parameter `key` of PyTorch shape `wanted`."""
-    if kind == "vae" and _WAS_CONVOLUTION.match(key) and found == (*wanted, 1, 1):
-        return True
-    return found == wanted
+    return found == wanted or (was_convolution(kind, key) and found == (*wanted, 1, 1))
 
 
 def to_torch(path: Path, array: np.ndarray) -> np.ndarray:

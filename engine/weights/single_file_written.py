@@ -1,0 +1,161 @@
+"""Folders of models made into single files, in the original layout of Stable Diffusion 1 and 2.
+
+This goes tensor by tensor, on the host, as the other way (engine.weights.single_file). The configs go into
+the file's metadata, so that the other way leads back to the same folder, whatever the convention; programs
+that go by convention do not read them, and a line says so where it matters.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from engine.config import to_json
+from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.models.unet import UNetConfig
+from engine.types import UserError
+from engine.weights import names
+from engine.weights.component import KINDS, abstract, find_weights, listed, match, read_config, read_headers
+from engine.weights.files import new_file
+from engine.weights.folder import read_scheduler
+from engine.weights.original_configs import FAMILIES, told_by_shapes
+from engine.weights.original_names import CLIP_ACT, Slot
+from engine.weights.safetensors_io import DTYPES, Tensor, as_dtype, cast, read_tensor, write
+from engine.weights.single_file import METADATA, slots_of
+
+# What a picture does not depend on, or hardly: no word is lost over it.
+UNSEEN = ("sample_size", "force_upcast", "upcast_attention")
+UNSEEN += ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim")
+PER_BLOCK = ("layers_per_block", "attention_head_dim", "cross_attention_dim", "transformer_layers_per_block")
+PER_BLOCK += ("only_cross_attention",)
+
+
+def to_file(
+    folder: str | Path, file: str | Path, dtype: DTypeLike | None = None, overwrite: bool = False
+) -> list[str]:
+    """Writes a diffusers folder as a single file, whole or not at all.
+
+    The text encoder of a model like Stable Diffusion 2 is written as far as it is used: without the last
+    layer and the projection, as by diffusers' own converter.
+
+    Args:
+      file: its name ends in .safetensors.
+      dtype: float32, float16 or bfloat16; None keeps the type of each tensor.
+
+    Returns:
+      What one should know: a line where other programs will take the model for another.
+
+    Raises:
+      UserError: the folder is not sound, or its U-Net has no place in the layout; the file exists.
+      OSError: no space left, or the place cannot be written.
+    """
+    folder, file = (Path(os.path.expanduser(path)) for path in (folder, file))
+    scheduler = read_scheduler(folder)
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: choose another name for the file")
+    if file.exists() and not overwrite:
+        raise UserError(f"{file} already exists: choose another file, or say overwrite=True")
+    configs = {kind: read_config(folder / kind / "config.json", kind) for kind in KINDS}
+    parts = _gather(folder, configs)
+    shapes = {key: stored.slot.shape(stored.shape) for key, (stored, *_) in parts.items()}
+    kept = None if dtype is None else as_dtype(dtype)
+    dtypes = {
+        key: kept or np.dtype(jnp.result_type(*(DTYPES[one.tensor.code] for one in stored)))
+        for key, stored in parts.items()
+    }
+    notes = {kind: to_json(config, KINDS[kind].class_name) for kind, config in configs.items()}
+    notes["scheduler"] = scheduler.to_json()
+    told = _surprises(file, shapes, configs, scheduler)
+    with contextlib.ExitStack() as stack, new_file(file) as new:
+        files = {one.file for stored in parts.values() for one in stored}
+        opened = {file: stack.enter_context(open(file, "rb")) for file in files}
+
+        def tensor(key: str) -> np.ndarray:
+            arrays = [read_tensor(opened[one.file], one.name, one.tensor) for one in parts[key]]
+            arrays = [cast(array, dtypes[key], f"{folder}: {key}") for array in arrays]
+            return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays)).reshape(shapes[key])
+
+        write(new, shapes, dtypes, tensor, {METADATA: json.dumps(notes)})
+    return told
+
+
+class _Stored(NamedTuple):
+    """A tensor of a folder: where it is, and where it goes."""
+
+    file: Path
+    name: str
+    tensor: Tensor
+    shape: names.Shape  # in PyTorch's order of axes
+    slot: Slot
+
+
+def _gather(folder: Path, configs: Mapping[str, Any]) -> dict[str, list[_Stored]]:
+    """Key in the original layout -> the tensor of the folder that becomes it, or the three of them."""
+    parts: dict[str, list[_Stored]] = {}
+    for kind, config in configs.items():
+        _, shapes = abstract(kind, config)
+        weights = find_weights(folder / kind, KINDS[kind].stem, None)
+        misfit = f"{weights} does not fit {folder / kind / 'config.json'}"
+        sources = match(kind, shapes, read_headers(weights), misfit)
+        places = slots_of(kind, config, names.keys(shapes), folder / kind / "config.json")
+        for file, tensors in sources.items():
+            for path, (name, tensor) in tensors.items():
+                shape = names.torch_shape(path, shapes[path].shape)
+                slot = places[names.to_key(path)]
+                parts.setdefault(slot.key, []).append(_Stored(file, name, tensor, shape, slot))
+    for stored in parts.values():
+        stored.sort(key=lambda one: one.slot.third or 0)
+    return parts
+
+
+def _surprises(
+    file: Path, shapes: Mapping[str, names.Shape], configs: Mapping[str, Any], scheduler: SchedulerConfig
+) -> list[str]:
+    """Where a program that goes by convention would take the model for another."""
+    family = FAMILIES[configs["text_encoder"].hidden_act != CLIP_ACT]
+    header = {key: Tensor("F32", tuple(shape), 0, 0) for key, shape in shapes.items()}
+    usual = told_by_shapes(header, family, file)
+    usual["scheduler"] = _schedule(SchedulerConfig.from_json(family.architecture.scheduler, family.name))
+    ours = {kind: _spread(config) for kind, config in configs.items()} | {"scheduler": _schedule(scheduler)}
+    usual["unet"] |= {name: _wide(usual["unet"][name], configs["unet"]) for name in PER_BLOCK}
+    differing = [
+        f"{kind} {name} {_narrow(value)}, not {_narrow(ours[kind][name])}"
+        for kind, options in usual.items()
+        for name, value in options.items()
+        if name not in UNSEEN and value != ours[kind][name]
+    ]
+    if not differing:
+        return []
+    return [
+        f"{file}: programs that do not read its metadata take it for a {family.name}, and draw other "
+        f"pictures with it: {listed(differing)}"
+    ]
+
+
+def _spread(config: Any) -> dict[str, Any]:
+    """The options of a config, with one value for each block of a U-Net, however it was written."""
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if isinstance(config, UNetConfig):
+        options |= {name: config.per_block(name) for name in PER_BLOCK}
+    return options
+
+
+def _wide(value: Any, config: UNetConfig) -> tuple:
+    return value if isinstance(value, tuple) else (value,) * len(config.down_block_types)
+
+
+def _narrow(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+
+
+def _schedule(scheduler: SchedulerConfig) -> dict[str, Any]:
+    """What belongs to a model; the rest of its scheduler is a matter of taste."""
+    fields = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    return {name: getattr(scheduler, name) for name in (*fields, "rescale_betas_zero_snr")}

@@ -1,0 +1,119 @@
+"""Tiny folders that are, by convention, a Stable Diffusion 1 or 2, and single files as others write them."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from engine.text.tokenizer import Tokenizer
+from engine.weights import single_file_written
+from engine.weights.folder import save_folder
+from engine.weights.original_configs import FAMILIES
+from engine.weights.original_names import OPEN_CLIP
+from tests.tiny import tiny_model
+
+VAE = {
+    "block_out_channels": (32, 64),
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+    "layers_per_block": 2,
+}
+VAE |= {"sample_size": 512}
+ATTENDS = ("CrossAttn", "")  # of the sizes; the last has no attention, as in the original
+UNET = {
+    "down_block_types": tuple(f"{kind}DownBlock2D" for kind in ATTENDS),
+    "up_block_types": tuple(f"{kind}UpBlock2D" for kind in ATTENDS[::-1]),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "cross_attention_dim": 64,
+    "sample_size": 64,
+}
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "num_hidden_layers": 2}
+OPTIONS = (
+    {
+        "unet": UNET | {"block_out_channels": (32, 64), "attention_head_dim": 8},
+        "text_encoder": TEXT | {"projection_dim": 768},
+    },
+    {
+        "unet": UNET
+        | {
+            "block_out_channels": (64, 128),
+            "attention_head_dim": (1, 2),
+            "use_linear_projection": True,
+            "upcast_attention": True,
+            "sample_size": 96,
+        },
+        "text_encoder": TEXT | {"hidden_act": "gelu", "projection_dim": 512},
+    },
+)
+
+
+def like(number: int, path: pathlib.Path, **unet) -> pathlib.Path:
+    """Writes the folder of a tiny Stable Diffusion `number`, 1 or 2, whose configs are those of convention.
+
+    Args:
+      unet: further options of it.
+    """
+    options = OPTIONS[number - 1]
+    model = tiny_model(
+        unet=options["unet"] | unet,
+        vae=VAE,
+        text_encoder=options["text_encoder"],
+        scheduler=dict(FAMILIES[number - 1].architecture.scheduler),
+    )
+    if number == 2:
+        model = dataclasses.replace(model, tokenizer=padded_with_the_first(model.tokenizer))
+        text = dataclasses.replace(model.text_encoder.config, pad_token_id=0)
+        model = dataclasses.replace(model, text_encoder=dataclasses.replace(model.text_encoder, config=text))
+    save_folder(path, model)
+    return path
+
+
+def padded_with_the_first(tokenizer: Tokenizer) -> Tokenizer:
+    """As Stable Diffusion 2 has it: prompts are filled up with the token of id 0."""
+    vocab = tokenizer._bpe.get_vocab()
+    first = min(vocab, key=vocab.__getitem__)
+    marks = tokenizer.specials | {"pad_token": first}
+    length = tokenizer.model_max_length
+    return Tokenizer(vocab, tokenizer.merges, length, marks, known_words=tokenizer.known_words)
+
+
+def foreign(
+    folder: pathlib.Path, file: pathlib.Path, changes: Mapping[str, np.ndarray | None] = MappingProxyType({})
+) -> pathlib.Path:
+    """Writes the single file of a folder as others do, without our notes in it.
+
+    Args:
+      changes: further tensors, or others; None: it is left out.
+    """
+    single_file_written.to_file(folder, file, overwrite=True)
+    tensors = load_file(file) | dict(changes)
+    save_file({key: value for key, value in tensors.items() if value is not None}, file)
+    return file
+
+
+def whole_open_clip(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the original file of 2 has beside what is used: a last layer, the projection, the temperature."""
+    prefix = f"{OPEN_CLIP}transformer.resblocks."
+    count = len({key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)})
+    last = f"{prefix}{count - 1}."
+    more = {
+        key.replace(last, f"{prefix}{count}."): 0 * tensor
+        for key, tensor in tensors.items()
+        if key.startswith(last)
+    }
+    width = len(tensors[f"{OPEN_CLIP}ln_final.weight"])
+    more[f"{OPEN_CLIP}text_projection"] = np.eye(width, dtype=np.float32)
+    return more | {f"{OPEN_CLIP}logit_scale": np.float32([4.6])}
+
+
+def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """All tensors of a model's folder."""
+    return {
+        f"{file.parent.name}.{key}": tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        for key, tensor in load_file(file).items()
+    }
