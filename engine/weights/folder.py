@@ -61,12 +61,11 @@ class Model:
         height, width = size if isinstance(size, tuple) else (size, size)
         return height * scale, width * scale
 
-    @property
-    def pipeline(self) -> str:
-        """The class of diffusers that draws with it: by the channels that the U-Net takes beside latents."""
-        latent = self.vae.config.latent_channels
-        beside = self.unet.config.in_channels - latent
-        return {latent + 1: INPAINTING, latent: PIX2PIX}.get(beside, PIPELINE)
+
+def pipeline_of(unet: Any, vae: Any) -> str:
+    """The class of diffusers that draws with these configs: by the channels that the U-Net takes beside x."""
+    latent = vae.latent_channels
+    return {latent + 1: INPAINTING, latent: PIX2PIX}.get(unet.in_channels - latent, PIPELINE)
 
 
 def load_folder(
@@ -209,7 +208,8 @@ def save_folder(
         for kind in KINDS:
             (new / kind).mkdir()
             write_component(new / kind, getattr(model, kind), dtype, max_shard_size)
-        write_rest(new, model.tokenizer, model.scheduler, model.pipeline)
+        pipeline = pipeline_of(model.unet.config, model.vae.config)
+        write_rest(new, model.tokenizer, model.scheduler, pipeline)
 
 
 def write_rest(
