@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 import engine
 from configs import scenes
 from tests.parity.common import nchw
-from tests.tiny import compiled_quickly, tiny_folder
+from tests.tiny import TINY_VAE, compiled_quickly, tiny_folder
 
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {"steps_offset": 1, "set_alpha_to_one": False}
@@ -67,3 +67,18 @@ def test_same_picture_without_guidance(tmp_path):
     ours = engine.load(folder).generate(PROMPTS, steps=STEPS, guidance_scale=1.0, latents=latents)
     theirs = draw_in_pytorch(folder, latents, num_inference_steps=STEPS, guidance_scale=1.0)
     assert psnr(ours, theirs) >= 40
+
+
+def test_same_picture_with_a_tiny_autoencoder(tmp_path):
+    """PyTorch reads the class from what the engine wrote, and so does the engine."""
+    folder = tiny_folder(tmp_path / "model", vae=TINY_VAE)
+    latents = np.random.default_rng(2).standard_normal((2, 8, 8, 4), np.float32)
+    pipe = engine.load(folder)
+    assert type(pipe.model.vae.config).__name__ == "AutoencoderTinyConfig"
+    ours = pipe.generate(PROMPTS, NEGATIVES, steps=STEPS, guidance_scale=4.0, latents=latents)
+    theirs = draw_in_pytorch(
+        folder, latents, negative_prompt=NEGATIVES, num_inference_steps=STEPS, guidance_scale=4.0
+    )
+    assert theirs.std() > 30
+    assert psnr(ours, theirs) >= 40
+    assert psnr(ours[::-1], theirs) < 20
