@@ -17,8 +17,8 @@ def get_config() -> TrainConfig:
     diffusion    5,455 steps, 1.4 million pictures, 4 minutes of one H100 (6,400 pictures/s), and 4 more to
                  compile, twice. It was stopped early, at a fifth of the learning rate.
 
-    XLA's autotuning is part of that: with --xla_gpu_autotune_level=0 the same H100 trains on 49 pictures/s, for
-    cuDNN then chooses a slow convolution.
+    XLA's autotuning is part of that: with --xla_gpu_autotune_level=0 the same H100 trains on 49 pictures/s,
+    for cuDNN then chooses a slow convolution.
 
     How well it follows words: README.md. On an accelerator add --config.data.tellers=12; on CPUs bfloat16 is
     slower than --config.diffusion.compute_dtype=float32. To go on from it:

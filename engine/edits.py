@@ -17,9 +17,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from engine.models.autoencoder import AutoencoderKL
 from engine.requests import Edit, Settings
 from engine.types import Denoise, Latents, UserError
 from engine.weights.folder import Model
@@ -87,7 +87,7 @@ def pixels(edits: Sequence[Edit]) -> dict[str, np.ndarray]:
     return found
 
 
-def looked_at(vae: AutoencoderKL, given: dict[str, Array], made: str) -> dict[str, Float[Array, "B h w _"]]:
+def looked_at(vae: nnx.Module, given: dict[str, Array], made: str) -> dict[str, Float[Array, "B h w _"]]:
     """known, mask and extra, see above: those of them that the model needs.
 
     Latents are the means of their distributions, so that a picture is the same each time. InstructPix2Pix has

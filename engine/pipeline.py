@@ -32,11 +32,13 @@ from engine.diffusion.parameterization import denoiser
 from engine.diffusion.scheduler_config import for_sampler, sampler_name
 from engine.diffusion.segments import chosen_stages, segment_length
 from engine.finish import to_uint8
+from engine.models.tiles import check_tile, decode_in_tiles
 from engine.parallel import Devices, pad
 from engine.requests import Batch, Context, Edit, Frames, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.types import Denoise, UserError
 from engine.weights.component import Component
+from engine.weights.decoder import with_decoder
 from engine.weights.folder import Model, load_folder
 
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-128"
@@ -53,6 +55,8 @@ def load(
     parallel: str | Devices = "shard_map",
     lora: Sequence[tuple[str | os.PathLike, float]] = (),
     embeddings: Sequence[str | os.PathLike] = (),
+    decoder: str | os.PathLike | None = None,
+    tile: int = 0,
 ) -> "Pipeline":
     """Loads a model onto the devices.
 
@@ -64,6 +68,8 @@ def load(
         weights, so that pictures take no longer.
       embeddings: files of textual inversion, in the format of diffusers or of AUTOMATIC1111; prompts may then
         use their words.
+      decoder: the folder of an autoencoder, or of a model, whose autoencoder stands in for the model's own.
+      tile: in pixels; larger pictures are decoded in tiles of this side, for less memory. 0: whole.
 
     Raises:
       UserError: the folder or an argument is wrong; the message says what to write instead.
@@ -75,7 +81,10 @@ def load(
     folder = SHIPPED if model is None else pathlib.Path(model)
     loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=devices.place, loras=lora, words=embeddings)
     edits.made_for(loaded, str(folder))
-    return Pipeline(loaded, devices, SHIPPED_NAME if model is None else str(model), dtype, folder)
+    if decoder:
+        loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
+    check_tile(tile, loaded.vae.config.scale)
+    return Pipeline(loaded, devices, SHIPPED_NAME if model is None else str(model), dtype, folder, tile)
 
 
 def use_compilation_cache() -> None:
@@ -101,8 +110,11 @@ def module(part: Component, params: Any) -> nnx.Module:
 class Pipeline:
     """A loaded model, ready to draw. Stages are compiled when they are first needed, and kept."""
 
-    def __init__(self, model: Model, devices: Devices, name: str, dtype: str, folder: pathlib.Path):
+    def __init__(
+        self, model: Model, devices: Devices, name: str, dtype: str, folder: pathlib.Path, tile: int = 0
+    ):
         self.model, self.devices, self.name, self.dtype = model, devices, name, dtype
+        self.tile = tile  # side in pixels, for the decoder; 0: none
         self.folder = folder  # from which the model was loaded
         self.made_for = edits.made_for(model, name)
         self._text = devices.map(self._encode)
@@ -297,8 +309,9 @@ class Pipeline:
         return module(self.model.text_encoder, params).context(ids)
 
     def _decode(self, params: Any, latents: Any) -> Any:
-        scaled = latents / self.model.vae.config.scaling_factor
-        image = module(self.model.vae, params).decode(scaled)
+        config, decode = self.model.vae.config, module(self.model.vae, params).decode
+        scaled = latents / config.scaling_factor
+        image = decode_in_tiles(decode, scaled, self.tile // config.scale, config.scale)
         axes = (1, 2, 3)
         finite = jnp.isfinite(latents).all(axes) & jnp.isfinite(image).all(axes)
         return to_uint8(jnp.nan_to_num(image)), finite

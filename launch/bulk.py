@@ -18,6 +18,7 @@ from engine.jobs.plan import (
     Job,
     Settle,
     Shard,
+    decoder_digest,
     embedding_digest,
     lora_digest,
     make_plan,
@@ -82,8 +83,8 @@ def begin(config: JobConfig, rows: Rows, pipe: Pipeline, store: Store) -> tuple[
         config, sampler=filled.sampler, height=config.height or height, width=config.width or width
     )
     settle = settle_with(config, pipe)
-    digests = weights_digest(pipe.folder), lora_digest(config), embedding_digest(config)
-    job = make_plan(config, rows, settle, *digests)
+    digests = lora_digest(config), embedding_digest(config), decoder_digest(config)
+    job = make_plan(config, rows, settle, weights_digest(pipe.folder), *digests)
     job = folder.enter(store, job, any_seed=fresh)
     if fresh:
         cli.tell(f"seed {job.config.seed}")

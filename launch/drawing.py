@@ -54,12 +54,14 @@ def make_config(given: dict[str, Any], like: str | None) -> GenerateConfig:
             f"{like} was drawn by the model {config.model}, which is not here; write --model FOLDER"
         )
     files = {"lora": [file for file, _ in config.loras()], "embedding": config.embeddings()}
-    files |= {name: [path] for name in ("image", "mask") if (path := getattr(config, name))}
-    for name, what in (("lora", "LoRA"), ("embedding", "embedding"), ("image", "picture"), ("mask", "mask")):
+    named = {"decoder": "decoder", "image": "picture", "mask": "mask"}
+    files |= {name: [path] for name in named if (path := getattr(config, name))}
+    for name, what in ({"lora": "LoRA", "embedding": "embedding"} | named).items():
         for file in () if name in given else files.get(name, ()):
             if not os.path.exists(os.path.expanduser(file)):
+                kind = "FOLDER" if name == "decoder" else "FILE"
                 raise UserError(
-                    f"{like} was drawn with the {what} {file}, which is not here; write --{name} FILE"
+                    f"{like} was drawn with the {what} {file}, which is not here; write --{name} {kind}"
                 )
     return config
 
@@ -76,7 +78,8 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
         parallel = Devices(config.parallel, rules=SPLIT, all_hosts=all_hosts)
     with advice_where_memory_runs_out("--dtype bfloat16, or --parallel jit --split_params"):
         model = None if is_shipped(config) else config.model
-        pipe = engine.load(model, config.dtype, parallel, config.loras(), config.embeddings())
+        files = config.loras(), config.embeddings(), config.decoder or None
+        pipe = engine.load(model, config.dtype, parallel, *files, config.tile)
     cli.stop_if_asked()
     return pipe
 
@@ -94,7 +97,7 @@ def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:
     settings = plan.settings
     steps = samplers.find(settings.sampler).steps(settings.intervals)
     half = settings.batch_size // 2
-    smaller = f"--batch_size {half}" if half else "a smaller --height and --width"
+    smaller = f"--batch_size {half}" if half else "--tile 512, or a smaller --height and --width"
     progress = Progress(len(plan.prompts), settings.batch_size * pipe.devices.count, steps)
     drawn = []
     try:

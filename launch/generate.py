@@ -63,6 +63,11 @@ FLAGS: cli.Groups = {
             "a new word for prompts, by textual inversion, in the format of PyTorch diffusers or of\n"
             "AUTOMATIC1111, where it is the file's name. Several with commas between them",
         ),
+        "decoder": (
+            "FOLDER",
+            "decodes with another autoencoder than the model's own, such as TAESD: its folder, or a\n"
+            "model's with vae/ in it",
+        ),
         "sampler": (
             "NAME",
             "ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde or pndm;\n"
@@ -84,6 +89,11 @@ FLAGS: cli.Groups = {
             "the processes of a job then draw every batch together",
         ),
         "dtype": ("TYPE", "of the model: float32 or bfloat16"),
+        "tile": (
+            "PIXELS",
+            "decodes larger pictures in overlapping tiles of this side, where memory does not suffice;\n"
+            "0 is whole",
+        ),
         "batch_size": (
             "N",
             "pictures that each device draws at once; without it up to 16. The last batch is\n"

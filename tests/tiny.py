@@ -48,6 +48,13 @@ TEXT_ENCODER = {
     "num_attention_heads": 2,
     "projection_dim": 24,
 }
+TINY_VAE = {  # in place of VAE: the same sizes
+    "_class_name": "AutoencoderTiny",
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 2),
+    "num_decoder_blocks": (2, 1),
+}
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
     "beta_schedule": "squaredcos_cap_v2",
@@ -79,7 +86,8 @@ def tiny_model(seed: int = 0, **overrides: Mapping[str, Any]) -> Model:
 
     Args:
       overrides: `unet`, `vae`, `text_encoder`: options of their configs beside or in place of the ones
-        above; `scheduler`: a whole scheduler config, in place of the one above.
+        above, or with a `_class_name` all of them; `scheduler`: a whole scheduler config, in place of the
+        one above.
     """
     tokenizer = tiny_tokenizer()
     marks = {
@@ -93,7 +101,10 @@ def tiny_model(seed: int = 0, **overrides: Mapping[str, Any]) -> Model:
     scheduler = SchedulerConfig.from_json(overrides.pop("scheduler", SCHEDULER), "tiny scheduler")
     if unknown := overrides.keys() - options.keys():
         raise TypeError(f"tiny_model has no {sorted(unknown)}")
-    parts = {kind: _component(kind, {**options[kind], **overrides.get(kind, {})}, seed) for kind in options}
+    options |= {
+        kind: own if "_class_name" in own else {**options[kind], **own} for kind, own in overrides.items()
+    }
+    parts = {kind: _component(kind, options[kind], seed) for kind in options}
     return Model(**parts, tokenizer=tokenizer, scheduler=scheduler)
 
 
@@ -104,7 +115,8 @@ def tiny_folder(path: str | os.PathLike, seed: int = 0, **overrides: Mapping[str
 
 
 def _component(kind: str, options: Mapping[str, Any], seed: int) -> Component:
-    config = KINDS[kind].config.from_json(options, f"tiny {kind}")
+    spec = KINDS[kind].named(options.get("_class_name", KINDS[kind].class_name))
+    config = spec.config.from_json(options, f"tiny {kind}")
     graphdef, shapes = abstract(kind, config)
     flat = {path: jnp.asarray(_random(kind, path, leaf.shape, seed)) for path, leaf in shapes.items()}
     return Component(kind, config, graphdef, traverse_util.unflatten_dict(flat))

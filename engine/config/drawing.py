@@ -10,6 +10,7 @@ from engine.errors import UserError
 MAX_PICTURES = 100_000  # of one run
 MAX_BATCH_SIZE = 4096
 MAX_UPSCALE = 16
+MAX_TILE = 16384
 
 
 @dataclasses.dataclass
@@ -24,6 +25,8 @@ class GenerateConfig:
     model: str = "shipped"  # a folder, or this word for the one in the package
     lora: str = ""  # FILE or FILE=SCALE, several with commas between them: see `loras`
     embedding: str = ""  # FILE, several with commas between them: see `embeddings`
+    decoder: str = ""  # a folder, whose autoencoder stands in for the model's own
+    tile: int = 0  # pixels; larger pictures are decoded in tiles of this side. 0: whole
     sampler: str | None = None  # None: the one that the model's folder names
     steps: int = 30
     guidance_scale: float = 5.0
@@ -104,6 +107,7 @@ class GenerateConfig:
             "first_index": (0, 2**32 - MAX_PICTURES),
             "batch_size": (1, MAX_BATCH_SIZE),
             "upscale": (1, MAX_UPSCALE),
+            "tile": (0, MAX_TILE),
         }
         self.check_ranges(ranges)
 

@@ -29,7 +29,10 @@ REMEMBERED = (
     *("negative_prompt", "seed", "sampler", "steps", "guidance_scale", "height", "width"),
     *("model", "dtype", "parallel", "batch_size", "upscale"),
 )
-ADDED = ("lora", "embedding", "image", "mask", "strength", "image_guidance_scale")  # where there are any
+ADDED = (  # remembered where there are any
+    *("lora", "embedding", "decoder", "tile"),
+    *("image", "mask", "strength", "image_guidance_scale"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +174,7 @@ def remember(config: GenerateConfig, prompt: str, index: int) -> dict[str, Any]:
 def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """The options of GenerateConfig that draw this picture again, and the version that drew it.
 
-    A strip's number of frames is among them, and LoRAs and embeddings where there were any.
+    A strip's number of frames is among them, and LoRAs, embeddings, decoder and tile where there were any.
 
     Raises:
       UserError: no picture with settings, or settings that this version cannot follow.

@@ -23,7 +23,7 @@ from engine.pipeline import Pipeline
 from engine.requests import Request, Settings
 from engine.text.rows import Rejected, Row, Rows
 from engine.types import UserError
-from engine.weights import embeddings, lora_files
+from engine.weights import decoder, embeddings, lora_files
 
 # Options that say which pictures a job makes. Where and how fast it makes them is no part of it.
 FINGERPRINT = (
@@ -83,6 +83,7 @@ class Job:
     weights: str  # digest of the model's files
     lora: str = ""  # scale and digest of each LoRA
     embedding: str = ""  # name and digest of each embedding
+    decoder: str = ""  # digest of its files
 
     @property
     def shards(self) -> int:
@@ -127,7 +128,8 @@ class Job:
         ]
         options = {name: getattr(self.config, name) for name in FINGERPRINT}
         version = {"version": engine.__version__, "rows": self.rows.digest, "weights": self.weights}
-        version |= {name: told for name in ("lora", "embedding") if (told := getattr(self, name))}
+        version |= {name: told for name in ("lora", "embedding", "decoder") if (told := getattr(self, name))}
+        version |= {"tile": self.config.tile} if self.config.tile else {}
         sizes = {"shards": self.shards, "pictures": self.pictures, "row_count": len(self.rows)}
         return {"fingerprint": version | options, **sizes, "groups": groups}
 
@@ -192,7 +194,13 @@ def _program(settings: Settings) -> dict[str, Any]:
 
 
 def make_plan(
-    config: JobConfig, rows: Rows, settle: Settle, weights: str, lora: str = "", embedding: str = ""
+    config: JobConfig,
+    rows: Rows,
+    settle: Settle,
+    weights: str,
+    lora: str = "",
+    embedding: str = "",
+    decoder: str = "",
 ) -> Job:
     """Sorts every row into its group. `config` is complete: its seed is known."""
     found: dict[Settings | None, int] = {}
@@ -207,7 +215,7 @@ def make_plan(
         count = len(members) * (1 if settings is None else config.num_images)
         groups.append(Group(settings, members, count, first_shard))
         first_shard += shards_of(count, config.shard_size)
-    return Job(config, rows, tuple(groups), weights, lora, embedding)
+    return Job(config, rows, tuple(groups), weights, lora, embedding, decoder)
 
 
 def first_index(config: JobConfig, row: Row) -> int:
@@ -258,6 +266,11 @@ def lora_digest(config: JobConfig) -> str:
 def embedding_digest(config: JobConfig) -> str:
     """The same of embeddings; the name of a file may be the word that it holds."""
     return ", ".join(f"{path.name} ({_digest(path)})" for path in map(embeddings.find, config.embeddings()))
+
+
+def decoder_digest(config: JobConfig) -> str:
+    """Tells decoders apart by their contents; "" for the model's own."""
+    return weights_digest(decoder.find(config.decoder)) if config.decoder else ""
 
 
 def _digest(path: pathlib.Path) -> str:

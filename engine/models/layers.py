@@ -73,6 +73,7 @@ def conv(
     *,
     stride: int = 1,
     padding: int | None = None,
+    use_bias: bool = True,
     kernel_init=DEFAULT_INIT,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
@@ -84,6 +85,7 @@ def conv(
         (kernel, kernel),
         strides=stride,
         padding=((padding, padding), (padding, padding)),
+        use_bias=use_bias,
         kernel_init=kernel_init,
         conv_general_dilated=convolved,
         rngs=rngs,

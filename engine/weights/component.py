@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from engine.config import to_json
 from engine.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from engine.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from engine.models.clip import CLIPTextConfig, CLIPTextModel
 from engine.models.clip_vision import CLIPConfig, CLIPModel
 from engine.models.layers import host_rngs
@@ -57,6 +58,20 @@ class Kind(NamedTuple):
     config: type
     module: type[nnx.Module]
     stem: str
+    others: tuple["Kind", ...] = ()  # classes that may stand there in its place
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of all classes that may stand there, the usual one first."""
+        return self.class_name, *(other.class_name for other in self.others)
+
+    def named(self, class_name: str) -> "Kind":
+        """The class of that name, one of `class_names`."""
+        return next(kind for kind in (self, *self.others) if kind.class_name == class_name)
+
+    def of(self, config: Any) -> "Kind":
+        """The class whose config this is."""
+        return next(kind for kind in (self, *self.others) if isinstance(config, kind.config))
 
     def notes(self) -> dict[str, Any]:
         """What config.json says of its class, as the library that reads it expects."""
@@ -67,9 +82,10 @@ class Kind(NamedTuple):
 
 MODEL_TYPES = {"CLIPTextModel": "clip_text_model", "CLIPModel": "clip"}  # as transformers calls them
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
+_TINY = Kind("diffusers", "AutoencoderTiny", AutoencoderTinyConfig, AutoencoderTiny, _DIFFUSERS_STEM)
 KINDS = {
     "unet": Kind("diffusers", "UNet2DConditionModel", UNetConfig, UNet2DConditionModel, _DIFFUSERS_STEM),
-    "vae": Kind("diffusers", "AutoencoderKL", AutoencoderConfig, AutoencoderKL, _DIFFUSERS_STEM),
+    "vae": Kind("diffusers", "AutoencoderKL", AutoencoderConfig, AutoencoderKL, _DIFFUSERS_STEM, (_TINY,)),
     "text_encoder": Kind("transformers", "CLIPTextModel", CLIPTextConfig, CLIPTextModel, "model"),
 }
 # Beside the parts of a folder that draws: what is a folder by itself.
@@ -89,7 +105,7 @@ class Component:
 @functools.lru_cache(maxsize=8)
 def abstract(kind: str, config: Any) -> tuple[nnx.GraphDef, Mapping[names.Path, jax.ShapeDtypeStruct]]:
     """The structure of a model and the shape of each parameter, without allocating any."""
-    model = nnx.eval_shape(lambda: KNOWN[kind].module(config, host_rngs()))
+    model = nnx.eval_shape(lambda: KNOWN[kind].of(config).module(config, host_rngs()))
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, MappingProxyType(traverse_util.flatten_dict(nnx.to_pure_dict(params)))
 
@@ -156,11 +172,11 @@ def _on_default_device(name: str, array: np.ndarray) -> jax.Array:
 def read_config(path: Path, kind: str) -> Any:
     """The config of a model; UserError, with the file, where it is not one that the engine can build."""
     options = read_json(path)
-    written = options.get("_class_name", KNOWN[kind].class_name)
-    if written != KNOWN[kind].class_name:
-        raise UserError(f"{path} describes a {written}; the engine reads {KNOWN[kind].class_name}")
+    written, known = options.get("_class_name", KNOWN[kind].class_name), KNOWN[kind].class_names
+    if written not in known:
+        raise UserError(f"{path} describes a {written}; the engine reads {' or '.join(known)}")
     try:
-        return KNOWN[kind].config.from_json(options, str(path))
+        return KNOWN[kind].named(written).config.from_json(options, str(path))
     except UserError as error:
         message = str(error)
         raise UserError(message if str(path) in message else f"{path}: {message}") from None
@@ -309,9 +325,10 @@ def _on_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
 
 def write_config(folder: Path, kind: str, config: Any) -> None:
     """config.json, as the library of the component writes it."""
-    options = to_json(config, KNOWN[kind].class_name)
+    written = KNOWN[kind].of(config)
+    options = to_json(config, written.class_name)
     del options["_class_name"]
-    write_json(folder / "config.json", KNOWN[kind].notes() | options)
+    write_json(folder / "config.json", written.notes() | options)
 
 
 def write_weights(

@@ -87,11 +87,13 @@ def load_folder(
         a LoRA or an embedding that is not for this model.
     """
     folder = Path(os.path.expanduser(path))  # unlike Path's own, silent about users that do not exist
-    scheduler = read_scheduler(folder)
+    index, scheduler = read_index(folder), read_scheduler(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    configs = {kind: read_config(folder / kind / "config.json", kind) for kind in lora.KINDS}
+    configs = {kind: read_config(folder / kind / "config.json", kind) for kind in KINDS}
+    _check_classes(configs, index, folder)
     learned = embeddings.read_all(words, tokenizer, configs["text_encoder"].hidden_size)
-    changes = [lora_files.read_all(loras, configs)] if loras else []
+    drawing = {kind: configs[kind] for kind in lora.KINDS}
+    changes = [lora_files.read_all(loras, drawing)] if loras else []
     changes += [learned.change] if learned else []
     parts = {kind: load_component(folder / kind, kind, dtype, variant, place, changes) for kind in KINDS}
     model = Model(**parts, tokenizer=tokenizer, scheduler=scheduler)
@@ -103,6 +105,15 @@ def with_words(model: Model, learned: embeddings.Words) -> Model:
     """The model, whose table of words has those that were learned in it, with all that goes by its length."""
     text_encoder = learned.resized(model.text_encoder)
     return dataclasses.replace(model, text_encoder=text_encoder, tokenizer=learned.tokenizer)
+
+
+def _check_classes(configs: Mapping[str, Any], index: Mapping[str, str], folder: Path) -> None:
+    """UserError where model_index.json and a part's config.json name two classes."""
+    for kind, config in configs.items():
+        if index[kind] != (found := KINDS[kind].of(config).class_name):
+            raise UserError(
+                f"{folder / INDEX}: {kind} is a {index[kind]}; {kind}/config.json describes a {found}"
+            )
 
 
 def check_parts_fit(configs: Mapping[str, Any], tokenizer: Tokenizer, where: Path) -> None:
@@ -140,8 +151,8 @@ def read_index(folder: Path) -> dict[str, str]:
     index = read_json(where)
     if (name := index.get("_class_name")) not in PIPELINES:
         raise UserError(f"{where} describes a {name}; the engine reads {', '.join(PIPELINES)}")
-    wanted = {kind: {spec.class_name} for kind, spec in KINDS.items()}
-    wanted |= {"tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"}, "scheduler": None}
+    wanted = {kind: spec.class_names for kind, spec in KINDS.items()}
+    wanted |= {"tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": None}
     found = {}
     for name, value in index.items():
         if name.startswith("_") or name in NOT_READ or value in (None, [None, None]):
@@ -205,24 +216,25 @@ def save_folder(
       OSError: no space left, or the place cannot be written.
     """
     with new_folder(Path(path), INDEX, overwrite) as new:
-        for kind in KINDS:
+        parts = {kind: getattr(model, kind) for kind in KINDS}
+        for kind, part in parts.items():
             (new / kind).mkdir()
-            write_component(new / kind, getattr(model, kind), dtype, max_shard_size)
-        pipeline = pipeline_of(model.unet.config, model.vae.config)
-        write_rest(new, model.tokenizer, model.scheduler, pipeline)
+            write_component(new / kind, part, dtype, max_shard_size)
+        configs = {kind: part.config for kind, part in parts.items()}
+        write_rest(new, model.tokenizer, model.scheduler, configs)
 
 
 def write_rest(
-    folder: Path, tokenizer: Tokenizer, scheduler: SchedulerConfig, pipeline: str = PIPELINE
+    folder: Path, tokenizer: Tokenizer, scheduler: SchedulerConfig, configs: Mapping[str, Any]
 ) -> None:
-    """What is no network: tokenizer/, scheduler/ and model_index.json."""
+    """What is no network: tokenizer/, scheduler/ and model_index.json, with the classes of `configs`."""
     (folder / "tokenizer").mkdir()
     tokenizer.save(folder / "tokenizer")
     options = scheduler.to_json()
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", options)
     index = {
-        "_class_name": pipeline,
+        "_class_name": pipeline_of(configs["unet"], configs["vae"]),
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
@@ -230,5 +242,6 @@ def write_rest(
         "scheduler": ["diffusers", options["_class_name"]],
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
-    parts = {kind: [spec.library, spec.class_name] for kind, spec in KINDS.items()}
+    classes = {kind: KINDS[kind].of(config) for kind, config in configs.items()}
+    parts = {kind: [found.library, found.class_name] for kind, found in classes.items()}
     write_json(folder / INDEX, index | parts)

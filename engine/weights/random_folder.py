@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from engine.config import nearest
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.models.autoencoder import AutoencoderConfig
+from engine.models.autoencoder_tiny import AutoencoderTinyConfig
 from engine.models.clip import CLIPTextConfig
 from engine.models.unet import UNetConfig
 from engine.text.tokenizer import BOS, BYTES, END_OF_WORD, EOS, Merges, Tokenizer
@@ -27,7 +28,7 @@ class Architecture(NamedTuple):
     """The configs of a folder."""
 
     unet: UNetConfig
-    vae: AutoencoderConfig
+    vae: AutoencoderConfig | AutoencoderTinyConfig
     text_encoder: CLIPTextConfig
     scheduler: dict[str, Any]  # scheduler_config.json
 
@@ -106,10 +107,11 @@ def random_folder(
     dtype = as_dtype(dtype)
     scheduler = SchedulerConfig.from_json(architecture.scheduler, "scheduler")
     with new_folder(Path(path), INDEX, overwrite) as new:
-        for kind in KINDS:
+        configs = {kind: getattr(architecture, kind) for kind in KINDS}
+        for kind, config in configs.items():
             (new / kind).mkdir()
-            _write_component(new / kind, kind, getattr(architecture, kind), dtype, seed)
-        write_rest(new, _tokenizer(architecture.text_encoder), scheduler)
+            _write_component(new / kind, kind, config, dtype, seed)
+        write_rest(new, _tokenizer(architecture.text_encoder), scheduler, configs)
 
 
 def _write_component(folder: Path, kind: str, config: Any, dtype: np.dtype, seed: int) -> None:

@@ -24,7 +24,7 @@ from engine.types import UserError
 from engine.weights import names
 from engine.weights.component import KINDS, abstract, listed, write_config, write_weights
 from engine.weights.files import new_folder
-from engine.weights.folder import INDEX, check_no_pickle, check_parts_fit, pipeline_of, write_rest
+from engine.weights.folder import INDEX, check_no_pickle, check_parts_fit, write_rest
 from engine.weights.original_configs import Family, Header, built, family_of, told_by_shapes
 from engine.weights.original_names import CLIP, OPEN_CLIP, THIRDS, UNET, VAE, Slot, slots
 from engine.weights.safetensors_io import (
@@ -108,7 +108,7 @@ def to_folder(
             (new / kind).mkdir()
             write_config(new / kind, kind, config)
             _write_weights(new / kind, kind, config, single.tensors[kind], opened, kept)
-        write_rest(new, words, single.scheduler, pipeline_of(configs["unet"], configs["vae"]))
+        write_rest(new, words, single.scheduler, configs)
     return single.notes
 
 

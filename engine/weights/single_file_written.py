@@ -63,6 +63,12 @@ def to_file(
     if file.exists() and not overwrite:
         raise UserError(f"{file} already exists: choose another file, or say overwrite=True")
     configs = {kind: read_config(folder / kind / "config.json", kind) for kind in KINDS}
+    for kind, config in configs.items():
+        if (found := KINDS[kind].of(config)) is not KINDS[kind]:
+            raise UserError(
+                f"{folder}: {kind} is a {found.class_name}, which has no place in a single file; "
+                f"only {KINDS[kind].class_name} has"
+            )
     parts = _gather(folder, configs)
     shapes = {key: stored.slot.shape(stored.shape) for key, (stored, *_) in parts.items()}
     kept = None if dtype is None else as_dtype(dtype)

@@ -42,8 +42,8 @@ def load_once():
     """engine.load with a memory: what it has compiled serves all tests."""
     cached = functools.cache(pipeline.load)
 
-    def load(model, dtype, parallel, lora=(), embeddings=()):
-        return cached(model, dtype, parallel, lora, embeddings)
+    def load(model, dtype, parallel, lora=(), embeddings=(), decoder=None, tile=0):
+        return cached(model, dtype, parallel, lora, embeddings, decoder, tile)
 
     load.cache_clear = cached.cache_clear
     return load

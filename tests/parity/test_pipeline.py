@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 import engine
 from configs import scenes
 from tests.parity.common import nchw
-from tests.tiny import compiled_quickly, tiny_folder
+from tests.tiny import TINY_VAE, compiled_quickly, tiny_folder
 
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {"steps_offset": 1, "set_alpha_to_one": False}
@@ -41,9 +41,11 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-12)))
 
 
-def draw_in_pytorch(folder, latents: np.ndarray, **options) -> np.ndarray:
+def draw_in_pytorch(folder, latents: np.ndarray, tiles: bool = False, **options) -> np.ndarray:
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    if tiles:
+        pipeline.vae.enable_tiling()
     images = pipeline(PROMPTS, latents=torch.from_numpy(nchw(latents).copy()), output_type="np", **options)
     return np.round(images.images * 255).astype(np.uint8)
 
@@ -67,3 +69,31 @@ def test_same_picture_without_guidance(tmp_path):
     ours = engine.load(folder).generate(PROMPTS, steps=STEPS, guidance_scale=1.0, latents=latents)
     theirs = draw_in_pytorch(folder, latents, num_inference_steps=STEPS, guidance_scale=1.0)
     assert psnr(ours, theirs) >= 40
+
+
+def test_same_picture_with_a_tiny_autoencoder(tmp_path):
+    """PyTorch reads the class from what the engine wrote, and so does the engine."""
+    folder = tiny_folder(tmp_path / "model", vae=TINY_VAE)
+    latents = np.random.default_rng(2).standard_normal((2, 8, 8, 4), np.float32)
+    pipe = engine.load(folder)
+    assert type(pipe.model.vae.config).__name__ == "AutoencoderTinyConfig"
+    ours = pipe.generate(PROMPTS, NEGATIVES, steps=STEPS, guidance_scale=4.0, latents=latents)
+    theirs = draw_in_pytorch(
+        folder, latents, negative_prompt=NEGATIVES, num_inference_steps=STEPS, guidance_scale=4.0
+    )
+    assert theirs.std() > 30
+    assert psnr(ours, theirs) >= 40
+    assert psnr(ours[::-1], theirs) < 20
+
+
+def test_same_picture_in_tiles(tmp_path):
+    """Of 16 pixels, which is sample_size of the autoencoder: that of the tiles in PyTorch."""
+    folder = tiny_folder(tmp_path / "model")
+    latents = np.random.default_rng(3).standard_normal((2, 12, 20, 4), np.float32)
+    ours = engine.load(folder, tile=16).generate(
+        PROMPTS, steps=STEPS, guidance_scale=1.0, latents=latents, height=24, width=40
+    )
+    options = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "height": 24, "width": 40}
+    theirs = draw_in_pytorch(folder, latents, tiles=True, **options)
+    assert psnr(ours, theirs) >= 45
+    assert psnr(ours, draw_in_pytorch(folder, latents, **options)) < 40  # decoded whole

@@ -11,6 +11,7 @@ import pytest
 from engine.types import UserError
 from engine.weights.folder import load_folder, save_folder
 from engine.weights.random_folder import random_folder
+from tests.tiny import TINY_VAE, tiny_folder
 from tests.weights.test_random_folder import TINY
 
 
@@ -39,6 +40,18 @@ def test_there_and_back(folder, tmp_path):
     assert (again.tokenizer.encode(prompts) == model.tokenizer.encode(prompts)).all()
     save_folder(tmp_path / "twice", again)
     assert contents(tmp_path / "twice") == contents(tmp_path / "ours")
+
+
+def test_a_tiny_autoencoder_there_and_back(tmp_path):
+    """The class is kept in the index and in config.json, and its keys are diffusers'."""
+    wrote = tiny_folder(tmp_path / "model", vae=TINY_VAE)
+    model = load_folder(wrote)
+    save_folder(tmp_path / "ours", model)
+    assert contents(tmp_path / "ours") == contents(wrote)
+    assert json.loads((wrote / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderTiny"]
+    config = json.loads((wrote / "vae" / "config.json").read_text())
+    assert (config["_class_name"], config["num_encoder_blocks"]) == ("AutoencoderTiny", [1, 2])
+    assert b'"decoder.layers.2.conv.4.weight"' in contents(wrote)["vae/diffusion_pytorch_model.safetensors"]
 
 
 def test_dtype_and_shards_reach_every_part(folder, tmp_path):
@@ -122,6 +135,10 @@ WRONG = {
     "unknown class": (
         change_index(vae=["diffusers", "AsymmetricAutoencoderKL"]),
         r"model_index\.json: vae is a AsymmetricAutoencoderKL; the engine has AutoencoderKL",
+    ),
+    "classes disagree": (
+        change_index(vae=["diffusers", "AutoencoderTiny"]),
+        r"model_index\.json: vae is a AutoencoderTiny; vae/config\.json describes a AutoencoderKL",
     ),
     "no class": (change_index(vae="AutoencoderKL"), r"vae is 'AutoencoderKL', not \[library, class\]"),
     "part not named": (
