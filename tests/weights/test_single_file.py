@@ -101,8 +101,8 @@ def test_what_shapes_tell_of_a_file_without_notes(tmp_path):
     assert ["edits pictures" in line for line in told.notes] == [True]
 
 
-def published(name: str, file: Path) -> None:
-    """Writes the header of a file in the full size, and a hole in place of the weights."""
+def published(name: str, file: Path, *lost: str) -> None:
+    """Writes the header of a file in the full size, without `lost`, and a hole in place of the weights."""
     header = {}
     for kind in KINDS:
         config = getattr(ARCHITECTURES[name], kind)
@@ -114,6 +114,8 @@ def published(name: str, file: Path) -> None:
     header |= {f"{OPEN_CLIP}text_projection": (1024, 1024)} if name == "sd21" else {}
     entries, end = {}, 0
     for key, shape in header.items():
+        if key.startswith(lost):
+            continue
         start, end = end, end + 2 * math.prod(shape)
         entries[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
@@ -122,10 +124,19 @@ def published(name: str, file: Path) -> None:
         opened.truncate(8 + len(text) + end)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21"])
-def test_files_of_full_size_are_read_as_what_they_are(tmp_path, name):
+LAST = f"{OPEN_CLIP}transformer.resblocks.23."
+PUBLISHED = [("sd15", ()), ("sd21", ())]
+PRUNED = [
+    ("sd21", (LAST,)),
+    ("sd21", (f"{OPEN_CLIP}text_projection",)),
+    ("sd21", (LAST, f"{OPEN_CLIP}text_")),
+]
+
+
+@pytest.mark.parametrize(("name", "lost"), PUBLISHED + PRUNED)
+def test_files_of_full_size_are_read_as_what_they_are(tmp_path, name, lost):
     """The configs are those of the published folders."""
-    published(name, tmp_path / "model.safetensors")
+    published(name, tmp_path / "model.safetensors", *lost)
     told = understand(tmp_path / "model.safetensors")
     assert told.configs == {kind: getattr(ARCHITECTURES[name], kind) for kind in KINDS}
     assert told.scheduler.to_json().items() >= ARCHITECTURES[name].scheduler.items()
@@ -411,5 +422,9 @@ def test_what_is_there_stays(at, tmp_path):
     inside.write_bytes(file.read_bytes())
     with pytest.raises(UserError, match=r"holds .*, which it would replace"):
         to_folder(inside, folder, at / "sd1", overwrite=True)
+    part = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=r"is a part of .*, which would be lost: choose another file"):
+        to_file(folder, part, overwrite=True)
+    assert contents(folder / "unet") == contents(at / "sd1" / "unet")
     with pytest.raises(UserError, match="is a folder: choose another name for the file"):
         to_file(at / "sd1", folder, overwrite=True)
