@@ -10,7 +10,7 @@ import engine
 from engine.types import UserError
 from engine.weights.folder import load_folder
 from launch import cli, convert
-from tests.single import foreign, like
+from tests.single import contents, foreign, like
 from tests.tiny import tiny_folder
 
 
@@ -32,10 +32,6 @@ def run(capsys):
         return code, said, told.splitlines()
 
     return run
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_there_and_back(at, run, tmp_path):
