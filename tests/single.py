@@ -28,10 +28,9 @@ VAE = {
     "layers_per_block": 2,
 }
 VAE |= {"sample_size": 512}
-ATTENDS = ("CrossAttn", "")  # of the sizes; the last has no attention, as in the original
 UNET = {
-    "down_block_types": tuple(f"{kind}DownBlock2D" for kind in ATTENDS),
-    "up_block_types": tuple(f"{kind}UpBlock2D" for kind in ATTENDS[::-1]),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "layers_per_block": 2,
     "norm_num_groups": 32,
     "cross_attention_dim": 64,
@@ -40,7 +39,14 @@ UNET = {
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "num_hidden_layers": 2}
 OPTIONS = (
     {
-        "unet": UNET | {"block_out_channels": (32, 64), "attention_head_dim": 8},
+        # a size more, so that attention is followed by a change of size, and so is none
+        "unet": UNET
+        | {
+            "block_out_channels": (32, 64, 64),
+            "attention_head_dim": 8,
+            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        },
         "text_encoder": TEXT | {"projection_dim": 768},
     },
     {

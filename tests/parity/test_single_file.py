@@ -35,7 +35,8 @@ ORIGINAL = {
     "context_dim": 64,
 }
 ORIGINALS = (
-    ORIGINAL | {"model_channels": 32, "channel_mult": [1, 2], "num_heads": 8},
+    ORIGINAL
+    | {"model_channels": 32, "channel_mult": [1, 2, 2], "attention_resolutions": [2, 1], "num_heads": 8},
     ORIGINAL
     | {
         "model_channels": 64,
