@@ -50,10 +50,10 @@ def main(argv: Sequence[str]) -> int:
     if len(paths) != 2:
         raise UserError("write what to read and what to write: python -m launch.convert SRC DST")
     source, target = (pathlib.Path(os.path.expanduser(path)) for path in paths)
-    check(source, target, given)
-    from engine.weights import single_file, single_file_written  # JAX comes with them
-
     try:
+        check(source, target, given)
+        from engine.weights import single_file, single_file_written  # JAX comes with them
+
         if source.is_dir():
             told = single_file_written.to_file(source, target, **given)
         else:
@@ -72,13 +72,13 @@ def check(source: pathlib.Path, target: pathlib.Path, given: dict) -> None:
     if predicted is not None and predicted not in PREDICTIONS:
         near = nearest(predicted, PREDICTIONS)
         raise UserError(f"--prediction_type={predicted} is unknown{near}; write {' or '.join(PREDICTIONS)}")
-    if not source.exists():
+    if not os.path.exists(source):  # unlike Path's own, silent about names that are too long
         raise UserError(f"no {source}: write the path of a {SINGLE} file or of a model's folder")
     exists = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     if exists and not given.get("overwrite"):
         raise UserError(f"{target} already exists: choose another name, or write --overwrite")
     if source.is_dir():
-        for flag in {"tokenizer", "prediction_type"} & given.keys():
+        for flag in [flag for flag in ("tokenizer", "prediction_type") if flag in given]:
             raise UserError(f"--{flag} is for a file that becomes a folder; {source} is a folder")
         if target.suffix != SINGLE:
             raise UserError(f"{source} is a folder, and becomes a single file: write {target}{SINGLE}")

@@ -1,7 +1,10 @@
 """Tiny folders that are, by convention, a Stable Diffusion 1 or 2, and single files as others write them."""
 
 import dataclasses
+import json
+import math
 import pathlib
+import struct
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -10,9 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 from engine.text.tokenizer import Tokenizer
 from engine.weights import single_file_written
+from engine.weights.component import KINDS, abstract
 from engine.weights.folder import save_folder
+from engine.weights.names import to_key, torch_shape
 from engine.weights.original_configs import FAMILIES
-from engine.weights.original_names import OPEN_CLIP
+from engine.weights.original_names import OPEN_CLIP, slots
+from engine.weights.random_folder import ARCHITECTURES
 from tests.tiny import tiny_model
 
 VAE = {
@@ -22,10 +28,9 @@ VAE = {
     "layers_per_block": 2,
 }
 VAE |= {"sample_size": 512}
-ATTENDS = ("CrossAttn", "")  # of the sizes; the last has no attention, as in the original
 UNET = {
-    "down_block_types": tuple(f"{kind}DownBlock2D" for kind in ATTENDS),
-    "up_block_types": tuple(f"{kind}UpBlock2D" for kind in ATTENDS[::-1]),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "layers_per_block": 2,
     "norm_num_groups": 32,
     "cross_attention_dim": 64,
@@ -34,7 +39,14 @@ UNET = {
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "num_hidden_layers": 2}
 OPTIONS = (
     {
-        "unet": UNET | {"block_out_channels": (32, 64), "attention_head_dim": 8},
+        # a size more, so that attention is followed by a change of size, and so is none
+        "unet": UNET
+        | {
+            "block_out_channels": (32, 64, 64),
+            "attention_head_dim": 8,
+            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        },
         "text_encoder": TEXT | {"projection_dim": 768},
     },
     {
@@ -90,7 +102,14 @@ def foreign(
       changes: further tensors, or others; None: it is left out.
     """
     single_file_written.to_file(folder, file, overwrite=True)
-    tensors = load_file(file) | dict(changes)
+    return rewritten(file, file, changes)
+
+
+def rewritten(
+    source: pathlib.Path, file: pathlib.Path, changes: Mapping[str, np.ndarray | None]
+) -> pathlib.Path:
+    """Writes the tensors of `source` with these changes, and no notes."""
+    tensors = load_file(source) | dict(changes)
     save_file({key: value for key, value in tensors.items() if value is not None}, file)
     return file
 
@@ -117,3 +136,31 @@ def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
         for file in sorted(folder.rglob("*.safetensors"))
         for key, tensor in load_file(file).items()
     }
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    """Every file in a folder, by its path there."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def published(name: str, file: pathlib.Path, *lost: str) -> None:
+    """Writes the header of a file in the full size, without `lost`, and a hole in place of the weights."""
+    header = {}
+    for kind in KINDS:
+        config = getattr(ARCHITECTURES[name], kind)
+        leaves = abstract(kind, config)[1].items()
+        shapes = {to_key(path): torch_shape(path, leaf.shape) for path, leaf in leaves}
+        header |= {slot.key: slot.shape(shapes[key]) for key, slot in slots(kind, config, shapes).items()}
+    last = f"{OPEN_CLIP}transformer.resblocks.22."
+    header |= {key.replace(".22.", ".23."): shape for key, shape in header.items() if key.startswith(last)}
+    header |= {f"{OPEN_CLIP}text_projection": (1024, 1024)} if name == "sd21" else {}
+    entries, end = {}, 0
+    for key, shape in header.items():
+        if key.startswith(lost):
+            continue
+        start, end = end, end + 2 * math.prod(shape)
+        entries[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    with open(file, "wb") as opened:
+        opened.write(struct.pack("<Q", len(text)) + text)
+        opened.truncate(8 + len(text) + end)

@@ -223,7 +223,8 @@ def _open_clip(shapes: _Shapes) -> Options:
     What diffusers' converter writes has neither it nor the projection that would follow.
     """
     layers = shapes.count("transformer.resblocks")
-    whole = "text_projection" in shapes or layers == OPEN_CLIP_LAYERS
+    whole = "text_projection" in shapes and layers != OPEN_CLIP_LAYERS - 1  # some lost the last layer alone
+    whole = whole or layers == OPEN_CLIP_LAYERS
     return _text(
         shapes("token_embedding.weight", 2),
         shapes("transformer.resblocks.0.mlp.c_fc.weight", 2)[0],

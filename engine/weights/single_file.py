@@ -40,7 +40,6 @@ from engine.weights.safetensors_io import (
 PREFIXES = (UNET, VAE, CLIP, OPEN_CLIP)
 METADATA = "fogsculpt"
 SUFFIX = ".safetensors"
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 V_PREDICTION_SIZE, EPSILON_SIZE = 96, 64  # of the latents that Stable Diffusion 2 was trained on
 
 # Beside the weights. Of the text encoder of 2: what only its training or its pictures need.
@@ -80,8 +79,8 @@ def to_folder(
       tokenizer: a folder with vocab.json and merges.txt, or the model's folder around it. It is needed, but
         asked for only when all else is known to be right.
       dtype: float32, float16 or bfloat16; None keeps the type of each tensor.
-      prediction_type: of PREDICTIONS; None: what the file says, else "epsilon" for Stable Diffusion 1 and
-        its inpainting, and "v_prediction" for 2, as in diffusers.
+      prediction_type: "epsilon", "v_prediction" or "sample"; None: what the file says, else "epsilon" for
+        Stable Diffusion 1 and for inpainting, and "v_prediction" for 2, as in diffusers.
 
     Returns:
       What one should know: a line for each thing that was assumed, or not read.
@@ -151,7 +150,7 @@ def understand(path: Path, prediction_type: str | None = None) -> Single:
     scheduler = dataclasses.replace(scheduler, prediction_type=predicted)
     told = _told_of(path, header, configs["unet"].in_channels != configs["vae"].latent_channels)
     if notes is None and prediction_type is None and _is_second(family) and V_MARK not in header:
-        other = PREDICTIONS[predicted == PREDICTIONS[0]]
+        other = "epsilon" if predicted == "v_prediction" else "v_prediction"
         told.append(
             f"{path} does not say what it predicts: taken for {predicted}, as most of {family.name}; if it "
             f"draws noise, convert it with --prediction_type {other}"

@@ -70,6 +70,8 @@ def to_file(
                 f"only {KINDS[kind].class_name} has"
             )
     parts = _gather(folder, configs)
+    if file.resolve() in {one.file.resolve() for stored in parts.values() for one in stored}:
+        raise UserError(f"{file} is a part of {folder}, which would be lost: choose another file")
     shapes = {key: stored.slot.shape(stored.shape) for key, (stored, *_) in parts.items()}
     kept = None if dtype is None else as_dtype(dtype)
     dtypes = {

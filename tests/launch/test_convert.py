@@ -1,12 +1,16 @@
 """python -m launch.convert."""
 
+import pathlib
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import engine
 from engine.types import UserError
+from engine.weights.folder import load_folder
 from launch import cli, convert
+from tests.single import contents, foreign, like
 from tests.tiny import tiny_folder
 
 
@@ -28,10 +32,6 @@ def run(capsys):
         return code, said, told.splitlines()
 
     return run
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_there_and_back(at, run, tmp_path):
@@ -112,6 +112,25 @@ def test_a_file_in_place_of_a_model_is_told_what_to_do(at, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"model\.ckpt is in a format that is never opened"):
         engine.load(tmp_path / "model.ckpt")
+
+
+def test_the_commands_of_the_readme(run, tmp_path, monkeypatch):
+    """On tiny files of the same names."""
+    monkeypatch.chdir(tmp_path)
+    page = (pathlib.Path(convert.__file__).parent / "README.md").read_text()
+    commands = [
+        line.split()[3:] for line in page.splitlines() if line.startswith("    python -m launch.convert")
+    ]
+    assert len(commands) == 3
+    for number, name in enumerate(("v1-5-pruned-emaonly", "v2-base"), 1):
+        foreign(like(number, tmp_path / f"like{number}"), tmp_path / f"{name}.safetensors")
+    for number, command in zip((1, 2, 1), commands, strict=True):
+        arguments = [f"like{number}/tokenizer" if arg == "path/to/tokenizer" else arg for arg in command]
+        code, said, told = run(*arguments)
+        assert (code, said, told) == (cli.DONE, f"{command[1]}\n", []), told
+    assert contents(tmp_path / "sd15") == contents(tmp_path / "like1")
+    assert {str(tensor.dtype) for tensor in load_file("sd15.safetensors").values()} == {"float16"}
+    assert load_folder("sd2-base").scheduler.prediction_type == "epsilon"
 
 
 def test_help_names_every_flag(capsys):

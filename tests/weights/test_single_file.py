@@ -1,7 +1,7 @@
 """Single files in the original layout: what is made of them, and what is refused."""
 
 import json
-import math
+import re
 import struct
 from pathlib import Path
 
@@ -12,15 +12,23 @@ from safetensors.numpy import load_file, save_file
 
 from engine.types import UserError
 from engine.weights import single_file, single_file_written
-from engine.weights.component import KINDS, abstract
+from engine.weights.component import KINDS
 from engine.weights.folder import load_folder, save_folder
-from engine.weights.names import to_key, torch_shape
-from engine.weights.original_names import CLIP, OPEN_CLIP, UNET, VAE, slots
+from engine.weights.original_names import CLIP, OPEN_CLIP, UNET, VAE
 from engine.weights.random_folder import ARCHITECTURES
 from engine.weights.safetensors_io import read_header
 from engine.weights.single_file import to_folder, understand
 from engine.weights.single_file_written import to_file
-from tests.single import foreign, like, padded_with_the_first, weights, whole_open_clip
+from tests.single import (
+    contents,
+    foreign,
+    like,
+    padded_with_the_first,
+    published,
+    rewritten,
+    weights,
+    whole_open_clip,
+)
 from tests.tiny import tiny_folder, tiny_tokenizer
 
 POSITIONS = f"{CLIP}text_model.embeddings.position_ids"
@@ -36,13 +44,7 @@ def at(tmp_path_factory):
 
 
 def changed(at: Path, number: int, file: Path, changes: dict[str, np.ndarray | None]) -> Path:
-    tensors = load_file(at / f"sd{number}.safetensors") | changes
-    save_file({key: value for key, value in tensors.items() if value is not None}, file)
-    return file
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return rewritten(at / f"sd{number}.safetensors", file, changes)
 
 
 # ---- there and back
@@ -101,36 +103,26 @@ def test_what_shapes_tell_of_a_file_without_notes(tmp_path):
     assert ["edits pictures" in line for line in told.notes] == [True]
 
 
-def published(name: str, file: Path) -> None:
-    """Writes the header of a file in the full size, and a hole in place of the weights."""
-    header = {}
-    for kind in KINDS:
-        config = getattr(ARCHITECTURES[name], kind)
-        leaves = abstract(kind, config)[1].items()
-        shapes = {to_key(path): torch_shape(path, leaf.shape) for path, leaf in leaves}
-        header |= {slot.key: slot.shape(shapes[key]) for key, slot in slots(kind, config, shapes).items()}
-    last = f"{OPEN_CLIP}transformer.resblocks.22."
-    header |= {key.replace(".22.", ".23."): shape for key, shape in header.items() if key.startswith(last)}
-    header |= {f"{OPEN_CLIP}text_projection": (1024, 1024)} if name == "sd21" else {}
-    entries, end = {}, 0
-    for key, shape in header.items():
-        start, end = end, end + 2 * math.prod(shape)
-        entries[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(entries).encode()
-    with open(file, "wb") as opened:
-        opened.write(struct.pack("<Q", len(text)) + text)
-        opened.truncate(8 + len(text) + end)
+LAST = f"{OPEN_CLIP}transformer.resblocks.23."
+PUBLISHED = [("sd15", ()), ("sd21", ())]
+PRUNED = [
+    ("sd21", (LAST,)),
+    ("sd21", (f"{OPEN_CLIP}text_projection",)),
+    ("sd21", (LAST, f"{OPEN_CLIP}text_")),
+]
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21"])
-def test_files_of_full_size_are_read_as_what_they_are(tmp_path, name):
+@pytest.mark.parametrize(("name", "lost"), PUBLISHED + PRUNED)
+def test_files_of_full_size_are_read_as_what_they_are(tmp_path, name, lost):
     """The configs are those of the published folders."""
-    published(name, tmp_path / "model.safetensors")
+    published(name, tmp_path / "model.safetensors", *lost)
     told = understand(tmp_path / "model.safetensors")
     assert told.configs == {kind: getattr(ARCHITECTURES[name], kind) for kind in KINDS}
     assert told.scheduler.to_json().items() >= ARCHITECTURES[name].scheduler.items()
-    key = f"{UNET}output_blocks.11.0.skip_connection.weight"  # where diffusers looks for both
-    assert key in read_header(tmp_path / "model.safetensors")
+    # diffusers' reader takes 1 for the 2, too; its writer (convert_diffusers_to_original_...) knows it
+    changes = {f"{UNET}output_blocks.{block}.conv.weight" for block in ("2.1", "5.2", "8.2")}
+    header = read_header(tmp_path / "model.safetensors")
+    assert {key for key in header if re.search(r"output_blocks.+\.conv\.weight", key)} == changes
 
 
 def test_dtypes(at, tmp_path):
@@ -238,14 +230,6 @@ def test_inpainting_of_2_predicts_eps(at, tmp_path):
 def test_a_measured_scale(at, tmp_path):
     file = changed(at, 1, tmp_path / "model.safetensors", {"scale_factor": np.full((), 0.25, np.float32)})
     assert understand(file).configs["vae"].scaling_factor == 0.25
-
-
-def test_a_given_prediction_goes_over_the_notes(tmp_path):
-    folder = tiny_folder(tmp_path / "model")
-    to_file(folder, tmp_path / "model.safetensors")
-    assert understand(tmp_path / "model.safetensors").scheduler.prediction_type == "v_prediction"
-    found = understand(tmp_path / "model.safetensors", "epsilon")
-    assert found.scheduler.prediction_type == "epsilon"
 
 
 # ---- refused
@@ -411,5 +395,9 @@ def test_what_is_there_stays(at, tmp_path):
     inside.write_bytes(file.read_bytes())
     with pytest.raises(UserError, match=r"holds .*, which it would replace"):
         to_folder(inside, folder, at / "sd1", overwrite=True)
+    part = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=r"is a part of .*, which would be lost: choose another file"):
+        to_file(folder, part, overwrite=True)
+    assert contents(folder / "unet") == contents(at / "sd1" / "unet")
     with pytest.raises(UserError, match="is a folder: choose another name for the file"):
         to_file(at / "sd1", folder, overwrite=True)
