@@ -52,7 +52,8 @@ FLAGS: cli.Groups = {
         ),
         "sampler": (
             "NAME",
-            "ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde or pndm;\n"
+            "ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, pndm,\n"
+            "lms, deis or unipc;\n"
             "without it the one that the model names",
         ),
         "steps": ("N", "more is finer and slower"),

@@ -1,11 +1,12 @@
 """Samplers that remember: each step uses what the network said in the steps before it."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from engine.diffusion.interpolation import Scalar, gauss_legendre, means, past
 from engine.diffusion.noise import step_noise
 from engine.diffusion.steps import Carry, Index, InitStep, Sigmas, Trace, remembering
-from engine.types import Denoise, Keys
+from engine.types import Denoise, Keys, Latents
 
 
 def dpmpp_2m(denoise: Denoise, sigmas: Sigmas, keys: Keys) -> InitStep:
@@ -85,3 +86,122 @@ def pndm(denoise: Denoise, sigmas: Sigmas, keys: Keys) -> InitStep:
         return Carry(x, memory), Trace(x, D)
 
     return remembering(3), step
+
+
+def lms(denoise: Denoise, sigmas: Sigmas, keys: Keys, order: int = 4) -> InitStep:
+    """Adams-Bashforth on eps over the grid as it is: the polynomial in sigma through the last `order` slopes.
+
+    x' = x + integral from sigma to sigma' of sum_k eps_{i-k} L_k(tau) dtau (k-diffusion's `sample_lms`;
+    Katherine Crowson). Orders 1, 2, ... start it.
+    """
+
+    def step(carry: Carry, i: Index) -> tuple[Carry, Trace]:
+        nodes, length = past(sigmas, i, order)
+        s, weights = gauss_legendre(sigmas)
+        tau = nodes[0] + s * (sigmas[i + 1] - nodes[0])
+        return _along_eps(denoise, sigmas, carry, i, means(nodes, length, tau, weights))
+
+    return remembering(order - 1), step
+
+
+def deis(denoise: Denoise, sigmas: Sigmas, keys: Keys, solver_order: int = 2) -> InitStep:
+    """Zhang & Chen 2023 (DEIS), section 3.3: as lms, but the polynomial is one in log sigma (log-rho AB).
+
+    The last steps are of lower order, see `_highest_order`.
+    """
+
+    def step(carry: Carry, i: Index) -> tuple[Carry, Trace]:
+        nodes, length = past(sigmas, i, solver_order)
+        length = jnp.minimum(length, _highest_order(sigmas, i))
+        (s, weights), h = gauss_legendre(sigmas), _h(sigmas, i)
+        u = jnp.log(nodes[0]) - s * h
+        w = weights * jnp.exp(-s * h)  # dtau = tau du
+        omega = means([jnp.log(node) for node in nodes], length, u, w)
+        return _along_eps(denoise, sigmas, carry, i, omega)
+
+    return remembering(solver_order - 1), step
+
+
+def _along_eps(
+    denoise: Denoise, sigmas: Sigmas, carry: Carry, i: Index, omega: list[Scalar]
+) -> tuple[Carry, Trace]:
+    """x' = x + (sigma' - sigma) sum_k omega_k eps_{i-k}: Euler's step, and what the past slopes change."""
+    x, sigma, sigma_next = carry.x, sigmas[i], sigmas[i + 1]
+    D = denoise(x, sigma)
+    eps = (x - D) / sigma
+    change = _mean(omega, (eps, *carry.memory)) - eps
+    x = D + sigma_next / sigma * (x - D) + (sigma_next - sigma) * change
+    return Carry(x, (eps, *carry.memory)[:-1]), Trace(x, D)
+
+
+def _mean(omega: list[Scalar], values: tuple[Latents, ...]) -> Latents:
+    """sum_k omega_k values_k where the weights sum to 1: exactly the first value where the others' are 0."""
+    first = values[0]
+    changes = (w * (value - first) for w, value in zip(omega[1:], values[1:], strict=True))
+    return sum(changes, start=first)
+
+
+def _h(sigmas: Sigmas, i: Index) -> Scalar:
+    """lambda' - lambda = log(sigma / sigma'); 1 where it is infinite or 0, and the step of first order."""
+    usual = (sigmas[i + 1] > 0) & (sigmas[i + 1] < sigmas[i])
+    return jnp.where(usual, jnp.log(sigmas[i] / jnp.where(usual, sigmas[i + 1], 1)), 1)
+
+
+def _highest_order(sigmas: Sigmas, i: Index) -> Int[Array, ""]:
+    """Of step i by diffusers' `lower_order_final`.
+
+    In runs shorter than 15 steps the last has order 1, the one before it 2. A step to sigma 0, where h is
+    infinite, has order 1 in any run.
+    """
+    n = sigmas.shape[0] - 1
+    return jnp.where((n < 15) | (sigmas[i + 1] == 0), n - i, n)
+
+
+def unipc(
+    denoise: Denoise, sigmas: Sigmas, keys: Keys, solver_order: int = 2, solver_type: str = "bh2"
+) -> InitStep:
+    """Zhao et al. 2023 (UniPC), algorithms 1 and 2, for x0: a predictor, corrected in the next step.
+
+    With lambda = -log sigma, the exact x' is D_mean + exp(-h) (x - D_mean), where D_mean is the mean of D
+    over the step under the weight exp(lambda). UniP-p, the predictor, puts in D's place the polynomial
+    through the last p outputs. UniC-p, the corrector, has the output at x' besides, which the next step asks
+    for anyway: so step i corrects x_i, and predicts x_{i+1} from there.
+    """
+
+    def step(carry: Carry, i: Index) -> tuple[Carry, Trace]:
+        D, before, back = denoise(carry.x, sigmas[i]), carry.memory, jnp.maximum(i - 1, 0)
+        predictor, corrector = _unified(sigmas, back, solver_order, solver_type)
+        error = _mean(corrector, (D, *before)) - _mean(predictor, before)
+        x = carry.x + jnp.where(i > 0, (1 - sigmas[i] / sigmas[back]) * error, 0)
+
+        predictor, _ = _unified(sigmas, i, solver_order, solver_type)
+        outputs = (D, *before)[:solver_order]
+        D_mean = _mean(predictor, outputs)
+        x = D_mean + sigmas[i + 1] / sigmas[i] * (x - D_mean)
+        return Carry(x, outputs), Trace(x, D)
+
+    return remembering(solver_order), step
+
+
+def _unified(sigmas: Sigmas, i: Index, p: int, solver_type: str) -> tuple[list[Scalar], list[Scalar]]:
+    """Weights for step i of the outputs D_i, D_{i-1}, ... (UniP) and of D_{i+1}, D_i, ... (UniC).
+
+    They solve equation 8 of the paper, in which B(h) cancels out: what solves it are the means of Lagrange's
+    polynomials. B(h) only shows in UniP-2 and UniC-1, where the paper has 1/2 in place of the solution.
+    The order rises from 1 to p, and falls to 1 again at the end of any run.
+    """
+    nodes, length = past(sigmas, i, p)
+    order, h = jnp.minimum(length, sigmas.shape[0] - 1 - i), _h(sigmas, i)
+    lambdas = [-jnp.log(node) for node in nodes]
+    s, weights = gauss_legendre(sigmas)
+    u, w = lambdas[0] + s * h, weights * jnp.exp((s - 1) * h)
+    half = (h / -jnp.expm1(-h) if solver_type == "bh1" else jnp.ones_like(h)) / 2  # B(h) / (2 (exp(-h) - 1))
+
+    predictor = means(lambdas, order, u, w)
+    if p > 1:
+        r = jnp.where(order == 2, lambdas[1] - lambdas[0], -1) / h
+        halved = [1 - half / r, half / r, *[jnp.zeros_like(h)] * (p - 2)]
+        predictor = [jnp.where(order == 2, a, b) for a, b in zip(halved, predictor, strict=True)]
+    corrector = means([lambdas[0] + h, *lambdas], order + 1, u, w)
+    halved = [half, 1 - half, *[jnp.zeros_like(h)] * (p - 1)]
+    return predictor, [jnp.where(order == 1, a, b) for a, b in zip(halved, corrector, strict=True)]

@@ -17,13 +17,13 @@ but does not lose x0 to rounding where x is a thousand times larger. It is also 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from engine.config import nearest
-from engine.diffusion.multistep import dpmpp_2m, dpmpp_2m_sde, pndm
+from engine.diffusion.multistep import deis, dpmpp_2m, dpmpp_2m_sde, lms, pndm, unipc
 from engine.diffusion.singlestep import ddim, ddpm, euler, euler_ancestral, heun
 from engine.diffusion.steps import Carry as Carry
 from engine.diffusion.steps import Index, InitStep, Sigmas, Trace
@@ -36,7 +36,7 @@ class Sampler(NamedTuple):
     make: Callable[..., InitStep]  # (denoise, sigmas, keys, **options) -> init, step
     steps: Callable[[int], int] = lambda n: n  # number of steps, and so of network calls, for n intervals
     stochastic: bool = False  # whether it adds noise with its default options
-    options: tuple[str, ...] = ()  # keyword arguments of `make`, floats, static
+    options: tuple[str, ...] = ()  # keyword arguments of `make`, static
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -48,6 +48,9 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m": Sampler(dpmpp_2m),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, stochastic=True),
     "pndm": Sampler(pndm, lambda n: n + 1 if n > 1 else 1),
+    "lms": Sampler(lms, options=("order",)),
+    "deis": Sampler(deis, options=("solver_order",)),
+    "unipc": Sampler(unipc, options=("solver_order", "solver_type")),
 }
 
 
@@ -64,7 +67,7 @@ def find(sampler: str) -> Sampler:
 
 
 def sample(
-    sampler: str, denoise: Denoise, x: Latents, sigmas: Sigmas, keys: Keys, **options: float
+    sampler: str, denoise: Denoise, x: Latents, sigmas: Sigmas, keys: Keys, **options: Any
 ) -> tuple[Latents, Trace]:
     """Runs a sampler over the whole grid.
 
@@ -83,7 +86,7 @@ def sample(
     return carry.x, trace
 
 
-def start(sampler: str, denoise: Denoise, x: Latents, sigmas: Sigmas, keys: Keys, **options: float) -> Carry:
+def start(sampler: str, denoise: Denoise, x: Latents, sigmas: Sigmas, keys: Keys, **options: Any) -> Carry:
     """The state before the first step, for `sample_segment`."""
     init, _ = find(sampler).make(denoise, sigmas, keys, **options)
     return init(x)
@@ -97,7 +100,7 @@ def sample_segment(
     keys: Keys,
     first: Index,
     steps: int,
-    **options: float,
+    **options: Any,
 ) -> tuple[Carry, Trace]:
     """Steps `first` (may be traced) to `first + steps` (static) of a run over the whole grid `sigmas`."""
     _, step = find(sampler).make(denoise, sigmas, keys, **options)

@@ -33,16 +33,21 @@ COMMON = (
 )
 SHAPES = ("use_karras_sigmas", "use_exponential_sigmas")
 FINAL = "final_sigmas_type"
-SOLVER = ("algorithm_type", "lower_order_final", "euler_at_final")
+SOLVER = (*SHAPES, "solver_order", "solver_type", "lower_order_final")
 DPM_SOLVER, FLOW = "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
+DEIS, UNIPC = "DEISMultistepScheduler", "UniPCMultistepScheduler"
+MULTISTEP = (DPM_SOLVER, DEIS, UNIPC)  # one code in diffusers, as to the grid
 RULES = {
     "DDIMScheduler": Rules("ddim", "leading", "vp", ("set_alpha_to_one",)),
     "DDPMScheduler": Rules("ddpm", "leading", "vp", ()),
     "PNDMScheduler": Rules("pndm", "leading", "vp", ("set_alpha_to_one", "skip_prk_steps")),
-    DPM_SOLVER: Rules("dpmpp_2m", "linspace", "vp", (*SHAPES, FINAL, *SOLVER)),
+    DPM_SOLVER: Rules("dpmpp_2m", "linspace", "vp", (*SOLVER, FINAL, "algorithm_type", "euler_at_final")),
+    DEIS: Rules("deis", "linspace", "vp", (*SOLVER, "algorithm_type")),
+    UNIPC: Rules("unipc", "linspace", "vp", (*SOLVER, FINAL, "sigma_min", "sigma_max")),
     "EulerDiscreteScheduler": Rules("euler", "linspace", "ve", (*SHAPES, FINAL, "sigma_min", "sigma_max")),
     "EulerAncestralDiscreteScheduler": Rules("euler_ancestral", "linspace", "ve", ()),
     "HeunDiscreteScheduler": Rules("heun", "linspace", "ve", SHAPES),
+    "LMSDiscreteScheduler": Rules("lms", "linspace", "ve", SHAPES),
     FLOW: Rules("euler", "linspace", "flow", ("shift",)),
 }
 CLASSES = {rules.sampler: name for name, rules in RULES.items() if name != FLOW} | {
@@ -54,8 +59,9 @@ FIXED: dict[str, tuple] = {
     "clip_sample": (False,),
     "thresholding": (False,),
     "variance_type": (None, "fixed_small", "fixed_small_log"),
-    "solver_order": (2,),
-    "solver_type": ("midpoint",),
+    "predict_x0": (True,),
+    "disable_corrector": ([],),
+    "solver_p": (None,),
     "lambda_min_clipped": (-float("inf"),),
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
@@ -66,6 +72,26 @@ FIXED: dict[str, tuple] = {
     "invert_sigmas": (False,),
     "shift_terminal": (None,),
     "stochastic_sampling": (False,),
+}
+# The same for options whose values depend on the class. What another class writes there, diffusers takes for
+# the class's own: "bh2" is "midpoint" to DPM-Solver.
+SOLVERS: dict[str, dict[str, tuple]] = {
+    DPM_SOLVER: {
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+        "solver_order": (2,),
+        "solver_type": (None, "midpoint", "logrho", "bh1", "bh2"),
+    },
+    DEIS: {
+        "algorithm_type": ("deis", "dpmsolver++", "dpmsolver"),
+        "solver_order": (1, 2, 3),
+        "solver_type": (None, "logrho", "midpoint", "heun", "bh1", "bh2"),
+        "lower_order_final": (True,),
+    },
+    UNIPC: {
+        "solver_order": (1, 2, 3),
+        "solver_type": (None, "bh1", "bh2", "midpoint", "heun", "logrho"),
+        "lower_order_final": (True,),
+    },
 }
 INERT = (
     *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"),
@@ -95,6 +121,8 @@ class SchedulerConfig:
     sigma_max: float | None = None
     final_sigmas_type: str = "zero"  # or "sigma_min": the grid ends at the sigma of timestep 0
     algorithm_type: str = "dpmsolver++"  # or "sde-dpmsolver++"
+    solver_order: int = 2
+    solver_type: str | None = None  # "bh1" or "bh2": UniPC's B(h)
     lower_order_final: bool = True
     euler_at_final: bool = False
     shift: float = 1.0  # of flow timesteps: t -> shift t / (1 + (shift - 1) t)
@@ -144,8 +172,7 @@ class SchedulerConfig:
             "prediction_type": predictions,
             "timestep_spacing": (None, *SPACINGS),
             "final_sigmas_type": ("zero", "sigma_min"),
-            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
-        }
+        } | SOLVERS.get(self.class_name, {})
         if self.class_name == "PNDMScheduler":
             choices["skip_prk_steps"] = (True,)
         if self.is_flow:
@@ -200,7 +227,10 @@ def for_sampler(config: SchedulerConfig, sampler: str) -> SchedulerConfig:
         raise UserError(f"sampler={sampler!r} is unknown{near}; write one of {', '.join(CLASSES)}")
     if config.is_flow or sampler == sampler_name(config):
         return config
-    algorithm = "sde-dpmsolver++" if sampler == "dpmpp_2m_sde" else "dpmsolver++"
-    return dataclasses.replace(
-        config, class_name=CLASSES[sampler], algorithm_type=algorithm, skip_prk_steps=True
-    )
+    name, changes = CLASSES[sampler], {"skip_prk_steps": True}
+    for option, allowed in SOLVERS.get(name, {}).items():
+        if getattr(config, option) not in allowed:
+            changes[option] = allowed[0]
+    if name == DPM_SOLVER:
+        changes["algorithm_type"] = "sde-dpmsolver++" if sampler == "dpmpp_2m_sde" else "dpmsolver++"
+    return dataclasses.replace(config, class_name=name, **changes)

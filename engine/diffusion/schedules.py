@@ -21,9 +21,11 @@ from jaxtyping import Array, Float
 
 from engine.config import nearest
 from engine.diffusion.scheduler_config import (
-    DPM_SOLVER,
+    DEIS,
     GRIDS,
+    MULTISTEP,
     SPACINGS,
+    UNIPC,
     SchedulerConfig,
     for_sampler,
     sampler_name,
@@ -39,6 +41,7 @@ __all__ = [
     "for_sampler",
     "initial_scale",
     "sampler_name",
+    "sampler_options",
     "schedule_for",
     "sigmas_for",
 ]
@@ -137,7 +140,7 @@ class Schedule:
 
 def schedule_for(config: SchedulerConfig) -> Schedule:
     """The noise levels of a scheduler config."""
-    whole = config.class_name == DPM_SOLVER
+    whole = config.class_name in MULTISTEP
     return Schedule(_table(config).astype(np.float32), flow=config.is_flow, whole=whole)
 
 
@@ -170,10 +173,11 @@ def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None) -> 
     spacing = grid if grid in SPACINGS else config.spacing
     sigmas = np.interp(_timesteps(config, steps, spacing), np.arange(T), table)
     if shape := _shape(config, grid):
-        ends = table[[-1, 0]] if config.class_name == DPM_SOLVER else sigmas[[0, -1]]
+        ends = table[[-1, 0]] if config.class_name in MULTISTEP else sigmas[[0, -1]]
         sigma_max = config.option("sigma_max", None) or ends[0]
         sigma_min = config.option("sigma_min", None) or ends[1]
         sigmas = shape(steps, sigma_min, sigma_max)
+        table = sigmas[::-1] if config.class_name == UNIPC else table  # which is where the last step ends
     return np.append(sigmas, _final_sigma(config, table)).astype(np.float32)
 
 
@@ -192,7 +196,7 @@ def _timesteps(config: SchedulerConfig, steps: int, spacing: str) -> np.ndarray:
     One step starts at the noisiest timestep whatever the rounding, where numpy's linspace would give the
     cleanest. DPM-Solver counts the end of its last step as one more point of linspace and leading.
     """
-    T, multistep = config.num_train_timesteps, config.class_name == DPM_SOLVER
+    T, multistep = config.num_train_timesteps, config.class_name in MULTISTEP
     points = steps + 1 if multistep else steps
     if spacing == "linspace":
         t = np.linspace(0, T - 1, max(points, 2))[::-1][:steps]
@@ -206,6 +210,8 @@ def _timesteps(config: SchedulerConfig, steps: int, spacing: str) -> np.ndarray:
 
 def _final_sigma(config: SchedulerConfig, table: np.ndarray) -> float:
     """Where the last step ends: 0, or the smallest sigma of training."""
+    if config.class_name == DEIS:
+        return table[0]
     alpha_to_one = config.option("set_alpha_to_one", True)
     if alpha_to_one is None:  # the originals' own defaults
         alpha_to_one = config.class_name == "DDIMScheduler"
@@ -221,6 +227,16 @@ def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> 
 def exponential(steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
     """Evenly spaced in log sigma, (steps,) float64."""
     return np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), steps))
+
+
+def sampler_options(config: SchedulerConfig) -> dict[str, Any]:
+    """What the config says of its sampler beyond the grid: keyword arguments for `samplers.sample`."""
+    options: dict[str, Any] = {}
+    if config.class_name in (DEIS, UNIPC):
+        options["solver_order"] = config.solver_order
+    if config.class_name == UNIPC:
+        options["solver_type"] = "bh1" if config.solver_type == "bh1" else "bh2"
+    return options
 
 
 def initial_scale(config: SchedulerConfig, sigmas: np.ndarray) -> float:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engine.diffusion.samplers import SAMPLERS
 from engine.diffusion.schedules import (
     SIGMA_CAP,
     SchedulerConfig,
@@ -20,6 +21,7 @@ from engine.diffusion.schedules import (
     initial_scale,
     karras,
     sampler_name,
+    sampler_options,
     schedule_for,
     sigmas_for,
 )
@@ -98,7 +100,7 @@ def read(class_name="DDIMScheduler", **options):
 @pytest.mark.parametrize(
     ("class_name", "options", "message"),
     [
-        ("UniPCMultistepScheduler", {}, "_class_name='UniPCMultistepScheduler'"),
+        ("KarrasVeScheduler", {}, "_class_name='KarrasVeScheduler'"),
         (None, {}, "_class_name=None"),
         (
             "DDIMScheduler",
@@ -118,6 +120,13 @@ def read(class_name="DDIMScheduler", **options):
         ("PNDMScheduler", {}, "skip_prk_steps=False"),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order"),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type"),
+        ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "solver_type='heun'"),
+        ("DEISMultistepScheduler", {"solver_order": 4}, "solver_order=4"),
+        ("DEISMultistepScheduler", {"lower_order_final": False}, "lower_order_final=False"),
+        ("DEISMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
+        ("UniPCMultistepScheduler", {"solver_type": "vary_coeff"}, "solver_type='vary_coeff'"),
+        ("UniPCMultistepScheduler", {"predict_x0": False}, "predict_x0=False"),
+        ("UniPCMultistepScheduler", {"disable_corrector": [0]}, "disable_corrector"),
         (
             "DPMSolverMultistepScheduler",
             {"final_sigmas_type": "sigma_min", "euler_at_final": True},
@@ -136,7 +145,7 @@ def test_what_is_not_implemented_is_refused_with_its_name(class_name, options, m
 
 def test_for_sampler_changes_the_grid_and_keeps_the_noise_schedule():
     config = SchedulerConfig.from_json(json.loads(FOLDERS["SD 1.5"][0]), "SD 1.5")
-    for sampler in ("ddim", "ddpm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "pndm"):
+    for sampler in SAMPLERS:
         other = for_sampler(config, sampler)
         assert sampler_name(other) == sampler
         np.testing.assert_array_equal(alphas_cumprod(other), alphas_cumprod(config))
@@ -148,6 +157,16 @@ def test_for_sampler_changes_the_grid_and_keeps_the_noise_schedule():
     assert for_sampler(flow, "heun") == flow
     with pytest.raises(UserError, match="did you mean dpmpp_2m"):
         for_sampler(config, "dpmpp_2")
+
+
+def test_a_solvers_options_go_along_where_the_other_class_has_them():
+    unipc = read("UniPCMultistepScheduler", solver_order=3, solver_type="bh1")
+    assert sampler_options(unipc) == {"solver_order": 3, "solver_type": "bh1"}
+    assert sampler_options(for_sampler(unipc, "deis")) == {"solver_order": 3}
+    assert sampler_options(for_sampler(unipc, "dpmpp_2m")) == {}  # whose order is 2
+    deis = read("DEISMultistepScheduler", algorithm_type="deis", solver_type="logrho")
+    assert sampler_options(for_sampler(deis, "unipc")) == {"solver_order": 2, "solver_type": "bh2"}
+    assert sampler_name(for_sampler(deis, "dpmpp_2m_sde")) == "dpmpp_2m_sde"
 
 
 @pytest.mark.parametrize("steps", [-1, 0, 1001])

@@ -27,6 +27,7 @@ from engine.diffusion.schedules import (
     final_scale,
     initial_scale,
     sampler_name,
+    sampler_options,
     schedule_for,
     sigmas_for,
 )
@@ -35,6 +36,7 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 DDIM, DDPM, PNDM = "DDIMScheduler", "DDPMScheduler", "PNDMScheduler"
 DPM, HEUN = "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
+LMS, DEIS, UNIPC = "LMSDiscreteScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"
 FLOW = "FlowMatchEulerDiscreteScheduler"
 MODULES = {DDIM: "ddim", DDPM: "ddpm", EULER: "euler_discrete", ANCESTRAL: "euler_ancestral_discrete"}
 MODULES |= {DPM: "dpmsolver_multistep"}
@@ -42,6 +44,7 @@ MODULES |= {DPM: "dpmsolver_multistep"}
 KARRAS, EXPONENTIAL = {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}
 ZERO_SNR = {"rescale_betas_zero_snr": True}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
+THIRD, BH1 = {"solver_order": 3}, {"solver_type": "bh1"}
 SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
 EPS, V, X0 = "epsilon", "v_prediction", "sample"
 
@@ -65,13 +68,13 @@ def spread(config: SchedulerConfig, sigma):
     return 1 + sigma if config.is_flow else np.sqrt(1 + sigma**2)
 
 
-@functools.partial(jax.jit, static_argnames=("sampler", "prediction_type", "eta"))
-def our_trace(sampler, prediction_type, eta, schedule, x, sigmas, keys):
+@functools.partial(jax.jit, static_argnames=("sampler", "prediction_type", "options"))
+def our_trace(sampler, prediction_type, options, schedule, x, sigmas, keys):
     def apply(x, t):
         return network(x, t[:, None, None, None], jnp.sin)
 
-    options = {} if eta is None else {"eta": eta}
-    return sample(sampler, denoiser(apply, prediction_type, schedule), x, sigmas, keys, **options)[1]
+    D = denoiser(apply, prediction_type, schedule)
+    return sample(sampler, D, x, sigmas, keys, **dict(options))[1]
 
 
 def told_the_right_step(scheduler, timesteps: np.ndarray, i: int) -> None:
@@ -96,7 +99,7 @@ def their_trajectory(config: SchedulerConfig, steps: int, noise: np.ndarray, z: 
     if module := MODULES.get(config.class_name):
         module = importlib.import_module(f"diffusers.schedulers.scheduling_{module}")
         monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.tensor(z[drawn["step"]]))
-    if config.class_name == DPM:
+    if config.class_name in (DPM, DEIS, UNIPC):
         # karras: rounded to whole timesteps, as here. exponential, and karras on a cosine schedule: cut off,
         # so that the model is told a noise level up to a whole timestep too low. Rounded here.
         log_sigmas = np.log(_original_table(scheduler))
@@ -221,6 +224,25 @@ TRAJECTORIES = [
     (DPM, X0, "leading", 10, SD | SDE, None),
     (DPM, V, "trailing", 10, SD | SDE | ZERO_SNR, None),
     (DPM, EPS, "linspace", 20, SD | SDE | KARRAS, None),
+    (LMS, EPS, "linspace", 10, SD, None),
+    (LMS, V, "leading", 10, SD | {"steps_offset": 1}, None),
+    (LMS, X0, "trailing", 3, SD, None),
+    (LMS, EPS, "linspace", 10, SD | KARRAS, None),
+    (DEIS, EPS, "linspace", 10, SD, None),
+    (DEIS, V, "trailing", 20, SD, None),
+    (DEIS, X0, "leading", 10, SD | THIRD, None),
+    (DEIS, V, "linspace", 20, SD | THIRD, None),
+    (DEIS, EPS, "linspace", 20, SD | THIRD | KARRAS, None),
+    (DEIS, EPS, "linspace", 10, SD | {"solver_order": 1}, None),
+    (UNIPC, EPS, "linspace", 10, SD, None),
+    (UNIPC, V, "trailing", 10, SD | ZERO_SNR, None),
+    # In the original, the step of bh1 to sigma 0 is no number: h * 0, where h is infinite.
+    (UNIPC, X0, "leading", 10, SD | BH1 | SIGMA_MIN, None),
+    (UNIPC, EPS, "linspace", 1, SD, None),
+    (UNIPC, V, "linspace", 20, SD | THIRD | KARRAS, None),
+    (UNIPC, EPS, "linspace", 10, SD | THIRD | BH1 | EXPONENTIAL | SIGMA_MIN, None),
+    (UNIPC, EPS, "linspace", 10, SD | SIGMA_MIN, None),
+    (UNIPC, V, "linspace", 10, SD | {"solver_order": 1}, None),
     (FLOW, "flow_prediction", None, 10, {}, None),
     (FLOW, "flow_prediction", None, 10, {"shift": 3.0}, None),
     (FLOW, "flow_prediction", None, 1, {"shift": 3}, None),
@@ -250,7 +272,11 @@ def test_trajectory_equals_the_originals(case, monkeypatch):
     sampler, sigmas, keys = sampler_name(config), sigmas_for(config, steps), image_keys(11, [4, 9])
     noise = np.asarray(initial_noise(keys, (4, 3, 2)))
     x = jnp.asarray(noise * initial_scale(config, sigmas), jnp.float32)
-    trace = our_trace(sampler, prediction_type, eta, schedule_for(config), x, jnp.asarray(sigmas), keys)
+    options = sampler_options(config) | ({} if eta is None else {"eta": eta})
+    schedule = schedule_for(config)
+    trace = our_trace(
+        sampler, prediction_type, tuple(options.items()), schedule, x, jnp.asarray(sigmas), keys
+    )
 
     count = SAMPLERS[sampler].steps(steps)
     z = [np.asarray(step_noise(keys, i, noise.shape[1:])) for i in range(count)]
@@ -289,6 +315,11 @@ GRIDS = [
     (DPM, KARRAS),
     (DPM, EXPONENTIAL | SIGMA_MIN),
     (DPM, ZERO_SNR),
+    (LMS, KARRAS),
+    (DEIS, {"steps_offset": 1}),
+    (DEIS, KARRAS),
+    (UNIPC, ZERO_SNR),
+    (UNIPC, KARRAS | SIGMA_MIN | {"sigma_min": 0.1}),
 ]
 BETAS = [SD, {"beta_schedule": "linear"}, {"beta_schedule": "squaredcos_cap_v2"}]
 
@@ -302,7 +333,7 @@ def test_grid_equals_the_originals(class_name, options, spacing, betas):
     for steps in (2, 3, 10, 25, 30, 47):
         scheduler.set_timesteps(steps)
         sigmas = sigmas_for(config, steps)
-        if config.rules.family == "vp" and class_name != DPM:
+        if config.rules.family == "vp" and class_name not in (DPM, DEIS, UNIPC):
             t = np.unique(scheduler.timesteps.numpy())[::-1]  # PNDM has one twice
             with np.errstate(divide="ignore"):  # zero terminal SNR, exactly
                 expected = np.minimum(_original_table(scheduler)[t], 2.0**20)
@@ -312,7 +343,7 @@ def test_grid_equals_the_originals(class_name, options, spacing, betas):
             expected = scheduler.sigmas.numpy()
             expected = np.append(expected[:1], expected[1::2]) if class_name == HEUN else expected
         np.testing.assert_allclose(sigmas, expected, rtol=2e-4, atol=2e-5)
-        if class_name != DPM and hasattr(scheduler, "init_noise_sigma"):
+        if class_name not in (DPM, DEIS, UNIPC) and hasattr(scheduler, "init_noise_sigma"):
             vp = np.sqrt(1 + float(sigmas[0]) ** 2) if config.rules.family == "vp" else 1
             assert initial_scale(config, sigmas) == pytest.approx(
                 vp * float(scheduler.init_noise_sigma), 2e-4
