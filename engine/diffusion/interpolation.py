@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from engine.diffusion.steps import Index, Sigmas
-
-Scalar = Float[Array, ""]
+from engine.diffusion.steps import Index, Scalar, Sigmas
 
 POINTS, WEIGHTS = np.polynomial.legendre.leggauss(24)  # exact for exp(h s) to float32, h up to 30
 

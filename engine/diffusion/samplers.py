@@ -10,7 +10,8 @@ All work in the scaling x = x0 + sigma eps, where the probability flow is dx / d
 
 so that a run is one `lax.scan` (`sample`), or several that carry on exactly where the last one ended
 (`start`, `sample_segment`). Every step calls the network once. Most samplers take one step an interval of the
-grid; heun and pndm take more (`SAMPLERS`). The functions themselves are in singlestep.py and multistep.py.
+grid; those that also look at its middle or its end take two, and pndm one more in all (`SAMPLERS`). The
+functions themselves are in singlestep.py, multistep.py and consistency.py.
 
 Where the papers write x + (sigma' - sigma) d, the code writes D + (sigma' / sigma) (x - D), which is the same
 but does not lose x0 to rounding where x is a thousand times larger. It is also exact at sigma' = 0: D.
@@ -23,8 +24,19 @@ import jax
 import jax.numpy as jnp
 
 from engine.config import nearest
-from engine.diffusion.multistep import deis, dpmpp_2m, dpmpp_2m_sde, lms, pndm, unipc
-from engine.diffusion.singlestep import ddim, ddpm, euler, euler_ancestral, heun
+from engine.diffusion.consistency import lcm, tcd
+from engine.diffusion.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, lms, pndm, unipc
+from engine.diffusion.singlestep import (
+    ddim,
+    ddpm,
+    dpm_2,
+    dpm_2_ancestral,
+    dpmpp_2s_ancestral,
+    dpmpp_sde,
+    euler,
+    euler_ancestral,
+    heun,
+)
 from engine.diffusion.steps import Carry as Carry
 from engine.diffusion.steps import Index, InitStep, Sigmas, Trace
 from engine.types import Denoise, Keys, Latents, UserError
@@ -36,7 +48,12 @@ class Sampler(NamedTuple):
     make: Callable[..., InitStep]  # (denoise, sigmas, keys, **options) -> init, step
     steps: Callable[[int], int] = lambda n: n  # number of steps, and so of network calls, for n intervals
     stochastic: bool = False  # whether it adds noise with its default options
-    options: tuple[str, ...] = ()  # keyword arguments of `make`, static
+    options: tuple[str, ...] = ()  # keyword arguments of `make`; all but `schedule` are static
+
+
+def _twice(n: int) -> int:
+    """Steps of the samplers that take two an interval, and one for the last."""
+    return 2 * n - 1
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -44,13 +61,20 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ddpm, stochastic=True),
     "euler": Sampler(euler, options=("s_churn", "s_noise")),
     "euler_ancestral": Sampler(euler_ancestral, stochastic=True, options=("eta",)),
-    "heun": Sampler(heun, lambda n: 2 * n - 1, options=("s_churn", "s_noise")),
+    "heun": Sampler(heun, _twice, options=("s_churn", "s_noise")),
     "dpmpp_2m": Sampler(dpmpp_2m),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, stochastic=True),
     "pndm": Sampler(pndm, lambda n: n + 1 if n > 1 else 1),
     "lms": Sampler(lms, options=("order",)),
     "deis": Sampler(deis, options=("solver_order",)),
     "unipc": Sampler(unipc, options=("solver_order", "solver_type")),
+    "dpm_2": Sampler(dpm_2, _twice),
+    "dpm_2_ancestral": Sampler(dpm_2_ancestral, _twice, stochastic=True, options=("eta",)),
+    "lcm": Sampler(lcm, stochastic=True, options=("schedule", "timestep_scaling")),
+    "tcd": Sampler(tcd, stochastic=True, options=("eta", "schedule")),
+    "dpmpp_2s_ancestral": Sampler(dpmpp_2s_ancestral, _twice, stochastic=True, options=("eta",)),
+    "dpmpp_sde": Sampler(dpmpp_sde, _twice, stochastic=True, options=("eta",)),
+    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, stochastic=True, options=("eta",)),
 }
 
 

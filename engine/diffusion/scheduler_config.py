@@ -36,6 +36,7 @@ FINAL = "final_sigmas_type"
 SOLVER = (*SHAPES, "solver_order", "solver_type", "lower_order_final")
 DPM_SOLVER, FLOW = "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
 DEIS, UNIPC = "DEISMultistepScheduler", "UniPCMultistepScheduler"
+LCM, TCD = "LCMScheduler", "TCDScheduler"
 MULTISTEP = (DPM_SOLVER, DEIS, UNIPC)  # one code in diffusers, as to the grid
 RULES = {
     "DDIMScheduler": Rules("ddim", "leading", "vp", ("set_alpha_to_one",)),
@@ -48,10 +49,18 @@ RULES = {
     "EulerAncestralDiscreteScheduler": Rules("euler_ancestral", "linspace", "ve", ()),
     "HeunDiscreteScheduler": Rules("heun", "linspace", "ve", SHAPES),
     "LMSDiscreteScheduler": Rules("lms", "linspace", "ve", SHAPES),
+    "KDPM2DiscreteScheduler": Rules("dpm_2", "linspace", "ve", SHAPES),
+    "KDPM2AncestralDiscreteScheduler": Rules("dpm_2_ancestral", "linspace", "ve", SHAPES),
+    LCM: Rules("lcm", "leading", "vp", ("original_inference_steps", "timestep_scaling")),
+    TCD: Rules("tcd", "leading", "vp", ("original_inference_steps",)),
     FLOW: Rules("euler", "linspace", "flow", ("shift",)),
 }
 CLASSES = {rules.sampler: name for name, rules in RULES.items() if name != FLOW} | {
-    "dpmpp_2m_sde": DPM_SOLVER
+    "dpmpp_2m_sde": DPM_SOLVER,
+    # k-diffusion's: no class that does the same. On the grid that k-diffusion starts from
+    "dpmpp_2s_ancestral": "EulerDiscreteScheduler",
+    "dpmpp_sde": "EulerDiscreteScheduler",
+    "dpmpp_3m_sde": "EulerDiscreteScheduler",
 }
 
 # Options of the originals that the engine has for these values only, and those that such values switch off.
@@ -125,6 +134,8 @@ class SchedulerConfig:
     solver_type: str | None = None  # "bh1" or "bh2": UniPC's B(h)
     lower_order_final: bool = True
     euler_at_final: bool = False
+    original_inference_steps: int = 50  # of the distillation: the grid is a part of these timesteps
+    timestep_scaling: float = 10.0  # of lcm's boundary condition
     shift: float = 1.0  # of flow timesteps: t -> shift t / (1 + (shift - 1) t)
 
     @classmethod
@@ -144,8 +155,10 @@ class SchedulerConfig:
             defaults["skip_prk_steps"] = False
         if name == FLOW:
             defaults["prediction_type"] = "flow_prediction"
-        if name == "HeunDiscreteScheduler":
+        if name.startswith(("Heun", "KDPM2", "LCM", "TCD")):
             defaults |= {"beta_start": 0.00085, "beta_end": 0.012}
+        if name in (LCM, TCD):
+            defaults["beta_schedule"] = "scaled_linear"
         options = {key: value for key, value in options.items() if key not in INERT}
         return reader.from_json(cls, defaults | options | {"class_name": name}, where, FIXED)
 
@@ -185,6 +198,8 @@ class SchedulerConfig:
                 raise UserError(
                     f"{name}={value!r} is not supported by {self.class_name}; supported: {supported}"
                 )
+        if not 1 <= self.original_inference_steps <= self.num_train_timesteps:
+            raise UserError("original_inference_steps must be 1 to num_train_timesteps")
         if self.num_train_timesteps < 2 or self.shift <= 0:
             raise UserError("num_train_timesteps must be at least 2, and shift above 0")
         if not all(0 < beta < 1 for beta in self.trained_betas or (self.beta_start, self.beta_end)):

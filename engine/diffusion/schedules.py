@@ -23,8 +23,10 @@ from engine.config import nearest
 from engine.diffusion.scheduler_config import (
     DEIS,
     GRIDS,
+    LCM,
     MULTISTEP,
     SPACINGS,
+    TCD,
     UNIPC,
     SchedulerConfig,
     for_sampler,
@@ -74,7 +76,7 @@ def alphas_cumprod(config: SchedulerConfig) -> np.ndarray:
     if config.rescale_betas_zero_snr:
         root = np.sqrt(alphas_bar)
         alphas_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-        exact = config.class_name in ("DDIMScheduler", "DDPMScheduler")
+        exact = config.class_name in ("DDIMScheduler", "DDPMScheduler", LCM, TCD)
         alphas_bar[-1] = (SIGMA_CAP if exact else SMALL_SIGMA_CAP) ** -2
     return alphas_bar
 
@@ -170,7 +172,8 @@ def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None) -> 
         return np.append(_flow_sigma(_shifted(t, config.shift)), 0.0).astype(np.float32)
 
     table = _table(config)
-    spacing = grid if grid in SPACINGS else config.spacing
+    distilled = grid is None and config.class_name in (LCM, TCD)
+    spacing = "distilled" if distilled else grid if grid in SPACINGS else config.spacing
     sigmas = np.interp(_timesteps(config, steps, spacing), np.arange(T), table)
     if shape := _shape(config, grid):
         ends = table[[-1, 0]] if config.class_name in MULTISTEP else sigmas[[0, -1]]
@@ -196,6 +199,8 @@ def _timesteps(config: SchedulerConfig, steps: int, spacing: str) -> np.ndarray:
     One step starts at the noisiest timestep whatever the rounding, where numpy's linspace would give the
     cleanest. DPM-Solver counts the end of its last step as one more point of linspace and leading.
     """
+    if spacing == "distilled":
+        return _distilled_timesteps(config, steps)
     T, multistep = config.num_train_timesteps, config.class_name in MULTISTEP
     points = steps + 1 if multistep else steps
     if spacing == "linspace":
@@ -208,9 +213,22 @@ def _timesteps(config: SchedulerConfig, steps: int, spacing: str) -> np.ndarray:
     return np.clip(t, 0, T - 1)
 
 
+def _distilled_timesteps(config: SchedulerConfig, steps: int) -> np.ndarray:
+    """Of LCM and TCD: `steps` of the timesteps that the model was distilled at, evenly spread.
+
+    Raises:
+      UserError: there are not so many.
+    """
+    originals = config.original_inference_steps
+    if steps > originals:
+        raise UserError(f"steps={steps} is out of range; write 1 to {originals} (those of the distillation)")
+    index = np.floor(np.linspace(0, originals, steps, endpoint=False))
+    return (originals - index) * (config.num_train_timesteps // originals) - 1
+
+
 def _final_sigma(config: SchedulerConfig, table: np.ndarray) -> float:
     """Where the last step ends: 0, or the smallest sigma of training."""
-    if config.class_name == DEIS:
+    if config.class_name in (DEIS, TCD):
         return table[0]
     alpha_to_one = config.option("set_alpha_to_one", True)
     if alpha_to_one is None:  # the originals' own defaults
@@ -234,6 +252,10 @@ def sampler_options(config: SchedulerConfig) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if config.class_name in (DEIS, UNIPC):
         options["solver_order"] = config.solver_order
+    if config.class_name in (LCM, TCD):
+        options["schedule"] = schedule_for(config)
+    if config.class_name == LCM:
+        options["timestep_scaling"] = config.timestep_scaling
     if config.class_name == UNIPC:
         options["solver_type"] = "bh1" if config.solver_type == "bh1" else "bh2"
     return options

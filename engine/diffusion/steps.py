@@ -11,6 +11,7 @@ from engine.types import Latents
 
 Sigmas = Float[Array, "n_plus_1"]  # n intervals, falling; the last may be 0
 Index = int | Int[Array, ""]
+Scalar = Float[Array, ""]
 
 
 class Carry(NamedTuple):

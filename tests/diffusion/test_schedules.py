@@ -72,6 +72,16 @@ FOLDERS = {  # name: (scheduler_config.json, sampler, last sigma is 0)
         "dpmpp_2m",
         True,
     ),
+    "LCM Dreamshaper": (
+        f"""{{"_class_name": "LCMScheduler", "_diffusers_version": "0.22.0.dev0", {BETAS},
+        "clip_sample": false, "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.995,
+        "num_train_timesteps": 1000, "original_inference_steps": 50, "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": false, "sample_max_value": 1.0, "set_alpha_to_one": true,
+        "steps_offset": 1, "thresholding": false, "timestep_scaling": 10.0,
+        "timestep_spacing": "leading"}}""",
+        "lcm",
+        True,
+    ),
     "SD 3": (
         """{"_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5,
         "max_image_seq_len": 4096, "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3,
@@ -124,6 +134,9 @@ def read(class_name="DDIMScheduler", **options):
         ("DEISMultistepScheduler", {"solver_order": 4}, "solver_order=4"),
         ("DEISMultistepScheduler", {"lower_order_final": False}, "lower_order_final=False"),
         ("DEISMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
+        ("LCMScheduler", {"original_inference_steps": 0}, "original_inference_steps must be 1"),
+        ("TCDScheduler", {"clip_sample": True}, "clip_sample"),
+        ("KDPM2DiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas"),
         ("UniPCMultistepScheduler", {"solver_type": "vary_coeff"}, "solver_type='vary_coeff'"),
         ("UniPCMultistepScheduler", {"predict_x0": False}, "predict_x0=False"),
         ("UniPCMultistepScheduler", {"disable_corrector": [0]}, "disable_corrector"),
@@ -143,11 +156,14 @@ def test_what_is_not_implemented_is_refused_with_its_name(class_name, options, m
         read(class_name, **options)
 
 
+K_DIFFUSION = ("dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_3m_sde")  # no class of diffusers is theirs
+
+
 def test_for_sampler_changes_the_grid_and_keeps_the_noise_schedule():
     config = SchedulerConfig.from_json(json.loads(FOLDERS["SD 1.5"][0]), "SD 1.5")
     for sampler in SAMPLERS:
         other = for_sampler(config, sampler)
-        assert sampler_name(other) == sampler
+        assert sampler_name(other) == (sampler if sampler not in K_DIFFUSION else "euler")
         np.testing.assert_array_equal(alphas_cumprod(other), alphas_cumprod(config))
         assert SchedulerConfig.from_json(other.to_json(), "written") == other
     # the default spacing is the class's own, a written one goes along
@@ -173,6 +189,15 @@ def test_a_solvers_options_go_along_where_the_other_class_has_them():
 def test_steps_out_of_range(steps):
     with pytest.raises(UserError, match=f"steps={steps} is out of range; write 1 to 1000"):
         sigmas_for(read(), steps)
+
+
+def test_a_distilled_model_has_no_more_steps_than_its_distillation():
+    lcm = read("LCMScheduler", original_inference_steps=40)
+    assert len(sigmas_for(lcm, 40)) == 41
+    with pytest.raises(UserError, match="steps=41 is out of range; write 1 to 40"):
+        sigmas_for(lcm, 41)
+    assert sampler_options(lcm)["timestep_scaling"] == 10
+    np.testing.assert_array_equal(sampler_options(lcm)["schedule"].sigmas, schedule_for(lcm).sigmas)
 
 
 @pytest.mark.parametrize(
