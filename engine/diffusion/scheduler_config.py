@@ -9,7 +9,7 @@ from engine.types import UserError
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("linspace", "leading", "trailing")
-GRIDS = (*SPACINGS, "karras", "exponential")
+GRIDS = (*SPACINGS, "sgm_uniform", "karras", "exponential")
 
 
 class Rules(NamedTuple):

@@ -151,7 +151,8 @@ def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None) -> 
 
     Args:
       steps: number of sampling steps, 1 to num_train_timesteps.
-      grid: one of GRIDS in place of the config's own.
+      grid: one of GRIDS in place of the config's own. "sgm_uniform" (ComfyUI's name) is close to "trailing",
+        within a timestep and a half: T - 1 down to 0 in equal parts, 0 left out, and nothing rounded.
 
     Returns:
       (steps + 1,) float32, falling. The last is 0, or the sigma of timestep 0 where the config says so
@@ -175,6 +176,9 @@ def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None) -> 
     distilled = grid is None and config.class_name in (LCM, TCD)
     spacing = "distilled" if distilled else grid if grid in SPACINGS else config.spacing
     sigmas = np.interp(_timesteps(config, steps, spacing), np.arange(T), table)
+    if grid == "sgm_uniform":  # between the table's timesteps, log-linear: unlike diffusers'
+        t = np.linspace(T - 1, 0, steps + 1)[:-1]
+        sigmas = np.exp(np.interp(t, np.arange(T), np.log(table)))
     if shape := _shape(config, grid):
         ends = table[[-1, 0]] if config.class_name in MULTISTEP else sigmas[[0, -1]]
         sigma_max = config.option("sigma_max", None) or ends[0]

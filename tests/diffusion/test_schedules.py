@@ -203,7 +203,7 @@ def test_a_distilled_model_has_no_more_steps_than_its_distillation():
 @pytest.mark.parametrize(
     "class_name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
 )
-@pytest.mark.parametrize("grid", ["linspace", "leading", "trailing", "karras", "exponential"])
+@pytest.mark.parametrize("grid", ["linspace", "leading", "trailing", "sgm_uniform", "karras", "exponential"])
 def test_every_grid_falls_from_noise_to_the_end_for_any_number_of_steps(class_name, grid):
     config = read(class_name, steps_offset=1, timestep_spacing="linspace")
     for steps in (1, 2, 7, 333, 999, 1000):
@@ -224,6 +224,18 @@ def test_a_grid_by_name_is_the_one_that_the_config_would_ask_for():
         sigmas_for(plain, 9, "karas")
     with pytest.raises(UserError, match="a flow model has one grid"):
         sigmas_for(read("FlowMatchEulerDiscreteScheduler"), 9, "karras")
+
+
+def test_sgm_uniform_is_close_to_trailing():
+    """Evenly spaced from the noisiest timestep on, the cleanest left out."""
+    config = read(timestep_spacing="trailing")
+    to_t = schedule_for(config).sigma_to_t
+    for steps in (4, 7, 30):
+        sigmas = sigmas_for(config, steps, "sgm_uniform")
+        t = np.asarray(to_t(jnp.asarray(sigmas[:-1])))
+        np.testing.assert_allclose(t, 999 - np.arange(steps) * 999 / steps, atol=1e-2)
+        away = t - np.asarray(to_t(jnp.asarray(sigmas_for(config, steps)[:-1])))
+        assert 0.1 < np.abs(away).max() < 1.5
 
 
 def test_karras_is_uniform_in_the_seventh_root():
