@@ -335,12 +335,16 @@ class Pipeline:
         denoise = denoiser(apply, config.prediction_type, schedules.schedule_for(config))
         return edits.keeping(denoise, batched)
 
+    def _options(self, sampler: str) -> dict[str, Any]:
+        return schedules.sampler_options(for_sampler(self.model.scheduler, sampler))
+
     def _build_begin(self, sampler: str, guided: bool) -> Callable:
         def begin(shared, batched):
             denoise = self._denoise(sampler, guided, shared, batched)
             scales = shared["initial_scale"], shared["sigmas"][0], shared["anew"]
             x = edits.started(batched["noise"], batched, *scales)
-            return samplers.start(sampler, denoise, x, shared["sigmas"], batched["keys"])
+            options = self._options(sampler)
+            return samplers.start(sampler, denoise, x, shared["sigmas"], batched["keys"], **options)
 
         return self.devices.map(begin)
 
@@ -354,6 +358,7 @@ class Pipeline:
                 batched["keys"],
                 shared["first"],
                 steps,
+                **self._options(sampler),
             )
             # the batch comes first in everything that leaves a device
             return carry, jax.tree.map(lambda a: a.swapaxes(0, 1), trace) if traced else None

@@ -70,7 +70,9 @@ FLAGS: cli.Groups = {
         ),
         "sampler": (
             "NAME",
-            "ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde or pndm;\n"
+            "ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, pndm,\n"
+            "lms, deis, unipc, dpm_2, dpm_2_ancestral, lcm, tcd, dpmpp_2s_ancestral, dpmpp_sde or\n"
+            "dpmpp_3m_sde;\n"
             "without it the one that the model names",
         ),
         "steps": ("N", "more is finer and slower"),

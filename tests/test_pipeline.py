@@ -155,6 +155,18 @@ def test_segments_carry_on_where_the_last_one_ended(folder, by_sampler, sampler,
     assert difference(draw(engine.load(folder), sampler=sampler), by_sampler[sampler]) <= 1
 
 
+def test_the_options_of_the_folders_scheduler_reach_its_sampler(folder, monkeypatch):
+    seen, sample_segment = [], samplers.sample_segment
+
+    def spy(*args, **options):
+        seen.append(options)
+        return sample_segment(*args, **options)
+
+    monkeypatch.setattr(samplers, "sample_segment", spy)
+    draw(engine.load(folder), sampler="unipc", steps=1)
+    assert seen == [{"solver_order": 2, "solver_type": "bh2"}]
+
+
 def test_segment_length():
     for steps in range(1, 1001):
         length = segment_length(steps)

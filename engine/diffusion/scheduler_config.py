@@ -9,7 +9,7 @@ from engine.types import UserError
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("linspace", "leading", "trailing")
-GRIDS = (*SPACINGS, "karras", "exponential")
+GRIDS = (*SPACINGS, "sgm_uniform", "karras", "exponential")
 
 
 class Rules(NamedTuple):
@@ -33,20 +33,34 @@ COMMON = (
 )
 SHAPES = ("use_karras_sigmas", "use_exponential_sigmas")
 FINAL = "final_sigmas_type"
-SOLVER = ("algorithm_type", "lower_order_final", "euler_at_final")
+SOLVER = (*SHAPES, "solver_order", "solver_type", "lower_order_final")
 DPM_SOLVER, FLOW = "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
+DEIS, UNIPC = "DEISMultistepScheduler", "UniPCMultistepScheduler"
+LCM, TCD = "LCMScheduler", "TCDScheduler"
+MULTISTEP = (DPM_SOLVER, DEIS, UNIPC)  # one code in diffusers, as to the grid
 RULES = {
     "DDIMScheduler": Rules("ddim", "leading", "vp", ("set_alpha_to_one",)),
     "DDPMScheduler": Rules("ddpm", "leading", "vp", ()),
     "PNDMScheduler": Rules("pndm", "leading", "vp", ("set_alpha_to_one", "skip_prk_steps")),
-    DPM_SOLVER: Rules("dpmpp_2m", "linspace", "vp", (*SHAPES, FINAL, *SOLVER)),
+    DPM_SOLVER: Rules("dpmpp_2m", "linspace", "vp", (*SOLVER, FINAL, "algorithm_type", "euler_at_final")),
+    DEIS: Rules("deis", "linspace", "vp", (*SOLVER, "algorithm_type")),
+    UNIPC: Rules("unipc", "linspace", "vp", (*SOLVER, FINAL, "sigma_min", "sigma_max")),
     "EulerDiscreteScheduler": Rules("euler", "linspace", "ve", (*SHAPES, FINAL, "sigma_min", "sigma_max")),
     "EulerAncestralDiscreteScheduler": Rules("euler_ancestral", "linspace", "ve", ()),
     "HeunDiscreteScheduler": Rules("heun", "linspace", "ve", SHAPES),
+    "LMSDiscreteScheduler": Rules("lms", "linspace", "ve", SHAPES),
+    "KDPM2DiscreteScheduler": Rules("dpm_2", "linspace", "ve", SHAPES),
+    "KDPM2AncestralDiscreteScheduler": Rules("dpm_2_ancestral", "linspace", "ve", SHAPES),
+    LCM: Rules("lcm", "leading", "vp", ("original_inference_steps", "timestep_scaling")),
+    TCD: Rules("tcd", "leading", "vp", ("original_inference_steps",)),
     FLOW: Rules("euler", "linspace", "flow", ("shift",)),
 }
 CLASSES = {rules.sampler: name for name, rules in RULES.items() if name != FLOW} | {
-    "dpmpp_2m_sde": DPM_SOLVER
+    "dpmpp_2m_sde": DPM_SOLVER,
+    # k-diffusion's: no class that does the same. On the grid that k-diffusion starts from
+    "dpmpp_2s_ancestral": "EulerDiscreteScheduler",
+    "dpmpp_sde": "EulerDiscreteScheduler",
+    "dpmpp_3m_sde": "EulerDiscreteScheduler",
 }
 
 # Options of the originals that the engine has for these values only, and those that such values switch off.
@@ -54,8 +68,9 @@ FIXED: dict[str, tuple] = {
     "clip_sample": (False,),
     "thresholding": (False,),
     "variance_type": (None, "fixed_small", "fixed_small_log"),
-    "solver_order": (2,),
-    "solver_type": ("midpoint",),
+    "predict_x0": (True,),
+    "disable_corrector": ([],),
+    "solver_p": (None,),
     "lambda_min_clipped": (-float("inf"),),
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
@@ -66,6 +81,26 @@ FIXED: dict[str, tuple] = {
     "invert_sigmas": (False,),
     "shift_terminal": (None,),
     "stochastic_sampling": (False,),
+}
+# The same for options whose values depend on the class. What another class writes there, diffusers takes for
+# the class's own: "bh2" is "midpoint" to DPM-Solver.
+SOLVERS: dict[str, dict[str, tuple]] = {
+    DPM_SOLVER: {
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+        "solver_order": (2,),
+        "solver_type": (None, "midpoint", "logrho", "bh1", "bh2"),
+    },
+    DEIS: {
+        "algorithm_type": ("deis", "dpmsolver++", "dpmsolver"),
+        "solver_order": (1, 2, 3),
+        "solver_type": (None, "logrho", "midpoint", "heun", "bh1", "bh2"),
+        "lower_order_final": (True,),
+    },
+    UNIPC: {
+        "solver_order": (1, 2, 3),
+        "solver_type": (None, "bh1", "bh2", "midpoint", "heun", "logrho"),
+        "lower_order_final": (True,),
+    },
 }
 INERT = (
     *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"),
@@ -95,8 +130,12 @@ class SchedulerConfig:
     sigma_max: float | None = None
     final_sigmas_type: str = "zero"  # or "sigma_min": the grid ends at the sigma of timestep 0
     algorithm_type: str = "dpmsolver++"  # or "sde-dpmsolver++"
+    solver_order: int = 2
+    solver_type: str | None = None  # "bh1" or "bh2": UniPC's B(h)
     lower_order_final: bool = True
     euler_at_final: bool = False
+    original_inference_steps: int = 50  # of the distillation: the grid is a part of these timesteps
+    timestep_scaling: float = 10.0  # of lcm's boundary condition
     shift: float = 1.0  # of flow timesteps: t -> shift t / (1 + (shift - 1) t)
 
     @classmethod
@@ -116,8 +155,10 @@ class SchedulerConfig:
             defaults["skip_prk_steps"] = False
         if name == FLOW:
             defaults["prediction_type"] = "flow_prediction"
-        if name == "HeunDiscreteScheduler":
+        if name.startswith(("Heun", "KDPM2", "LCM", "TCD")):
             defaults |= {"beta_start": 0.00085, "beta_end": 0.012}
+        if name in (LCM, TCD):
+            defaults["beta_schedule"] = "scaled_linear"
         options = {key: value for key, value in options.items() if key not in INERT}
         return reader.from_json(cls, defaults | options | {"class_name": name}, where, FIXED)
 
@@ -144,8 +185,7 @@ class SchedulerConfig:
             "prediction_type": predictions,
             "timestep_spacing": (None, *SPACINGS),
             "final_sigmas_type": ("zero", "sigma_min"),
-            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
-        }
+        } | SOLVERS.get(self.class_name, {})
         if self.class_name == "PNDMScheduler":
             choices["skip_prk_steps"] = (True,)
         if self.is_flow:
@@ -158,6 +198,8 @@ class SchedulerConfig:
                 raise UserError(
                     f"{name}={value!r} is not supported by {self.class_name}; supported: {supported}"
                 )
+        if not 1 <= self.original_inference_steps <= self.num_train_timesteps:
+            raise UserError("original_inference_steps must be 1 to num_train_timesteps")
         if self.num_train_timesteps < 2 or self.shift <= 0:
             raise UserError("num_train_timesteps must be at least 2, and shift above 0")
         if not all(0 < beta < 1 for beta in self.trained_betas or (self.beta_start, self.beta_end)):
@@ -200,7 +242,10 @@ def for_sampler(config: SchedulerConfig, sampler: str) -> SchedulerConfig:
         raise UserError(f"sampler={sampler!r} is unknown{near}; write one of {', '.join(CLASSES)}")
     if config.is_flow or sampler == sampler_name(config):
         return config
-    algorithm = "sde-dpmsolver++" if sampler == "dpmpp_2m_sde" else "dpmsolver++"
-    return dataclasses.replace(
-        config, class_name=CLASSES[sampler], algorithm_type=algorithm, skip_prk_steps=True
-    )
+    name, changes = CLASSES[sampler], {"skip_prk_steps": True}
+    for option, allowed in SOLVERS.get(name, {}).items():
+        if getattr(config, option) not in allowed:
+            changes[option] = allowed[0]
+    if name == DPM_SOLVER:
+        changes["algorithm_type"] = "sde-dpmsolver++" if sampler == "dpmpp_2m_sde" else "dpmsolver++"
+    return dataclasses.replace(config, class_name=name, **changes)

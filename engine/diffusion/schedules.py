@@ -21,9 +21,13 @@ from jaxtyping import Array, Float
 
 from engine.config import nearest
 from engine.diffusion.scheduler_config import (
-    DPM_SOLVER,
+    DEIS,
     GRIDS,
+    LCM,
+    MULTISTEP,
     SPACINGS,
+    TCD,
+    UNIPC,
     SchedulerConfig,
     for_sampler,
     sampler_name,
@@ -39,6 +43,7 @@ __all__ = [
     "for_sampler",
     "initial_scale",
     "sampler_name",
+    "sampler_options",
     "schedule_for",
     "sigmas_for",
 ]
@@ -71,7 +76,7 @@ def alphas_cumprod(config: SchedulerConfig) -> np.ndarray:
     if config.rescale_betas_zero_snr:
         root = np.sqrt(alphas_bar)
         alphas_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-        exact = config.class_name in ("DDIMScheduler", "DDPMScheduler")
+        exact = config.class_name in ("DDIMScheduler", "DDPMScheduler", LCM, TCD)
         alphas_bar[-1] = (SIGMA_CAP if exact else SMALL_SIGMA_CAP) ** -2
     return alphas_bar
 
@@ -137,7 +142,7 @@ class Schedule:
 
 def schedule_for(config: SchedulerConfig) -> Schedule:
     """The noise levels of a scheduler config."""
-    whole = config.class_name == DPM_SOLVER
+    whole = config.class_name in MULTISTEP
     return Schedule(_table(config).astype(np.float32), flow=config.is_flow, whole=whole)
 
 
@@ -146,7 +151,8 @@ def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None) -> 
 
     Args:
       steps: number of sampling steps, 1 to num_train_timesteps.
-      grid: one of GRIDS in place of the config's own.
+      grid: one of GRIDS in place of the config's own. "sgm_uniform" (ComfyUI's name) is close to "trailing",
+        within a timestep and a half: T - 1 down to 0 in equal parts, 0 left out, and nothing rounded.
 
     Returns:
       (steps + 1,) float32, falling. The last is 0, or the sigma of timestep 0 where the config says so
@@ -167,13 +173,18 @@ def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None) -> 
         return np.append(_flow_sigma(_shifted(t, config.shift)), 0.0).astype(np.float32)
 
     table = _table(config)
-    spacing = grid if grid in SPACINGS else config.spacing
+    distilled = grid is None and config.class_name in (LCM, TCD)
+    spacing = "distilled" if distilled else grid if grid in SPACINGS else config.spacing
     sigmas = np.interp(_timesteps(config, steps, spacing), np.arange(T), table)
+    if grid == "sgm_uniform":  # between the table's timesteps, log-linear: unlike diffusers'
+        t = np.linspace(T - 1, 0, steps + 1)[:-1]
+        sigmas = np.exp(np.interp(t, np.arange(T), np.log(table)))
     if shape := _shape(config, grid):
-        ends = table[[-1, 0]] if config.class_name == DPM_SOLVER else sigmas[[0, -1]]
+        ends = table[[-1, 0]] if config.class_name in MULTISTEP else sigmas[[0, -1]]
         sigma_max = config.option("sigma_max", None) or ends[0]
         sigma_min = config.option("sigma_min", None) or ends[1]
         sigmas = shape(steps, sigma_min, sigma_max)
+        table = sigmas[::-1] if config.class_name == UNIPC else table  # which is where the last step ends
     return np.append(sigmas, _final_sigma(config, table)).astype(np.float32)
 
 
@@ -192,7 +203,9 @@ def _timesteps(config: SchedulerConfig, steps: int, spacing: str) -> np.ndarray:
     One step starts at the noisiest timestep whatever the rounding, where numpy's linspace would give the
     cleanest. DPM-Solver counts the end of its last step as one more point of linspace and leading.
     """
-    T, multistep = config.num_train_timesteps, config.class_name == DPM_SOLVER
+    if spacing == "distilled":
+        return _distilled_timesteps(config, steps)
+    T, multistep = config.num_train_timesteps, config.class_name in MULTISTEP
     points = steps + 1 if multistep else steps
     if spacing == "linspace":
         t = np.linspace(0, T - 1, max(points, 2))[::-1][:steps]
@@ -204,8 +217,23 @@ def _timesteps(config: SchedulerConfig, steps: int, spacing: str) -> np.ndarray:
     return np.clip(t, 0, T - 1)
 
 
+def _distilled_timesteps(config: SchedulerConfig, steps: int) -> np.ndarray:
+    """Of LCM and TCD: `steps` of the timesteps that the model was distilled at, evenly spread.
+
+    Raises:
+      UserError: there are not so many.
+    """
+    originals = config.original_inference_steps
+    if steps > originals:
+        raise UserError(f"steps={steps} is out of range; write 1 to {originals} (those of the distillation)")
+    index = np.floor(np.linspace(0, originals, steps, endpoint=False))
+    return (originals - index) * (config.num_train_timesteps // originals) - 1
+
+
 def _final_sigma(config: SchedulerConfig, table: np.ndarray) -> float:
     """Where the last step ends: 0, or the smallest sigma of training."""
+    if config.class_name in (DEIS, TCD):
+        return table[0]
     alpha_to_one = config.option("set_alpha_to_one", True)
     if alpha_to_one is None:  # the originals' own defaults
         alpha_to_one = config.class_name == "DDIMScheduler"
@@ -221,6 +249,20 @@ def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> 
 def exponential(steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
     """Evenly spaced in log sigma, (steps,) float64."""
     return np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), steps))
+
+
+def sampler_options(config: SchedulerConfig) -> dict[str, Any]:
+    """What the config says of its sampler beyond the grid: keyword arguments for `samplers.sample`."""
+    options: dict[str, Any] = {}
+    if config.class_name in (DEIS, UNIPC):
+        options["solver_order"] = config.solver_order
+    if config.class_name in (LCM, TCD):
+        options["schedule"] = schedule_for(config)
+    if config.class_name == LCM:
+        options["timestep_scaling"] = config.timestep_scaling
+    if config.class_name == UNIPC:
+        options["solver_type"] = "bh1" if config.solver_type == "bh1" else "bh2"
+    return options
 
 
 def initial_scale(config: SchedulerConfig, sigmas: np.ndarray) -> float:

@@ -16,6 +16,14 @@ from engine.diffusion.samplers import SAMPLERS, Carry, sample, sample_segment, s
 from engine.diffusion.schedules import exponential, karras
 from engine.types import UserError
 from tests.compiled import COMPILED
+from tests.tiny import compiled_quickly
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    with compiled_quickly():
+        yield
+
 
 MU, S = 0.7, 0.5
 SIGMA_MAX = 10.0
@@ -28,7 +36,12 @@ def denoise(x, sigma):
 
 def solution(x, sigma_from, sigma_to):
     """Of dx / dsigma = (x - D) / sigma: x - MU shrinks like the spread of x."""
-    return MU + (x - MU) * np.sqrt((S**2 + sigma_to**2) / (S**2 + sigma_from**2))
+    return MU + (x - MU) * jnp.sqrt((S**2 + sigma_to**2) / (S**2 + sigma_from**2))
+
+
+def consistency(x, sigma):
+    """Where the ODE takes x: what lcm wants of its model, in place of the denoiser."""
+    return solution(x, sigma, 0.0)
 
 
 def falling(steps, end=0.0):
@@ -38,28 +51,66 @@ def falling(steps, end=0.0):
 
 @functools.partial(jax.jit, static_argnames=("sampler", "options"))
 def run(sampler, x, sigmas, keys, options=()):
-    return sample(sampler, denoise, x, sigmas, keys, **dict(options))
+    model = consistency if sampler == "lcm" else denoise
+    return sample(sampler, model, x, sigmas, keys, **dict(options))
 
 
 def noise(keys, shape=(4, 4, 2)):
     return MU + np.sqrt(S**2 + SIGMA_MAX**2) * initial_noise(keys, shape)
 
 
-@pytest.mark.parametrize(
-    ("sampler", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("pndm", 2)]
-)
-def test_order_of_convergence(sampler, order):
-    """Halving the steps divides the error by 2^order. In float64, on a grid that stays above 0."""
-    errors = []
+def error_at(step, sampler, options, steps):
+    """After that step, in float64, on a grid that stays above 0."""
     with jax.enable_x64(True):
         keys, x = image_keys(0, [0]), jnp.full((1, 1, 1, 1), 3.0, jnp.float64)
-        counts = (32, 64, 128)
-        for steps in counts:
-            sigmas = jnp.asarray(exponential(steps + 1, 0.1, SIGMA_MAX))
-            last, _ = run(sampler, x, sigmas, keys)
-            errors.append(abs(last.item() - solution(3.0, SIGMA_MAX, 0.1)))
+        sigmas = jnp.asarray(exponential(steps + 1, 0.1, SIGMA_MAX))
+        _, trace = run(sampler, x, sigmas, keys, options)
+        return abs(trace.x[step].item() - solution(3.0, SIGMA_MAX, float(sigmas[step])))
+
+
+ORDERS = [
+    *((name, (), -1, 1) for name in ("euler", "ddim")),
+    *((name, (), -1, 2) for name in ("heun", "dpmpp_2m", "pndm", "lms", "deis", "dpm_2")),
+    *((name, (("eta", 0.0),), -1, 2) for name in ("dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_3m_sde")),
+    ("deis", (("solver_order", 3),), -1, 2),  # its first step is of order 1, which leaves an error of order 2
+    ("unipc", (), -1, 2),  # its last step, too, is of order 1 and never corrected
+    *(("unipc", (("solver_type", kind),), -2, 3) for kind in ("bh1", "bh2")),
+]
+
+
+@pytest.mark.parametrize(("sampler", "options", "step", "order"), ORDERS)
+def test_order_of_convergence(sampler, options, step, order):
+    """Halving the steps divides the error by 2^order."""
+    counts = (512, 1024, 2048)  # as many for lms, of order 4 after three steps of lower order
+    errors = [error_at(step, sampler, options, steps) for steps in counts]
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert slope == pytest.approx(order, abs=0.2)
+
+
+def made_of(eps, power):
+    """A denoiser whose slope eps is a polynomial in sigma or log sigma, whatever x."""
+    return lambda x, sigma: x - sigma * eps(sigma) ** power
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "power"),
+    [("lms", (), 3), ("deis", (), 1), ("deis", (("solver_order", 3),), 2)],
+)
+def test_adams_bashforth_is_exact_for_polynomials(sampler, options, power):
+    """Of a degree below its order, once it has as many slopes; whatever the spacing of the grid."""
+    with jax.enable_x64(True):
+        sigmas = jnp.asarray(np.append(karras(20, 0.1, SIGMA_MAX), 0.03))
+        u = (lambda sigma: sigma) if sampler == "lms" else jnp.log
+        x = jnp.zeros((1, 1, 1, 1), jnp.float64)
+        _, trace = sample(sampler, made_of(u, power), x, sigmas, image_keys(0, [0]), **dict(options))
+        steps = np.diff(np.asarray(trace.x).ravel())[power:]
+        integral = {
+            ("lms", 3): lambda s: s**4 / 4,
+            ("deis", 1): lambda s: s * np.log(s) - s,
+            ("deis", 2): lambda s: s * (np.log(s) ** 2 - 2 * np.log(s) + 2),
+        }[sampler, power]
+        expected = np.diff(integral(np.asarray(sigmas)))[power + 1 :]
+    np.testing.assert_allclose(steps, expected, rtol=1e-6, atol=1e-8)
 
 
 DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if not sampler.stochastic]
@@ -76,7 +127,11 @@ def test_deterministic_samplers_follow_the_ode_to_the_image(sampler):
 @pytest.mark.parametrize(
     ("sampler", "options"),
     [
-        *((name, ()) for name in SAMPLERS),
+        *((name, ()) for name in SAMPLERS if name != "tcd"),
+        (
+            "tcd",
+            (("eta", 0.02),),
+        ),  # at 0.3 no number of steps is enough: each adds much noise
         ("ddim", (("eta", 0.5),)),
         ("euler_ancestral", (("eta", 0.3),)),
         ("euler", (("s_churn", 5.0),)),
@@ -122,26 +177,37 @@ def test_the_last_step_to_zero_is_the_denoised_image(sampler, steps):
     keys = image_keys(1, range(4))
     x, trace = run(sampler, noise(keys), falling(steps), keys)
     assert np.isfinite(trace.x).all() and np.isfinite(trace.denoised).all()
-    if sampler != "pndm":
+    if sampler not in ("pndm", "lms"):
         np.testing.assert_array_equal(x, trace.denoised[-1])
-    elif steps == 1:  # from the second step on, its slope is a mean over past steps
+    elif steps == 1:  # from the second step on, their slope is a mean over past steps
         np.testing.assert_allclose(x, trace.denoised[-1], atol=1e-5)
+
+
+MIDPOINT = ("dpm_2", "dpmpp_sde")  # on the way to sigma_down, of the ancestral ones, sigma' is the middle
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_number_of_network_calls(sampler):
+    """One a step: at all levels of the grid but the last; by some, within all intervals but the last, too."""
     keys, calls = image_keys(1, [0]), []
 
     def counted(x, sigma):
-        jax.debug.callback(lambda sigma: calls.append(float(sigma)), sigma)
+        jax.debug.callback(lambda sigma: calls.append(rounded(sigma)), sigma)
         return denoise(x, sigma)
+
+    def rounded(sigma):
+        return float(f"{float(sigma):.5g}")
 
     for steps in (1, 6):
         calls.clear()
         _, trace = jax.block_until_ready(sample(sampler, counted, noise(keys), falling(steps), keys))
         jax.effects_barrier()
         assert len(calls) == len(trace.x) == SAMPLERS[sampler].steps(steps)
-        assert set(calls) == {float(sigma) for sigma in falling(steps)[:-1]}
+        grid = [rounded(sigma) for sigma in falling(steps)[:-1]]
+        assert set(calls) >= set(grid)
+        between = sorted(set(calls) - set(grid), reverse=True)
+        assert len(between) == (steps - 1 if sampler in MIDPOINT else 0)
+        assert all(a > middle > b for a, middle, b in zip(grid, between, grid[1:], strict=False))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -149,7 +215,8 @@ def test_segments_carry_on_exactly(sampler):
     """One compiled segment, run again and again, gives the bits of the whole run."""
     keys, sigmas = image_keys(1, range(4)), falling(10)
     x, total = noise(keys), SAMPLERS[sampler].steps(10)
-    plain = functools.partial(sample_segment, sampler, denoise, sigmas=sigmas, keys=keys)
+    model = consistency if sampler == "lcm" else denoise  # as `run` has it
+    plain = functools.partial(sample_segment, sampler, model, sigmas=sigmas, keys=keys)
     COMPILED.clear()
     segment = jax.jit(plain, static_argnames="steps")
     whole, trace = segment(start(sampler, denoise, x, sigmas, keys), first=0, steps=total)
@@ -172,7 +239,7 @@ def test_runs_inside_shard_map_with_checked_types(sampler):
     data, whole = PartitionSpec("data"), PartitionSpec()
 
     def last(x, sigmas, keys):
-        return sample(sampler, denoise, x, sigmas, keys)[0]
+        return run(sampler, x, sigmas, keys)[0]
 
     sharded = jax.shard_map(last, mesh=mesh, in_specs=(data, whole, data), out_specs=data, check_vma=True)
     expected, _ = run(sampler, x, sigmas, keys)

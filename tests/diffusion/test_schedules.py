@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engine.diffusion.samplers import SAMPLERS
 from engine.diffusion.schedules import (
     SIGMA_CAP,
     SchedulerConfig,
@@ -20,6 +21,7 @@ from engine.diffusion.schedules import (
     initial_scale,
     karras,
     sampler_name,
+    sampler_options,
     schedule_for,
     sigmas_for,
 )
@@ -70,6 +72,16 @@ FOLDERS = {  # name: (scheduler_config.json, sampler, last sigma is 0)
         "dpmpp_2m",
         True,
     ),
+    "LCM Dreamshaper": (
+        f"""{{"_class_name": "LCMScheduler", "_diffusers_version": "0.22.0.dev0", {BETAS},
+        "clip_sample": false, "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.995,
+        "num_train_timesteps": 1000, "original_inference_steps": 50, "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": false, "sample_max_value": 1.0, "set_alpha_to_one": true,
+        "steps_offset": 1, "thresholding": false, "timestep_scaling": 10.0,
+        "timestep_spacing": "leading"}}""",
+        "lcm",
+        True,
+    ),
     "SD 3": (
         """{"_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5,
         "max_image_seq_len": 4096, "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3,
@@ -98,7 +110,7 @@ def read(class_name="DDIMScheduler", **options):
 @pytest.mark.parametrize(
     ("class_name", "options", "message"),
     [
-        ("UniPCMultistepScheduler", {}, "_class_name='UniPCMultistepScheduler'"),
+        ("KarrasVeScheduler", {}, "_class_name='KarrasVeScheduler'"),
         (None, {}, "_class_name=None"),
         (
             "DDIMScheduler",
@@ -118,6 +130,16 @@ def read(class_name="DDIMScheduler", **options):
         ("PNDMScheduler", {}, "skip_prk_steps=False"),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order"),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type"),
+        ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "solver_type='heun'"),
+        ("DEISMultistepScheduler", {"solver_order": 4}, "solver_order=4"),
+        ("DEISMultistepScheduler", {"lower_order_final": False}, "lower_order_final=False"),
+        ("DEISMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
+        ("LCMScheduler", {"original_inference_steps": 0}, "original_inference_steps must be 1"),
+        ("TCDScheduler", {"clip_sample": True}, "clip_sample"),
+        ("KDPM2DiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas"),
+        ("UniPCMultistepScheduler", {"solver_type": "vary_coeff"}, "solver_type='vary_coeff'"),
+        ("UniPCMultistepScheduler", {"predict_x0": False}, "predict_x0=False"),
+        ("UniPCMultistepScheduler", {"disable_corrector": [0]}, "disable_corrector"),
         (
             "DPMSolverMultistepScheduler",
             {"final_sigmas_type": "sigma_min", "euler_at_final": True},
@@ -134,11 +156,14 @@ def test_what_is_not_implemented_is_refused_with_its_name(class_name, options, m
         read(class_name, **options)
 
 
+K_DIFFUSION = ("dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_3m_sde")  # no class of diffusers is theirs
+
+
 def test_for_sampler_changes_the_grid_and_keeps_the_noise_schedule():
     config = SchedulerConfig.from_json(json.loads(FOLDERS["SD 1.5"][0]), "SD 1.5")
-    for sampler in ("ddim", "ddpm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "pndm"):
+    for sampler in SAMPLERS:
         other = for_sampler(config, sampler)
-        assert sampler_name(other) == sampler
+        assert sampler_name(other) == (sampler if sampler not in K_DIFFUSION else "euler")
         np.testing.assert_array_equal(alphas_cumprod(other), alphas_cumprod(config))
         assert SchedulerConfig.from_json(other.to_json(), "written") == other
     # the default spacing is the class's own, a written one goes along
@@ -150,16 +175,35 @@ def test_for_sampler_changes_the_grid_and_keeps_the_noise_schedule():
         for_sampler(config, "dpmpp_2")
 
 
+def test_a_solvers_options_go_along_where_the_other_class_has_them():
+    unipc = read("UniPCMultistepScheduler", solver_order=3, solver_type="bh1")
+    assert sampler_options(unipc) == {"solver_order": 3, "solver_type": "bh1"}
+    assert sampler_options(for_sampler(unipc, "deis")) == {"solver_order": 3}
+    assert sampler_options(for_sampler(unipc, "dpmpp_2m")) == {}  # whose order is 2
+    deis = read("DEISMultistepScheduler", algorithm_type="deis", solver_type="logrho")
+    assert sampler_options(for_sampler(deis, "unipc")) == {"solver_order": 2, "solver_type": "bh2"}
+    assert sampler_name(for_sampler(deis, "dpmpp_2m_sde")) == "dpmpp_2m_sde"
+
+
 @pytest.mark.parametrize("steps", [-1, 0, 1001])
 def test_steps_out_of_range(steps):
     with pytest.raises(UserError, match=f"steps={steps} is out of range; write 1 to 1000"):
         sigmas_for(read(), steps)
 
 
+def test_a_distilled_model_has_no_more_steps_than_its_distillation():
+    lcm = read("LCMScheduler", original_inference_steps=40)
+    assert len(sigmas_for(lcm, 40)) == 41
+    with pytest.raises(UserError, match="steps=41 is out of range; write 1 to 40"):
+        sigmas_for(lcm, 41)
+    assert sampler_options(lcm)["timestep_scaling"] == 10
+    np.testing.assert_array_equal(sampler_options(lcm)["schedule"].sigmas, schedule_for(lcm).sigmas)
+
+
 @pytest.mark.parametrize(
     "class_name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
 )
-@pytest.mark.parametrize("grid", ["linspace", "leading", "trailing", "karras", "exponential"])
+@pytest.mark.parametrize("grid", ["linspace", "leading", "trailing", "sgm_uniform", "karras", "exponential"])
 def test_every_grid_falls_from_noise_to_the_end_for_any_number_of_steps(class_name, grid):
     config = read(class_name, steps_offset=1, timestep_spacing="linspace")
     for steps in (1, 2, 7, 333, 999, 1000):
@@ -180,6 +224,18 @@ def test_a_grid_by_name_is_the_one_that_the_config_would_ask_for():
         sigmas_for(plain, 9, "karas")
     with pytest.raises(UserError, match="a flow model has one grid"):
         sigmas_for(read("FlowMatchEulerDiscreteScheduler"), 9, "karras")
+
+
+def test_sgm_uniform_is_close_to_trailing():
+    """Evenly spaced from the noisiest timestep on, the cleanest left out."""
+    config = read(timestep_spacing="trailing")
+    to_t = schedule_for(config).sigma_to_t
+    for steps in (4, 7, 30):
+        sigmas = sigmas_for(config, steps, "sgm_uniform")
+        t = np.asarray(to_t(jnp.asarray(sigmas[:-1])))
+        np.testing.assert_allclose(t, 999 - np.arange(steps) * 999 / steps, atol=1e-2)
+        away = t - np.asarray(to_t(jnp.asarray(sigmas_for(config, steps)[:-1])))
+        assert 0.1 < np.abs(away).max() < 1.5
 
 
 def test_karras_is_uniform_in_the_seventh_root():

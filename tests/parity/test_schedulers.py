@@ -27,6 +27,7 @@ from engine.diffusion.schedules import (
     final_scale,
     initial_scale,
     sampler_name,
+    sampler_options,
     schedule_for,
     sigmas_for,
 )
@@ -35,15 +36,22 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 DDIM, DDPM, PNDM = "DDIMScheduler", "DDPMScheduler", "PNDMScheduler"
 DPM, HEUN = "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
+LMS, DEIS, UNIPC = "LMSDiscreteScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"
+DPM2, DPM2A = "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"
+LCM, TCD = "LCMScheduler", "TCDScheduler"
 FLOW = "FlowMatchEulerDiscreteScheduler"
 MODULES = {DDIM: "ddim", DDPM: "ddpm", EULER: "euler_discrete", ANCESTRAL: "euler_ancestral_discrete"}
-MODULES |= {DPM: "dpmsolver_multistep"}
+MODULES |= {DPM: "dpmsolver_multistep", DPM2A: "k_dpm_2_ancestral_discrete", LCM: "lcm", TCD: "tcd"}
 
 KARRAS, EXPONENTIAL = {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}
 ZERO_SNR = {"rescale_betas_zero_snr": True}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
+THIRD, BH1 = {"solver_order": 3}, {"solver_type": "bh1"}
 SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
 EPS, V, X0 = "epsilon", "v_prediction", "sample"
+
+
+TWO_STEPS = ("heun", "dpm_2", "dpm_2_ancestral")  # an interval
 
 
 def config_of(class_name: str, options: dict) -> SchedulerConfig:
@@ -65,12 +73,12 @@ def spread(config: SchedulerConfig, sigma):
     return 1 + sigma if config.is_flow else np.sqrt(1 + sigma**2)
 
 
-@functools.partial(jax.jit, static_argnames=("sampler", "prediction_type", "eta"))
-def our_trace(sampler, prediction_type, eta, schedule, x, sigmas, keys):
+@functools.partial(jax.jit, static_argnames=("sampler", "prediction_type", "options"))
+def our_trace(sampler, prediction_type, options, schedule, x, sigmas, keys):
     def apply(x, t):
         return network(x, t[:, None, None, None], jnp.sin)
 
-    options = {} if eta is None else {"eta": eta}
+    options = dict(options) | ({"schedule": schedule} if sampler in ("lcm", "tcd") else {})
     return sample(sampler, denoiser(apply, prediction_type, schedule), x, sigmas, keys, **options)[1]
 
 
@@ -96,12 +104,16 @@ def their_trajectory(config: SchedulerConfig, steps: int, noise: np.ndarray, z: 
     if module := MODULES.get(config.class_name):
         module = importlib.import_module(f"diffusers.schedulers.scheduling_{module}")
         monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.tensor(z[drawn["step"]]))
-    if config.class_name == DPM:
+    if config.class_name in (DPM, DEIS, UNIPC):
         # karras: rounded to whole timesteps, as here. exponential, and karras on a cosine schedule: cut off,
         # so that the model is told a noise level up to a whole timestep too low. Rounded here.
         log_sigmas = np.log(_original_table(scheduler))
         t = np.array([scheduler._sigma_to_t(sigma, log_sigmas) for sigma in scheduler.sigmas.numpy()[:-1]])
         scheduler.timesteps = torch.tensor(t.round().astype(np.int64))
+    if config.class_name in (DPM2, DPM2A):  # karras: those of the grid are rounded, those between are not
+        sigmas = np.append(scheduler.sigmas[:1], scheduler.sigmas[1:-1:2])[:steps]
+        scheduler.timesteps = scheduler.timesteps.to(torch.float64)
+        scheduler.timesteps[::2] = torch.tensor(scheduler._sigma_to_t(sigmas, scheduler.log_sigmas.numpy()))
     timesteps = scheduler.timesteps.numpy()
     x = torch.tensor(noise) * getattr(scheduler, "init_noise_sigma", 1.0)
     samples, predictions = [], []
@@ -221,6 +233,41 @@ TRAJECTORIES = [
     (DPM, X0, "leading", 10, SD | SDE, None),
     (DPM, V, "trailing", 10, SD | SDE | ZERO_SNR, None),
     (DPM, EPS, "linspace", 20, SD | SDE | KARRAS, None),
+    (LMS, EPS, "linspace", 10, SD, None),
+    (LMS, V, "leading", 10, SD | {"steps_offset": 1}, None),
+    (LMS, X0, "trailing", 3, SD, None),
+    (LMS, EPS, "linspace", 10, SD | KARRAS, None),
+    (DEIS, EPS, "linspace", 10, SD, None),
+    (DEIS, V, "trailing", 20, SD, None),
+    (DEIS, X0, "leading", 10, SD | THIRD, None),
+    (DEIS, V, "linspace", 20, SD | THIRD, None),
+    (DEIS, EPS, "linspace", 20, SD | THIRD | KARRAS, None),
+    (DEIS, EPS, "linspace", 10, SD | {"solver_order": 1}, None),
+    (UNIPC, EPS, "linspace", 10, SD, None),
+    (UNIPC, V, "trailing", 10, SD | ZERO_SNR, None),
+    # In the original, the step of bh1 to sigma 0 is no number: h * 0, where h is infinite.
+    (UNIPC, X0, "leading", 10, SD | BH1 | SIGMA_MIN, None),
+    (UNIPC, EPS, "linspace", 1, SD, None),
+    (UNIPC, V, "linspace", 20, SD | THIRD | KARRAS, None),
+    (UNIPC, EPS, "linspace", 10, SD | THIRD | BH1 | EXPONENTIAL | SIGMA_MIN, None),
+    (UNIPC, EPS, "linspace", 10, SD | SIGMA_MIN, None),
+    (UNIPC, V, "linspace", 10, SD | {"solver_order": 1}, None),
+    (DPM2, EPS, "linspace", 10, SD, None),
+    (DPM2, V, "leading", 10, SD | {"steps_offset": 1}, None),
+    (DPM2, V, "trailing", 10, SD | KARRAS, None),
+    (DPM2, EPS, "trailing", 1, SD, None),
+    (DPM2A, EPS, "linspace", 10, SD, None),
+    (DPM2A, V, "trailing", 10, SD, None),
+    (DPM2A, EPS, "leading", 10, SD | KARRAS, None),
+    (LCM, EPS, "leading", 4, SD, None),
+    (LCM, V, "trailing", 8, SD | ZERO_SNR, None),
+    (LCM, X0, "leading", 4, SD | {"timestep_scaling": 0.01, "original_inference_steps": 100}, None),
+    (LCM, EPS, "leading", 1, SD, None),
+    (TCD, EPS, "leading", 4, SD, None),
+    (TCD, V, "leading", 8, SD, 0.7),
+    (TCD, X0, "trailing", 4, SD | {"original_inference_steps": 100}, 1.0),
+    (TCD, EPS, "leading", 4, SD, 0.0),
+    (EULER, EPS, "trailing", 4, SD, None),  # as Lightning and Turbo models are sampled
     (FLOW, "flow_prediction", None, 10, {}, None),
     (FLOW, "flow_prediction", None, 10, {"shift": 3.0}, None),
     (FLOW, "flow_prediction", None, 1, {"shift": 3}, None),
@@ -250,7 +297,9 @@ def test_trajectory_equals_the_originals(case, monkeypatch):
     sampler, sigmas, keys = sampler_name(config), sigmas_for(config, steps), image_keys(11, [4, 9])
     noise = np.asarray(initial_noise(keys, (4, 3, 2)))
     x = jnp.asarray(noise * initial_scale(config, sigmas), jnp.float32)
-    trace = our_trace(sampler, prediction_type, eta, schedule_for(config), x, jnp.asarray(sigmas), keys)
+    options = sampler_options(config) | ({} if eta is None else {"eta": eta})
+    schedule, grid = options.pop("schedule", schedule_for(config)), jnp.asarray(sigmas)
+    trace = our_trace(sampler, prediction_type, tuple(options.items()), schedule, x, grid, keys)
 
     count = SAMPLERS[sampler].steps(steps)
     z = [np.asarray(step_noise(keys, i, noise.shape[1:])) for i in range(count)]
@@ -259,7 +308,8 @@ def test_trajectory_equals_the_originals(case, monkeypatch):
 
     # The cosine schedule's smallest sigma is off by 2.6e-4 in the originals, which compute it in float32.
     tolerance = 5e-4 if config.beta_schedule == "squaredcos_cap_v2" else 1e-4
-    level = {"heun": lambda i: i // 2 + 1, "pndm": lambda i: max(i, 1)}.get(sampler, lambda i: i + 1)
+    level = {"pndm": lambda i: max(i, 1)} | {name: lambda i: i // 2 + 1 for name in TWO_STEPS}
+    level = level.get(sampler, lambda i: i + 1)
     for i, theirs in enumerate(samples):
         sigma = float(sigmas[level(i)])
         ours = np.asarray(trace.x[i]) / spread(config, sigma)
@@ -289,6 +339,15 @@ GRIDS = [
     (DPM, KARRAS),
     (DPM, EXPONENTIAL | SIGMA_MIN),
     (DPM, ZERO_SNR),
+    (LMS, KARRAS),
+    (DEIS, {"steps_offset": 1}),
+    (DEIS, KARRAS),
+    (UNIPC, ZERO_SNR),
+    (UNIPC, KARRAS | SIGMA_MIN | {"sigma_min": 0.1}),
+    (DPM2, KARRAS),
+    (DPM2A, {"steps_offset": 1}),
+    (LCM, {}),
+    (TCD, {"original_inference_steps": 100}),
 ]
 BETAS = [SD, {"beta_schedule": "linear"}, {"beta_schedule": "squaredcos_cap_v2"}]
 
@@ -302,17 +361,19 @@ def test_grid_equals_the_originals(class_name, options, spacing, betas):
     for steps in (2, 3, 10, 25, 30, 47):
         scheduler.set_timesteps(steps)
         sigmas = sigmas_for(config, steps)
-        if config.rules.family == "vp" and class_name != DPM:
+        if config.rules.family == "vp" and class_name not in (DPM, DEIS, UNIPC):
             t = np.unique(scheduler.timesteps.numpy())[::-1]  # PNDM has one twice
             with np.errstate(divide="ignore"):  # zero terminal SNR, exactly
                 expected = np.minimum(_original_table(scheduler)[t], 2.0**20)
             final = getattr(scheduler, "final_alpha_cumprod", torch.ones(()))
+            final = scheduler.alphas_cumprod[0] if class_name == TCD else final
             expected = np.append(expected, ((1 - final) / final).sqrt().item())
         else:
             expected = scheduler.sigmas.numpy()
-            expected = np.append(expected[:1], expected[1::2]) if class_name == HEUN else expected
+            if class_name in (HEUN, DPM2, DPM2A):  # all but the first twice
+                expected = np.append(expected[:1], expected[1::2])[: steps + 1]
         np.testing.assert_allclose(sigmas, expected, rtol=2e-4, atol=2e-5)
-        if class_name != DPM and hasattr(scheduler, "init_noise_sigma"):
+        if class_name not in (DPM, DEIS, UNIPC) and hasattr(scheduler, "init_noise_sigma"):
             vp = np.sqrt(1 + float(sigmas[0]) ** 2) if config.rules.family == "vp" else 1
             assert initial_scale(config, sigmas) == pytest.approx(
                 vp * float(scheduler.init_noise_sigma), 2e-4
