@@ -55,8 +55,8 @@ FLAGS: cli.Groups = {
         "model": ("FOLDER", "in the layout of PyTorch diffusers, or the one in the package"),
         "lora": (
             "FILE[=SCALE]",
-            "changes the model by a LoRA in the format of PyTorch diffusers: 1 is as it was trained, 0 is\n"
-            "nothing. Several with commas between them",
+            "changes the model by a LoRA, in the format of PyTorch diffusers or of kohya's scripts: 1 is as\n"
+            "it was trained, 0 is nothing. Several with commas between them",
         ),
         "embedding": (
             "FILE",

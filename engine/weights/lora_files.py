@@ -1,10 +1,15 @@
-"""Files of LoRAs, as PyTorch diffusers writes them and its `load_lora_weights` reads them.
+"""Files of LoRAs, as PyTorch diffusers and kohya's scripts write them. Ours are those of diffusers.
 
     unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, ...lora_B.weight
     text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight, ...
 
 Rank and alpha stand in the metadata `lora_adapter_metadata`, under the names of PEFT's LoraConfig. Where a
-file does not say alpha, it is the rank.
+file does not say alpha, it is the rank. kohya's scripts put an underscore for each dot, and alphas beside:
+
+    lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight, ...lora_up.weight
+    lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha, ...
+
+Which dots there were, the names of the model's layers say.
 """
 
 import collections
@@ -27,11 +32,14 @@ from engine.weights.safetensors_io import DTYPES, Tensor, read_header, read_meta
 
 FILE = "pytorch_lora_weights.safetensors"  # in a folder
 METADATA = "lora_adapter_metadata"
-EXAMPLE = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+EXAMPLE_LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+EXAMPLE = f"{EXAMPLE_LAYER}.lora_A.weight"
 
 # How diffusers has named A and B over time. The oldest put the layer's name into a processor's.
 SIDES = {"lora_A": "a", "lora.down": "a", "lora_linear_layer.down": "a"}
 SIDES |= {"lora_B": "b", "lora.up": "b", "lora_linear_layer.up": "b"}
+KOHYA = {"lora_down.weight": "a", "lora_up.weight": "b", "alpha": "alpha"}
+KOHYA_KINDS = {"unet": "lora_unet", "text_encoder": "lora_te"}
 _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, SIDES))})\.weight")
 _OLDEST = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.")
 
@@ -134,8 +142,9 @@ def _sorted_out(
 ) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
     """Layer -> side -> where it is stored, and layer -> where its alpha is; UserError unless all fits."""
     matrices, alphas, unknown, foreign = {}, {}, [], []
+    underscored = {_underscored(name): name for name in layers}
     for key, tensor in header.items():
-        name, side = _parsed(key)
+        name, side = _of_kohya(key, underscored) if key.startswith("lora_") else _parsed(key)
         if side is None:
             unknown.append(key)
         elif name not in layers:
@@ -145,11 +154,9 @@ def _sorted_out(
         else:
             matrices.setdefault(name, {})[side] = (key, tensor)
     if not matrices and not foreign:
-        kohya = " (the naming of kohya, which this version does not read)"
-        hint = kohya if any(key.startswith("lora_") for key in unknown) else ""
         raise UserError(
-            f"{path} holds no LoRA of PyTorch diffusers, such as {EXAMPLE}; "
-            f"it holds {listed(unknown, 3)}{hint}"
+            f"{path} holds no LoRA of PyTorch diffusers, such as {EXAMPLE}, nor of kohya, such as "
+            f"{_underscored(EXAMPLE_LAYER)}.lora_down.weight; it holds {listed(unknown, 3)}"
         )
     faults = {"unknown keys": unknown, "layers that the model does not have": foreign}
     faults["A without B or B without A"] = [name for name, sides in matrices.items() if len(sides) < 2]
@@ -174,6 +181,17 @@ def _parsed(key: str) -> tuple[str, str | None]:
         return key, None
     layer, side = (found[1], SIDES[found[2]]) if found else (layer, "alpha")
     return f"{kind}.{names.canonical(kind, layer)}", side
+
+
+def _of_kohya(key: str, underscored: Mapping[str, str]) -> tuple[str, str | None]:
+    """The same for a name of kohya's; `underscored`: its names for the model's layers."""
+    layer, _, rest = key.partition(".")
+    return underscored.get(layer, key), KOHYA.get(rest)
+
+
+def _underscored(name: str) -> str:
+    kind, _, layer = name.partition(".")
+    return f"{KOHYA_KINDS[kind]}_{layer.replace('.', '_')}"
 
 
 def _misshapen(matrices: Mapping[str, dict[str, Stored]], layers: Mapping[str, Layer]) -> list[str]:

@@ -10,11 +10,13 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from flax import traverse_util
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
+from safetensors.numpy import load_file, save_file
 
 import engine
 from engine.weights import lora, lora_files, names
 from engine.weights.folder import load_folder
 from engine.weights.safetensors_io import read_header
+from tests.kohya import as_kohya
 from tests.parity.common import nchw
 from tests.parity.test_pipeline import PROMPTS, STEPS, psnr
 from tests.tiny import compiled_quickly, tiny_folder
@@ -102,6 +104,20 @@ def test_diffusers_draws_the_same_picture_with_our_file(folder, configs, tmp_pat
     assert psnr(drawn_here(folder, (file, 1.0)), theirs) >= 40
     assert psnr(without, theirs) < 20  # the LoRA is seen
     assert_same_weights(folder, file, pipeline)
+
+
+def test_a_file_of_kohya_means_the_same_in_diffusers(folder, configs, tmp_path):
+    """Its text encoder's part, too; of the U-Net what kohya's scripts train: attention and its neighbours."""
+    ours = random_lora(configs, [*ATTENTION, *TEXT, "proj_in", "net.*", "fc1"])
+    tensors = as_kohya(load_file(lora_files.save(tmp_path / "ours", ours)), 4.5)
+    file = tmp_path / "kohya.safetensors"
+    save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, file)
+    pipeline = in_pytorch(folder)
+    without = drawn_by(pipeline)
+    pipeline.load_lora_weights(file)
+    theirs = drawn_by(pipeline)
+    assert psnr(drawn_here(folder, (file, 1.0)), theirs) >= 45
+    assert psnr(without, theirs) < 20
 
 
 def test_diffusers_draws_the_same_picture_with_two_of_ours_and_scales(folder, configs, tmp_path):

@@ -13,6 +13,7 @@ from engine.types import UserError
 from engine.weights import lora, lora_files
 from engine.weights.folder import load_folder
 from engine.weights.safetensors_io import read_metadata
+from tests.kohya import as_kohya
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -245,6 +246,15 @@ def test_an_alpha_beside_a_layer_is_read(configs, tensors, tmp_path):
     assert read.alphas == dict.fromkeys(layers, 7.0)
 
 
+def test_a_file_of_kohya_is_read_as_that_of_diffusers(configs, tmp_path):
+    """Windows, and parts of the text encoder, too."""
+    ours = random_lora(configs, alpha=5.0)
+    path = written(tmp_path / "kohya.safetensors", as_kohya(load_file(lora_files.save(tmp_path, ours)), 5.0))
+    read = lora_files.read(path, configs)
+    jax.tree.map(np.testing.assert_array_equal, read.layers, ours.layers)
+    assert read.alphas == ours.alphas
+
+
 def without(tensors, *keys):
     return {key: array for key, array in tensors.items() if key not in keys}
 
@@ -260,9 +270,13 @@ WRONG = {
         "holds no LoRA.*such as unet.*it holds .1. decoder.weight",
     ),
     "empty": (lambda t: {}, "holds no LoRA"),
-    "kohya": (
-        lambda t: {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": t[A]},
-        "holds .1. lora_unet_down.*naming of kohya, which this version does not read",
+    "kohya, of SDXL": (
+        lambda t: {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": t[A]},
+        "does not have: .1. lora_unet_input_blocks_4_1_proj_in.lora_down.weight$",
+    ),
+    "kohya, of another kind": (
+        lambda t: {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": t[A]},
+        "holds no LoRA of PyTorch diffusers, .*nor of kohya, such as lora_unet_mid.*holds .1. lora_unet_mid",
     ),
     "another model": (
         lambda t: renamed(t, "mid_block.", "mid_block.more."),
