@@ -116,6 +116,7 @@ class Pipeline:
         self.model, self.devices, self.name, self.dtype = model, devices, name, dtype
         self.tile = tile  # side in pixels, for the decoder; 0: none
         self.folder = folder  # from which the model was loaded
+        self.distilled = model.unet.config.time_cond_proj_dim is not None  # it knows what guidance does
         self.made_for = edits.made_for(model, name)
         self._text = devices.map(self._encode)
         self._decoder = devices.map(self._decode)
@@ -327,6 +328,8 @@ class Pipeline:
         config = for_sampler(self.model.scheduler, sampler)
         unet = module(self.model.unet, shared["unet"])
         words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
+        if self.distilled:
+            unet = functools.partial(unet, guidance=w - 1)
         if guided and self.made_for == edits.FOLLOWS:
             w_picture = batched["image_guidance_scale"]
             apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture)
@@ -372,7 +375,7 @@ class Pipeline:
         config = for_sampler(self.model.scheduler, settings.sampler)
         whole = schedules.sigmas_for(config, settings.steps)
         sigmas = whole[settings.steps - settings.intervals :]
-        guided = settings.guidance_scale != 1.0
+        guided = settings.guidance_scale != 1.0 and not self.distilled
         small = {
             "sigmas": jnp.asarray(sigmas),
             "initial_scale": jnp.float32(schedules.initial_scale(config, whole)),

@@ -163,14 +163,32 @@ def sinusoidal_embedding(
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two linear layers from the sinusoidal embedding to the vector that every residual block receives."""
+    """Two linear layers from the sinusoidal embedding to the vector that every residual block receives.
 
-    def __init__(self, in_channels: int, dim: int, act: Callable, *, rngs: nnx.Rngs):
+    Args:
+      cond_channels: of a second embedding that is added to the first; None: there is none.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        dim: int,
+        act: Callable,
+        cond_channels: int | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        if cond_channels is not None:
+            self.cond_proj = nnx.Linear(cond_channels, in_channels, use_bias=False, rngs=rngs)
         self.linear_1 = nnx.Linear(in_channels, dim, rngs=rngs)
         self.linear_2 = nnx.Linear(dim, dim, rngs=rngs)
         self.act = act
 
-    def __call__(self, x: Float[Array, "B C"]) -> Float[Array, "B D"]:
+    def __call__(
+        self, x: Float[Array, "B C"], cond: Float[Array, "B E"] | None = None
+    ) -> Float[Array, "B D"]:
+        if cond is not None:
+            x = x + self.cond_proj(cond)
         return self.linear_2(self.act(self.linear_1(x)))
 
 

@@ -45,7 +45,6 @@ FIXED = {
     "time_embedding_dim": (None,),
     "time_embedding_act_fn": (None,),
     "timestep_post_act": (None,),
-    "time_cond_proj_dim": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "attention_type": ("default",),
@@ -87,6 +86,7 @@ class UNetConfig:
     use_linear_projection: bool = False
     upcast_attention: bool = False
     resnet_time_scale_shift: str = "default"
+    time_cond_proj_dim: int | None = None  # of the embedding of a guidance scale that was distilled into it
 
     @classmethod
     def from_json(cls, options: Mapping[str, Any], where: str) -> "UNetConfig":
@@ -110,6 +110,7 @@ class UNetConfig:
             self,
             *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups"),
             *("attention_head_dim", "cross_attention_dim", "transformer_layers_per_block"),
+            *(["time_cond_proj_dim"] if self.time_cond_proj_dim is not None else []),
         )
         for name in ("block_out_channels", "up_block_types"):
             if len(getattr(self, name)) != len(self.down_block_types):
@@ -230,7 +231,9 @@ class UNet2DConditionModel(nnx.Module):
             rngs=rngs,
         )
         self.conv_in = conv(config.in_channels, channels[0], 3, rngs=rngs)
-        self.time_embedding = TimestepEmbedding(channels[0], time_dim, act, rngs=rngs)
+        self.time_embedding = TimestepEmbedding(
+            channels[0], time_dim, act, config.time_cond_proj_dim, rngs=rngs
+        )
         self.down_blocks, skip_channels = self._way_down(resnet, rngs)
         if config.mid_block_type is not None:
             attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
@@ -315,7 +318,11 @@ class UNet2DConditionModel(nnx.Module):
         return nnx.List(blocks)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], t: Float[Array, " B"], context: Float[Array, "B L D"]
+        self,
+        x: Float[Array, "B H W C"],
+        t: Float[Array, " B"],
+        context: Float[Array, "B L D"],
+        guidance: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B H W O"]:
         """What the model was trained to say of `x` (eps, v, ...).
 
@@ -323,6 +330,8 @@ class UNet2DConditionModel(nnx.Module):
           x: the scaled noisy latent.
           t: the timestep of each image, 0 to 999, fractions allowed.
           context: the words' vectors.
+          guidance: the scale w of distilled guidance, 0 for none (Meng et al. 2023, section 3); for a U-Net
+            with `time_cond_proj_dim`.
         """
         config = self.config
         dtype = self.conv_in.kernel[...].dtype
@@ -335,7 +344,7 @@ class UNet2DConditionModel(nnx.Module):
             flip_sin_to_cos=config.flip_sin_to_cos,
             freq_shift=config.freq_shift,
         )
-        temb = self.time_embedding(temb.astype(dtype))
+        temb = self.time_embedding(temb.astype(dtype), self._embedded(guidance, dtype))
 
         x = self.conv_in(x)
         skips = [x]
@@ -349,3 +358,11 @@ class UNet2DConditionModel(nnx.Module):
             next_skip = len(skips) - len(block.resnets) - 1
             x = block(x, skips, temb, context, skips[next_skip].shape[1:3] if next_skip >= 0 else None)
         return self.conv_out(self.act(self.conv_norm_out(x)))
+
+    def _embedded(self, guidance: Float[Array, " B"] | None, dtype) -> Float[Array, "B E"] | None:
+        """As in Luo et al. 2023 (LCM)."""
+        if guidance is None:
+            return None
+        dim = self.config.time_cond_proj_dim
+        found = sinusoidal_embedding(1000 * guidance, dim, flip_sin_to_cos=False, freq_shift=1)
+        return found.astype(dtype)

@@ -183,7 +183,7 @@ def test_unknown_options_are_refused_by_name(kind):
 
 def test_options_of_another_model_are_refused():
     """Of SDXL, of an inpainting helper, of CLIP's generic keys that could change a forward pass."""
-    for name, value in (("addition_embed_type", "text_time"), ("time_cond_proj_dim", 256)):
+    for name, value in (("addition_embed_type", "text_time"), ("class_embed_type", "timestep")):
         assert name in refused("unet", UNET_1_5 | {name: value})
     assert "latents_mean" in refused("vae", VAE_1_5 | {"latents_mean": [0.0] * 4})
     assert "pruned_heads" in refused("text_encoder", TEXT_1_5 | {"pruned_heads": {"0": [1]}})

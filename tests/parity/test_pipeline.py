@@ -63,6 +63,23 @@ def test_same_picture_as_pytorch(name, tmp_path):
     assert psnr(ours[::-1], theirs) < 20  # another picture is told apart
 
 
+LCM = {"_class_name": "LCMScheduler", **SCALED, **LEADING}
+
+
+@pytest.mark.parametrize(("scheduler", "steps"), [(SCHEDULERS["Euler"], STEPS), (LCM, 1)])
+def test_same_picture_of_a_model_with_guidance_in_its_time(scheduler, steps, tmp_path):
+    """As LCMs have it: one pass a step, whatever the scale, which is not that of no guidance."""
+    folder = tiny_folder(tmp_path / "model", unet={"time_cond_proj_dim": 16}, scheduler=scheduler)
+    latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4), np.float32)
+    pipe = engine.load(folder)
+    ours, weaker = (
+        pipe.generate(PROMPTS, steps=steps, guidance_scale=w, latents=latents) for w in (4.0, 1.0)
+    )
+    theirs = draw_in_pytorch(folder, latents, num_inference_steps=steps, guidance_scale=4.0)
+    assert psnr(ours, theirs) >= 45
+    assert psnr(weaker, theirs) < 40
+
+
 def test_same_picture_without_guidance(tmp_path):
     folder = tiny_folder(tmp_path / "model")
     latents = np.random.default_rng(1).standard_normal((2, 8, 8, 4), np.float32)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as Original
 
 from engine.models.unet import UNet2DConditionModel, UNetConfig
@@ -116,6 +117,16 @@ def test_whole(name):
     x, context = inputs(twin, size)
     theirs = twin.theirs(x, torch.from_numpy(T), torch.from_numpy(context)).sample
     assert_same(nchw(twin(nhwc(x), T, context)), theirs)
+
+
+def test_guidance_in_its_time():
+    twin, w = twins({"time_cond_proj_dim": 9}), np.array([7.5, 0.0], np.float32)
+    x, context = inputs(twin, (4, 4))
+    embedded = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.from_numpy(w), 9)
+    theirs = twin.theirs(
+        x, torch.from_numpy(T), torch.from_numpy(context), timestep_cond=embedded.float()
+    ).sample
+    assert_same(nchw(twin(nhwc(x), T, context, w)), theirs)
 
 
 def test_bfloat16():
