@@ -30,10 +30,7 @@ FIXED = {
     "dual_cross_attention": (False,),
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
-    "addition_embed_type": (None,),
-    "addition_time_embed_dim": (None,),
     "addition_embed_type_num_heads": (64,),
-    "projection_class_embeddings_input_dim": (None,),
     "class_embeddings_concat": (False,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
@@ -84,8 +81,11 @@ class UNetConfig:
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False
     resnet_time_scale_shift: str = "default"
+    addition_embed_type: str | None = None  # "text_time": that of SDXL
+    addition_time_embed_dim: int | None = None  # of the embedding of each of its sizes
+    projection_class_embeddings_input_dim: int | None = None  # of all of them and the pooled words together
     time_cond_proj_dim: int | None = None  # of the embedding of a guidance scale that was distilled into it
 
     @classmethod
@@ -105,12 +105,20 @@ class UNetConfig:
         check("mid_block_type", MID_BLOCKS)
         check("resnet_time_scale_shift", ("default", "scale_shift"))
         check("downsample_padding", (0, 1))
+        check("addition_embed_type", (None, "text_time"))
+        added = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+        for name in added:
+            if (getattr(self, name) is None) == (self.addition_embed_type == "text_time"):
+                raise UserError(
+                    f"{name}={getattr(self, name)} with addition_embed_type={self.addition_embed_type!r}: "
+                    "the two go together"
+                )
         activation(self.act_fn, "act_fn")
         check_positive(
             self,
             *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups"),
             *("attention_head_dim", "cross_attention_dim", "transformer_layers_per_block"),
-            *(["time_cond_proj_dim"] if self.time_cond_proj_dim is not None else []),
+            *(name for name in (*added, "time_cond_proj_dim") if getattr(self, name) is not None),
         )
         for name in ("block_out_channels", "up_block_types"):
             if len(getattr(self, name)) != len(self.down_block_types):
@@ -234,6 +242,9 @@ class UNet2DConditionModel(nnx.Module):
         self.time_embedding = TimestepEmbedding(
             channels[0], time_dim, act, config.time_cond_proj_dim, rngs=rngs
         )
+        if config.addition_embed_type:
+            width = config.projection_class_embeddings_input_dim
+            self.add_embedding = TimestepEmbedding(width, time_dim, act, rngs=rngs)
         self.down_blocks, skip_channels = self._way_down(resnet, rngs)
         if config.mid_block_type is not None:
             attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
@@ -263,7 +274,7 @@ class UNet2DConditionModel(nnx.Module):
             groups=config.norm_num_groups,
             use_linear_projection=config.use_linear_projection,
             only_cross_attention=only_cross_attention,
-            upcast=config.upcast_attention,
+            upcast=bool(config.upcast_attention),
             rngs=rngs,
         )
 
@@ -323,6 +334,7 @@ class UNet2DConditionModel(nnx.Module):
         t: Float[Array, " B"],
         context: Float[Array, "B L D"],
         guidance: Float[Array, " B"] | None = None,
+        added: tuple[Float[Array, "B P"], Float[Array, "B N"]] | None = None,
     ) -> Float[Array, "B H W O"]:
         """What the model was trained to say of `x` (eps, v, ...).
 
@@ -332,6 +344,8 @@ class UNet2DConditionModel(nnx.Module):
           context: the words' vectors.
           guidance: the scale w of distilled guidance, 0 for none (Meng et al. 2023, section 3); for a U-Net
             with `time_cond_proj_dim`.
+          added: for a U-Net with `addition_embed_type`: the pooled words, and numbers such as sizes and crops
+            in pixels (Podell et al. 2023, SDXL, section 2.2).
         """
         config = self.config
         dtype = self.conv_in.kernel[...].dtype
@@ -345,6 +359,8 @@ class UNet2DConditionModel(nnx.Module):
             freq_shift=config.freq_shift,
         )
         temb = self.time_embedding(temb.astype(dtype), self._embedded(guidance, dtype))
+        if config.addition_embed_type:
+            temb = temb + self._embedded_beside(*added, dtype)
 
         x = self.conv_in(x)
         skips = [x]
@@ -358,6 +374,14 @@ class UNet2DConditionModel(nnx.Module):
             next_skip = len(skips) - len(block.resnets) - 1
             x = block(x, skips, temb, context, skips[next_skip].shape[1:3] if next_skip >= 0 else None)
         return self.conv_out(self.act(self.conv_norm_out(x)))
+
+    def _embedded_beside(
+        self, pooled: Float[Array, "B P"], numbers: Float[Array, "B N"], dtype
+    ) -> Float[Array, "B D"]:
+        config, (b, n) = self.config, numbers.shape
+        dim, how = config.addition_time_embed_dim, (config.flip_sin_to_cos, config.freq_shift)
+        sizes = sinusoidal_embedding(numbers.reshape(-1), dim, flip_sin_to_cos=how[0], freq_shift=how[1])
+        return self.add_embedding(jnp.concatenate([pooled, sizes.reshape(b, n * dim)], -1).astype(dtype))
 
     def _embedded(self, guidance: Float[Array, " B"] | None, dtype) -> Float[Array, "B E"] | None:
         """As in Luo et al. 2023 (LCM)."""

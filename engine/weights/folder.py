@@ -119,6 +119,8 @@ def _check_classes(configs: Mapping[str, Any], index: Mapping[str, str], folder:
 def check_parts_fit(configs: Mapping[str, Any], tokenizer: Tokenizer, where: Path) -> None:
     """UserError where a part of one model stands beside those of another. configs: of each of KINDS."""
     unet, vae, text = (configs[kind] for kind in ("unet", "vae", "text_encoder"))
+    if unet.addition_embed_type:
+        raise UserError(f"{where}: the U-Net is one of SDXL, whose second text encoder is not read yet")
     for width in set(unet.per_block("cross_attention_dim")) - {text.hidden_size}:
         raise UserError(
             f"{where}: the parts are of different models: unet/config.json has cross_attention_dim {width}, "

@@ -183,7 +183,7 @@ def test_unknown_options_are_refused_by_name(kind):
 
 def test_options_of_another_model_are_refused():
     """Of SDXL, of an inpainting helper, of CLIP's generic keys that could change a forward pass."""
-    for name, value in (("addition_embed_type", "text_time"), ("class_embed_type", "timestep")):
+    for name, value in (("addition_embed_type", "image"), ("class_embed_type", "timestep")):
         assert name in refused("unet", UNET_1_5 | {name: value})
     assert "latents_mean" in refused("vae", VAE_1_5 | {"latents_mean": [0.0] * 4})
     assert "pruned_heads" in refused("text_encoder", TEXT_1_5 | {"pruned_heads": {"0": [1]}})
@@ -211,7 +211,7 @@ def test_null_and_other_types_are_refused(kind, option):
     """An object is no value of any option; null is one only where the default may be null."""
     config, _, file, _ = KINDS[kind]
     assert re.search(rf"{option}=.*: write ", refused(kind, file | {option: {}}))
-    nullable = {"mid_block_type", "projection_dim", "pad_token_id", "bos_token_id"}
+    nullable = {"mid_block_type", "projection_dim", "pad_token_id", "bos_token_id", "upcast_attention"}
     if option in nullable or getattr(config(), option) is None:
         assert getattr(config.from_json(file | {option: None}, "config.json"), option) is None
     else:

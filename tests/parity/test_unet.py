@@ -119,6 +119,28 @@ def test_whole(name):
     assert_same(nchw(twin(nhwc(x), T, context)), theirs)
 
 
+def test_pooled_words_and_sizes_beside_the_time():
+    """SDXL's: no attention at the first level, several layers of it at the others."""
+    options = {
+        "block_out_channels": (8, 16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 3),
+        "attention_head_dim": (1, 2, 4),
+        "use_linear_projection": True,
+        "upcast_attention": None,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 6,
+        "projection_class_embeddings_input_dim": 5 + 6 * 6,
+    }
+    twin, pooled = twins(options), normal(2, 5, seed=2)
+    sizes = np.array([[1024, 768, 0, 0, 1024, 768], [512, 512, 64, 0, 256, 1024]], np.float32)
+    x, context = inputs(twin, (8, 4))
+    beside = {"text_embeds": torch.from_numpy(pooled), "time_ids": torch.from_numpy(sizes)}
+    theirs = twin.theirs(x, torch.from_numpy(T), torch.from_numpy(context), added_cond_kwargs=beside).sample
+    assert_same(nchw(twin(nhwc(x), T, context, None, (pooled, sizes))), theirs)
+
+
 def test_guidance_in_its_time():
     twin, w = twins({"time_cond_proj_dim": 9}), np.array([7.5, 0.0], np.float32)
     x, context = inputs(twin, (4, 4))
