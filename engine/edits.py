@@ -45,8 +45,12 @@ def made_for(model: Model, where: str) -> str:
     return kinds[channels]
 
 
-def checked(edits: Sequence[Edit] | None, made: str, height: int, width: int) -> None:
-    """UserError where the edits are not what the model is made for, or of another size than the pictures."""
+def checked(edits: Sequence[Edit] | None, made: str, settings: Settings) -> None:
+    """UserError where the edits are not what the model is made for, or not what the settings are for."""
+    height, width = settings.height, settings.width
+    if settings.strength != 1 and (edits is None or made == FOLLOWS):
+        why = "nothing to start from" if edits is None else "a model that starts from noise alone"
+        raise UserError(f"strength={settings.strength} with {why}: leave it out")
     if edits is None:
         if made != WORDS:
             missing = {INPAINTS: "--image FILE --mask FILE", FOLLOWS: "--image FILE"}[made]

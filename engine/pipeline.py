@@ -211,13 +211,15 @@ class Pipeline:
         prompts = check_prompts(prompts)
         negatives = check_negative_prompts(negative_prompts, len(prompts))
         latents = self._check_latents(latents, len(prompts), settings)
-        edits.checked(given, self.made_for, settings.height, settings.width)
+        if given is not None and len(given) != len(prompts):
+            raise UserError(f"{len(given)} pictures for {len(prompts)} prompts: give one for each")
+        edits.checked(given, self.made_for, settings)
         contexts = self.encode([*prompts, *negatives], settings.batch_size)
         indices = range(first_index, first_index + len(prompts))
         requests = [
             Request(prompt, negative, seed, index, settings.guidance_scale, edit, image_guidance_scale)
             for prompt, negative, index, edit in zip(
-                prompts, negatives, indices, given or [None] * len(prompts), strict=True
+                prompts, negatives, indices, [None] * len(prompts) if given is None else given, strict=True
             )
         ]
         size = settings.batch_size * self.devices.count
@@ -256,7 +258,7 @@ class Pipeline:
           last request only fills it. np.asarray waits for them.
         """
         if requests[0].edit is None:
-            edits.checked(None, self.made_for, settings.height, settings.width)
+            edits.checked(None, self.made_for, settings)
         images, finite, _ = self._draw(requests, contexts, settings)
         return images, finite
 

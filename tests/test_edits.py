@@ -110,6 +110,8 @@ def test_another_picture_mask_or_prompt_compiles_nothing(pipe):
         ([Edit(picture(0)), Edit(picture(0), half()), Edit(picture(0))], {}, "one after the other"),
         ([Edit(picture(0))] * 3, {"strength": 0.0}, "strength=0.0: write a number above 0"),
         ([Edit(picture(0))] * 3, {"strength": 1.5}, "strength=1.5: write a number above 0 and up to 1"),
+        (None, {"strength": 0.5}, "strength=0.5 with nothing to start from: leave it out"),
+        ([Edit(picture(0))] * 2, {}, "2 pictures for 3 prompts: give one for each"),
         ([Edit(picture(0))] * 3, {"strength": 0.2}, r"takes none of 4 steps: write 0\.25 or more"),
     ],
 )
@@ -119,18 +121,19 @@ def test_a_wrong_edit_is_one_line(pipe, given, options, message):
 
 
 @pytest.mark.parametrize(
-    "channels, given, message",
+    "channels, given, strength, message",
     [
-        (9, None, "write --image FILE --mask FILE"),
-        (9, [Edit(picture(0))], "nothing says which: write --mask FILE"),
-        (8, None, "this model changes pictures, and there is none: write --image FILE"),
-        (8, [Edit(picture(0), half())], "leave out --mask"),
+        (9, None, None, "write --image FILE --mask FILE"),
+        (9, [Edit(picture(0))], None, "nothing says which: write --mask FILE"),
+        (8, None, None, "this model changes pictures, and there is none: write --image FILE"),
+        (8, [Edit(picture(0), half())], None, "leave out --mask"),
+        (8, [Edit(picture(0))], 0.5, "strength=0.5 with a model that starts from noise alone: leave it out"),
     ],
 )
-def test_models_made_for_pictures_say_what_they_need(channels, given, message, tmp_path):
+def test_models_made_for_pictures_say_what_they_need(channels, given, strength, message, tmp_path):
     pipe = engine.load(tiny_folder(tmp_path / "model", unet={"in_channels": channels}))
     with pytest.raises(UserError, match=message):
-        pipe.generate(["a fox"], given=given, steps=2)
+        pipe.generate(["a fox"], given=given, strength=strength, steps=2)
 
 
 def test_channels_of_no_known_kind(tmp_path):

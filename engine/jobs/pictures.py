@@ -71,11 +71,11 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     settings = pipe.settings(config.steps, config.sampler, config.guidance_scale, height, width)
     edit = given.read(config, settings.height, settings.width) if config.image else None
     strength = edits.default_strength(edit, pipe.made_for) if config.strength is None else config.strength
-    edits.checked(None if edit is None else [edit], pipe.made_for, settings.height, settings.width)
     room = max(1, BATCH_PIXELS // (settings.height * settings.width))
     batch_size = config.batch_size or min(pipe.share_of(len(prompts)), room, BATCH_IMAGES)
     settings = dataclasses.replace(settings, batch_size=batch_size, strength=strength)
     edits.check_strength(settings)
+    edits.checked(None if edit is None else [edit], pipe.made_for, settings)
     known = dataclasses.asdict(settings) | {"dtype": pipe.dtype, "parallel": pipe.devices.mode}
     if edit is None:
         del known["strength"]
