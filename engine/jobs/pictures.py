@@ -29,10 +29,8 @@ REMEMBERED = (
     *("negative_prompt", "seed", "sampler", "steps", "guidance_scale", "height", "width"),
     *("model", "dtype", "parallel", "batch_size", "upscale"),
 )
-ADDED = (  # remembered where there are any
-    *("lora", "embedding", "decoder", "tile"),
-    *("image", "mask", "strength", "image_guidance_scale"),
-)
+ADDED = ("lora", "embedding", "decoder", "tile", "image", "mask")  # remembered where there are any
+CHANGING = ("strength", "image_guidance_scale")  # remembered of a picture that was made of another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +164,7 @@ def remember(config: GenerateConfig, prompt: str, index: int) -> dict[str, Any]:
     """What a picture says of itself: enough to make it again."""
     settings = {name: getattr(config, name) for name in REMEMBERED}
     settings |= {name: value for name in ADDED if (value := getattr(config, name))}
-    if not config.image:
-        del settings["image_guidance_scale"]
+    settings |= {name: getattr(config, name) for name in CHANGING if config.image}
     return {"prompt": prompt, "index": index, **settings, "version": engine.__version__}
 
 
@@ -186,7 +183,7 @@ def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     names = {name: name for name in REMEMBERED} | {"prompt": "prompts", "index": "first_index"}
     if missing := names.keys() - settings.keys():
         raise UserError(f"{path} does not say its {', '.join(sorted(missing))}; write the settings as flags")
-    if unknown := settings.keys() - names.keys() - {"frames", *ADDED}:
+    if unknown := settings.keys() - names.keys() - {"frames", *ADDED, *CHANGING}:
         raise UserError(
             f"{path}, drawn by fogsculpt {version}, has settings unknown to this version: "
             f"{', '.join(sorted(unknown))}; install fogsculpt {version}"
