@@ -48,7 +48,7 @@ FLAGS: cli.Groups = {
         ),
         "image_guidance_scale": (
             "G",
-            "how strictly InstructPix2Pix keeps to the picture; other models do not read it",
+            "how strictly InstructPix2Pix keeps to the picture; only it reads this",
         ),
     },
     "How": {

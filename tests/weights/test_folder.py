@@ -146,8 +146,8 @@ WRONG = {
         r"model_index\.json names no unet, vae",
     ),
     "unknown scheduler": (
-        change_index(scheduler=["diffusers", "UniPCMultistepScheduler"]),
-        r"scheduler_config\.json: .*UniPCMultistepScheduler",
+        change_index(scheduler=["diffusers", "VQDiffusionScheduler"]),
+        r"scheduler_config\.json: .*VQDiffusionScheduler",
     ),
     "no unet": (lambda f: shutil.rmtree(f / "unet"), r"unet/config\.json cannot be read"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), r"tokenizer"),
