@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, UInt8
 from engine.requests import Edit, Settings
 from engine.types import Denoise, Latents, UserError
 from engine.weights.folder import Model
+from engine.weights.index import FOLLOWS, INPAINTS, WORDS, channels
 
-WORDS, INPAINTS, FOLLOWS = "words", "inpaints", "follows"  # what a U-Net's channels are made for
 STRENGTH = 0.8  # of a picture without a mask; what a mask frees is drawn from noise alone
 MASKED = 0.5  # of a mask's pixel, from which on it is drawn anew
 
@@ -35,14 +35,14 @@ def made_for(model: Model, where: str) -> str:
     Raises:
       UserError: none of these.
     """
-    channels, latent = model.unet.config.in_channels, model.vae.config.latent_channels
-    kinds = {latent: WORDS, 2 * latent + 1: INPAINTS, 2 * latent: FOLLOWS}
-    if channels not in kinds:
+    made = channels(model.unet.config, model.vae.config)
+    if made is None:
+        latent = model.vae.config.latent_channels
         raise UserError(
-            f"{where}: the U-Net takes {channels} channels for latents of {latent}; known are "
-            + ", ".join(map(str, sorted(kinds)))
+            f"{where}: the U-Net takes {model.unet.config.in_channels} channels for latents of {latent}; "
+            f"known are {latent}, {2 * latent}, {2 * latent + 1}"
         )
-    return kinds[channels]
+    return made
 
 
 def checked(edits: Sequence[Edit] | None, made: str, settings: Settings) -> None:

@@ -25,7 +25,7 @@ import platformdirs
 from flax import nnx
 from jaxtyping import Float, UInt8
 
-from engine import edits
+from engine import conditions, edits
 from engine.config import GenerateConfig, nearest
 from engine.diffusion import guidance, noise, samplers, schedules
 from engine.diffusion.parameterization import denoiser
@@ -234,14 +234,16 @@ class Pipeline:
             yield Batch(first, np.asarray(images)[:count], spoilt, kept)
 
     def encode(self, prompts: Sequence[str], batch_size: int) -> dict[str, Context]:
-        """The context (L D) of each distinct prompt, computed in batches of one size."""
+        """The context of each distinct prompt, computed in batches of one size."""
         distinct = list(dict.fromkeys(prompts))
-        ids = self.model.tokenizer.encode(distinct)
-        size, found = batch_size * self.devices.count, []
-        for first in range(0, len(ids), size):
-            rows = self.devices.shard_batch(pad(ids[first : first + size], size))
-            found.append(self.devices.fetch(self._text(self.model.text_encoder.params, rows)))
-        return dict(zip(distinct, np.concatenate(found), strict=False))
+        ids, params = conditions.ids_of(self.model, distinct), conditions.params_of(self.model)
+        size, found = batch_size * self.devices.count, {}
+        for first in range(0, len(distinct), size):
+            rows = {kind: pad(each[first : first + size], size) for kind, each in ids.items()}
+            batch = self.devices.fetch(self._text(params, self.devices.shard_batch(rows)))
+            for i, prompt in enumerate(distinct[first : first + size]):
+                found[prompt] = jax.tree.map(lambda array, i=i: array[i], batch)
+        return found
 
     def dispatch(
         self, requests: Sequence[Request], contexts: Mapping[str, Context], settings: Settings
@@ -309,7 +311,7 @@ class Pipeline:
     # ---- the stages, on all devices; (shared, batched) -> batched
 
     def _encode(self, params: Any, ids: Any) -> Any:
-        return module(self.model.text_encoder, params).context(ids)
+        return conditions.encoded(self.model, params, ids)
 
     def _decode(self, params: Any, latents: Any) -> Any:
         config, decode = self.model.vae.config, module(self.model.vae, params).decode
@@ -328,10 +330,8 @@ class Pipeline:
     def _denoise(self, sampler: str, guided: bool, shared: Any, batched: Any) -> Denoise:
         """The model as the samplers see it: D(x, sigma)."""
         config = for_sampler(self.model.scheduler, sampler)
-        unet = module(self.model.unet, shared["unet"])
         words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
-        if self.distilled:
-            unet = functools.partial(unet, guidance=w - 1)
+        unet = self._bound(shared["unet"], w - 1 if self.distilled else None)
         if guided and self.made_for == edits.FOLLOWS:
             w_picture = batched["image_guidance_scale"]
             apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture)
@@ -339,6 +339,16 @@ class Pipeline:
             apply = guidance.guided(edits.seeing(unet, batched), *words, w, run_uncond=guided)
         denoise = denoiser(apply, config.prediction_type, schedules.schedule_for(config))
         return edits.keeping(denoise, batched)
+
+    def _bound(self, params: Any, guidance: Any) -> guidance.ContextApply:
+        """The U-Net, (x, t, told) -> F."""
+        unet = module(self.model.unet, params)
+
+        def apply(x, t, told):
+            added = None if told.numbers is None else (told.context.pooled, told.numbers)
+            return unet(x, t, told.context.words, guidance, added)
+
+        return apply
 
     def _options(self, sampler: str) -> dict[str, Any]:
         return schedules.sampler_options(for_sampler(self.model.scheduler, sampler))
@@ -385,7 +395,7 @@ class Pipeline:
         }
         shared = self.devices.share(small) | {"unet": self.model.unet.params}
         size = settings.batch_size * self.devices.count
-        batched = self._batched(requests, contexts, size)
+        batched = self._batched(requests, contexts, settings, size)
         given = None
         if requests[0].edit is not None:
             given = self.devices.shard_batch(
@@ -419,13 +429,16 @@ class Pipeline:
         stages = chosen_stages(traces, start, final, frames)
         return images, finite, Frames(*map(self._decode_stages, stages))
 
-    def _batched(self, requests: Sequence[Request], contexts: Mapping[str, Context], size: int) -> Any:
+    def _batched(
+        self, requests: Sequence[Request], contexts: Mapping[str, Context], settings: Settings, size: int
+    ) -> Any:
         """What differs from picture to picture, filled up to `size` and spread over the devices."""
         requests = [*requests, *[requests[-1]] * (size - len(requests))]
         keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
+        cond, uncond = conditions.told(self.model, requests, contexts, settings)
         arrays = {
-            "cond": np.stack([contexts[r.prompt] for r in requests]),
-            "uncond": np.stack([contexts[r.negative_prompt] for r in requests]),
+            "cond": cond,
+            "uncond": uncond,
             "guidance_scale": np.array([r.guidance_scale for r in requests], np.float32),
             "image_guidance_scale": np.array([r.image_guidance_scale for r in requests], np.float32),
         }

@@ -6,7 +6,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-Context = Float[np.ndarray, "L D"]  # of one prompt, on the host
+
+class Context(NamedTuple):
+    """What the text encoders say of a prompt. A pytree; of a batch, all is behind its axis."""
+
+    words: Float[np.ndarray, "L D"]
+    pooled: Float[np.ndarray, " P"] | None = None  # of SDXL: the text as a whole
 
 
 @dataclasses.dataclass(frozen=True)

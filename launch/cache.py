@@ -63,10 +63,10 @@ def encode(config: DataConfig, model_folder: str, out: pathlib.Path, batch_size:
     try:  # JAX comes with these: --help should be instant
         from engine.train import latents
         from engine.train.sources import PictureBatches, Skipped
-        from engine.weights.folder import load_folder
+        from engine.weights.folder import load_trainable
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -e '.[train]'") from None
-    model = load_folder(model_folder)
+    model = load_trainable(model_folder)
     size = config.size or min(model.default_size)
     try:
         pictures = PictureBatches(config, 1, size, Skipped(out / "skipped.jsonl"))

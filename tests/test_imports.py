@@ -24,7 +24,7 @@ LAYERS = [
         "engine.world",
     ],
     ["engine.weights"],
-    ["engine.edits"],
+    ["engine.conditions", "engine.edits"],
     ["engine.pipeline"],
     ["engine"],  # engine/__init__.py, the public API
     ["engine.jobs", "engine.train", "engine.evaluate"],

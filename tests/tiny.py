@@ -18,8 +18,9 @@ from flax import traverse_util
 
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.text.tokenizer import Tokenizer, train_tokenizer
-from engine.weights.component import KINDS, Component, abstract
-from engine.weights.folder import Model, save_folder
+from engine.weights.component import KNOWN, Component, abstract
+from engine.weights.folder import TOKENIZERS, Model, save_folder
+from engine.weights.index import PARTS
 
 CAPTIONS = ["a red fox at night", "a blue car on grass", "a cat above a dog at sunset", "two green trees"]
 MAX_TOKENS = 16
@@ -55,6 +56,18 @@ TINY_VAE = {  # in place of VAE: the same sizes
     "num_encoder_blocks": (1, 2),
     "num_decoder_blocks": (2, 1),
 }
+# Of a tiny SDXL, and of its refiner; the U-Net beside UNET.
+TEXT_ENCODER_2 = TEXT_ENCODER | {"hidden_size": 20, "projection_dim": 12, "hidden_act": "gelu"}
+_ADDED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+XL = {
+    "unet": {**_ADDED, "cross_attention_dim": 44, "projection_class_embeddings_input_dim": 12 + 6 * 8},
+    "text_encoder_2": {},
+}
+REFINER = {
+    "unet": {**_ADDED, "cross_attention_dim": 20, "projection_class_embeddings_input_dim": 12 + 5 * 8},
+    "text_encoder_2": {},
+    "text_encoder": None,
+}
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
     "beta_schedule": "squaredcos_cap_v2",
@@ -85,9 +98,10 @@ def tiny_model(seed: int = 0, **overrides: Mapping[str, Any]) -> Model:
     """The model, its params on the default device.
 
     Args:
-      overrides: `unet`, `vae`, `text_encoder`: options of their configs beside or in place of the ones
-        above, or with a `_class_name` all of them; `scheduler`: a whole scheduler config, in place of the
-        one above.
+      overrides: `unet`, `vae`, `text_encoder`, `text_encoder_2`: options of their configs beside or in place
+        of the ones above, or with a `_class_name` all of them; `scheduler`: a whole scheduler config, in
+        place of the one above. There is a `text_encoder_2` where it is named, no `text_encoder` where it is
+        None: see XL and REFINER.
     """
     tokenizer = tiny_tokenizer()
     marks = {
@@ -97,15 +111,20 @@ def tiny_model(seed: int = 0, **overrides: Mapping[str, Any]) -> Model:
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
     }
-    options = {"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER | marks}
+    known = {"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER | marks}
+    known["text_encoder_2"] = TEXT_ENCODER_2 | marks
     scheduler = SchedulerConfig.from_json(overrides.pop("scheduler", SCHEDULER), "tiny scheduler")
-    if unknown := overrides.keys() - options.keys():
+    if unknown := overrides.keys() - known.keys():
         raise TypeError(f"tiny_model has no {sorted(unknown)}")
-    options |= {
-        kind: own if "_class_name" in own else {**options[kind], **own} for kind, own in overrides.items()
+    overrides = {"unet": {}, "vae": {}, "text_encoder": {}, **overrides}
+    options = {
+        kind: own if "_class_name" in own else {**known[kind], **own}
+        for kind, own in overrides.items()
+        if own is not None
     }
-    parts = {kind: _component(kind, options[kind], seed) for kind in options}
-    return Model(**parts, tokenizer=tokenizer, scheduler=scheduler)
+    parts = dict.fromkeys(PARTS) | {kind: _component(kind, options[kind], seed) for kind in options}
+    readers = {name: tokenizer if parts[kind] else None for kind, name in TOKENIZERS.items()}
+    return Model(**parts, **readers, scheduler=scheduler, zeros=None not in parts.values())
 
 
 def tiny_folder(path: str | os.PathLike, seed: int = 0, **overrides: Mapping[str, Any]) -> pathlib.Path:
@@ -115,7 +134,7 @@ def tiny_folder(path: str | os.PathLike, seed: int = 0, **overrides: Mapping[str
 
 
 def _component(kind: str, options: Mapping[str, Any], seed: int) -> Component:
-    spec = KINDS[kind].named(options.get("_class_name", KINDS[kind].class_name))
+    spec = KNOWN[kind].named(options.get("_class_name", KNOWN[kind].class_name))
     config = spec.config.from_json(options, f"tiny {kind}")
     graphdef, shapes = abstract(kind, config)
     flat = {path: jnp.asarray(_random(kind, path, leaf.shape, seed)) for path, leaf in shapes.items()}

@@ -7,21 +7,24 @@ weights of the two predictions add up to 1, that equals guiding the denoised ima
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from engine.diffusion.parameterization import Apply, at_least_float32
-from engine.types import Context, Latents
+from engine.types import Latents
 
-# (x_in, t, context) -> F: a network with its params bound. x_in (B H W C), t (B,) float, context (B L D).
-ContextApply = Callable[[Latents, Float[Array, " B"], Context], Latents]
+# (x_in, t, context) -> F: a network with its params bound. x_in (B H W C), t (B,) float, context: (B L D), or
+# any tree of arrays of which B is the first axis.
+ContextApply = Callable[[Latents, Float[Array, " B"], Any], Latents]
 
 
 def guided(
     apply: ContextApply,
-    cond: Context,
-    uncond: Context,
+    cond: Any,
+    uncond: Any,
     guidance_scale: float | Float[Array, ""] | Float[Array, " B"],
     guidance_rescale: float | Float[Array, ""] = 0.0,
     run_uncond: bool = True,
@@ -58,8 +61,8 @@ def guided(
 
 def guided_by_picture(
     apply: ContextApply,
-    cond: Context,
-    uncond: Context,
+    cond: Any,
+    uncond: Any,
     picture: Latents,
     guidance_scale: Float[Array, " B"],
     picture_scale: Float[Array, " B"],
@@ -84,9 +87,9 @@ def guided_by_picture(
     return apply_guided
 
 
-def _together(*arrays: Float[Array, " B *S"]) -> Float[Array, " n_B *S"]:
-    """a[0], b[0], ..., a[1], b[1], ..."""
-    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+def _together(*trees: Any) -> Any:
+    """a[0], b[0], ..., a[1], b[1], ... of each leaf."""
+    return jax.tree.map(lambda *a: jnp.stack(a, axis=1).reshape(-1, *a[0].shape[1:]), *trees)
 
 
 def rescaled(F: Latents, F_cond: Latents, guidance_rescale: float | Float[Array, ""]) -> Latents:

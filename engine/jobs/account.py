@@ -2,6 +2,9 @@
 
 import collections
 
+import jax
+import numpy as np
+
 from engine.requests import Context
 
 
@@ -21,10 +24,14 @@ class Recent:
 
     def add(self, text: str, context: Context) -> None:
         # A row of an array keeps the whole array alive; a copy does not.
-        self._found[text] = context.copy()
-        self._bytes += context.nbytes
+        self._found[text] = jax.tree.map(np.copy, context)
+        self._bytes += _bytes_of(context)
         while (self._bytes > self._room and len(self._found) > 1) or len(self._found) > self._most:
-            self._bytes -= self._found.popitem(last=False)[1].nbytes
+            self._bytes -= _bytes_of(self._found.popitem(last=False)[1])
+
+
+def _bytes_of(context: Context) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(context))
 
 
 class Busy:

@@ -31,7 +31,7 @@ FIXED_OF_ENCODERS = {
     "chunk_size_feed_forward": (0,),
 }
 FIXED = {
-    "architectures": (None, ["CLIPTextModel"]),
+    "architectures": (None, ["CLIPTextModel"], ["CLIPTextModelWithProjection"]),
     "model_type": ("clip_text_model",),
     **FIXED_OF_ENCODERS,
 }
@@ -95,7 +95,7 @@ class TextOutput(NamedTuple):
     """What the encoder says of a prompt."""
 
     last_hidden_state: Float[Array, "B L D"]  # after the final norm
-    pooled: Float[Array, "B D"]  # the same, at the end of the text
+    pooled: Float[Array, "B _"]  # the same, at the end of the text; projected, where the model does that
     hidden_states: tuple[Float[Array, "B L D"], ...]  # the embeddings, then each layer, before the final norm
 
 
@@ -209,3 +209,18 @@ class CLIPTextModel(nnx.Module):
         if clip_skip == 0:
             return output.last_hidden_state
         return self.text_model.final_layer_norm(output.hidden_states[-1 - clip_skip])
+
+
+class CLIPTextModelWithProjection(nnx.Module):
+    """The same, with the projection that makes texts comparable to pictures; the second encoder of SDXL."""
+
+    def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.text_model = CLIPTextTransformer(config, rngs)
+        self.text_projection = nnx.Linear(
+            config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs
+        )
+
+    def __call__(self, ids: Int[Array, "B L"]) -> TextOutput:
+        output = self.text_model(ids)
+        return output._replace(pooled=self.text_projection(output.pooled))

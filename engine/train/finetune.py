@@ -25,7 +25,7 @@ from engine.types import Params
 from engine.weights import embeddings, lora_files
 from engine.weights.component import KINDS
 from engine.weights.files import read_json
-from engine.weights.folder import Model, load_folder, save_folder
+from engine.weights.folder import Model, load_trainable, save_folder
 from engine.weights.lora import Lora, merged
 
 SETTLED = ("model", "what", "seed", "scheduler", "lora", "inversion")  # settings that a run keeps
@@ -103,7 +103,7 @@ def folder_of(config: FinetuneConfig) -> pathlib.Path:
 def begin(config: FinetuneConfig) -> Task:
     """Loads the model, and says what of it is trained."""
     folder = folder_of(config)
-    model = load_folder(folder, dtype=jnp.float32)
+    model = load_trainable(folder)
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = SchedulerConfig.from_json(read_json(file) | config.scheduler, str(file))
     model = dataclasses.replace(model, scheduler=scheduler)

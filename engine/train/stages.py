@@ -27,7 +27,7 @@ from engine.train.workdir import check_same_pictures, check_same_run, remember
 from engine.types import Params, UserError
 from engine.weights.component import KINDS, Component, abstract
 from engine.weights.files import new_folder
-from engine.weights.folder import Model, load_folder, save_folder
+from engine.weights.folder import Model, load_trainable, save_folder
 
 Fit = Callable[..., Params | None]  # see loop.fit
 Parts = dict[str, Component]  # "vae", "text_encoder", "unet"
@@ -226,7 +226,7 @@ def started(config: TrainConfig) -> tuple[Tokenizer, Parts]:
     Raises:
       UserError: the folder cannot be read, or holds a model of another shape than the config's.
     """
-    model = load_folder(config.start)
+    model = load_trainable(config.start)
     parts = {kind: getattr(model, kind) for kind in KINDS}
     for kind, wanted in part_configs(config, model.tokenizer.vocab_size).items():
         here = dataclasses.asdict(parts[kind].config)

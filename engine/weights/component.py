@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from engine.config import to_json
 from engine.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from engine.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
-from engine.models.clip import CLIPTextConfig, CLIPTextModel
+from engine.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from engine.models.clip_vision import CLIPConfig, CLIPModel
 from engine.models.layers import host_rngs
 from engine.models.unet import UNet2DConditionModel, UNetConfig
@@ -80,7 +80,11 @@ class Kind(NamedTuple):
         return {"architectures": [self.class_name], "model_type": MODEL_TYPES[self.class_name]}
 
 
-MODEL_TYPES = {"CLIPTextModel": "clip_text_model", "CLIPModel": "clip"}  # as transformers calls them
+MODEL_TYPES = {  # as transformers calls them
+    "CLIPTextModel": "clip_text_model",
+    "CLIPTextModelWithProjection": "clip_text_model",
+    "CLIPModel": "clip",
+}
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
 _TINY = Kind("diffusers", "AutoencoderTiny", AutoencoderTinyConfig, AutoencoderTiny, _DIFFUSERS_STEM)
 KINDS = {
@@ -88,8 +92,12 @@ KINDS = {
     "vae": Kind("diffusers", "AutoencoderKL", AutoencoderConfig, AutoencoderKL, _DIFFUSERS_STEM, (_TINY,)),
     "text_encoder": Kind("transformers", "CLIPTextModel", CLIPTextConfig, CLIPTextModel, "model"),
 }
-# Beside the parts of a folder that draws: what is a folder by itself.
-KNOWN = KINDS | {"clip": Kind("transformers", "CLIPModel", CLIPConfig, CLIPModel, "model")}
+_PROJECTED = "CLIPTextModelWithProjection"
+# Beside the parts of any folder that draws: that of SDXL, and what is a folder by itself.
+KNOWN = KINDS | {
+    "text_encoder_2": Kind("transformers", _PROJECTED, CLIPTextConfig, CLIPTextModelWithProjection, "model"),
+    "clip": Kind("transformers", "CLIPModel", CLIPConfig, CLIPModel, "model"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +130,7 @@ def load_component(
 
     Args:
       folder: with config.json and the weights, as one safetensors file or several with an index.
-      kind: "unet", "vae", "text_encoder" or "clip".
+      kind: "unet", "vae", "text_encoder", "text_encoder_2" or "clip".
       dtype: float32, float16 or bfloat16; the files may hold any of the three.
       variant: "fp16" for the files *.fp16.safetensors. None takes the plain ones, or those of fp16 where
         there are no others.

@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 
 from engine.types import UserError
 from engine.weights.component import Place, load_component, read_config
-from engine.weights.folder import INDEX, Model
+from engine.weights.folder import Model
+from engine.weights.index import FILE
 
 
 def with_decoder(
@@ -40,7 +41,7 @@ def find(path: str | Path) -> Path:
     folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         raise UserError(f"no decoder {folder}: it is a folder with config.json, or a model's with vae/ in it")
-    if (folder / INDEX).is_file() or not (folder / "config.json").is_file():
+    if (folder / FILE).is_file() or not (folder / "config.json").is_file():
         folder /= "vae"
     if not (folder / "config.json").is_file():
         raise UserError(

@@ -1,17 +1,14 @@
 """The diffusers folder of a Stable Diffusion model, read and written.
 
-    model_index.json            which class each part is
-    unet/ vae/ text_encoder/    config.json and safetensors: engine.weights.component
-    tokenizer/                  vocab.json and merges.txt, or tokenizer.json
-    scheduler/                  scheduler_config.json: the noise schedule and the sampler it was made for
-
-`safety_checker` and `feature_extractor`, which the folders of Stable Diffusion 1 carry, are not read: no
-picture depends on them, and a folder without them is complete.
+model_index.json            what it is, and which class each part is: engine.weights.index
+unet/ vae/ text_encoder/    config.json and safetensors: engine.weights.component
+tokenizer/                  vocab.json and merges.txt, or tokenizer.json
+text_encoder_2/ tokenizer_2/    of SDXL; its refiner has these alone
+scheduler/                  scheduler_config.json: the noise schedule and the sampler it was made for
 """
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +16,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from engine.config import nearest
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.text.tokenizer import Tokenizer
 from engine.types import UserError
-from engine.weights import embeddings, lora, lora_files
+from engine.weights import embeddings, index, lora, lora_files
 from engine.weights.component import (
-    DIFFUSERS_VERSION,
-    KINDS,
+    KNOWN,
     MAX_SHARD_SIZE,
-    PICKLES,
+    Change,
     Component,
     Place,
     load_component,
@@ -37,11 +32,7 @@ from engine.weights.component import (
 )
 from engine.weights.files import new_folder, read_json, write_json
 
-PIPELINE = "StableDiffusionPipeline"
-INPAINTING, PIX2PIX = "StableDiffusionInpaintPipeline", "StableDiffusionInstructPix2PixPipeline"
-PIPELINES = (PIPELINE, "StableDiffusionImg2ImgPipeline", INPAINTING, PIX2PIX)
-INDEX = "model_index.json"
-NOT_READ = ("safety_checker", "feature_extractor", "requires_safety_checker")
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # encoder -> its tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +41,12 @@ class Model:
 
     unet: Component
     vae: Component
-    text_encoder: Component
-    tokenizer: Tokenizer
+    text_encoder: Component | None  # None: of the refiner of SDXL
+    tokenizer: Tokenizer | None
     scheduler: SchedulerConfig
+    text_encoder_2: Component | None = None  # of SDXL
+    tokenizer_2: Tokenizer | None = None
+    zeros: bool = False  # no negative prompt is zeros, in place of what the encoders say of an empty text
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -61,11 +55,19 @@ class Model:
         height, width = size if isinstance(size, tuple) else (size, size)
         return height * scale, width * scale
 
+    @property
+    def parts(self) -> dict[str, Component]:
+        """The networks in it."""
+        found = {kind: getattr(self, kind) for kind in index.PARTS}
+        return {kind: part for kind, part in found.items() if part is not None}
 
-def pipeline_of(unet: Any, vae: Any) -> str:
-    """The class of diffusers that draws with these configs: by the channels that the U-Net takes beside x."""
-    latent = vae.latent_channels
-    return {latent + 1: INPAINTING, latent: PIX2PIX}.get(unet.in_channels - latent, PIPELINE)
+    @property
+    def readers(self) -> dict[str, tuple[Component, Tokenizer]]:
+        """The text encoders in it, each with its tokenizer."""
+        parts = self.parts
+        return {
+            kind: (parts[kind], getattr(self, name)) for kind, name in TOKENIZERS.items() if kind in parts
+        }
 
 
 def load_folder(
@@ -87,18 +89,45 @@ def load_folder(
         a LoRA or an embedding that is not for this model.
     """
     folder = Path(os.path.expanduser(path))  # unlike Path's own, silent about users that do not exist
-    index, scheduler = read_index(folder), read_scheduler(folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
-    configs = {kind: read_config(folder / kind / "config.json", kind) for kind in KINDS}
-    _check_classes(configs, index, folder)
-    learned = embeddings.read_all(words, tokenizer, configs["text_encoder"].hidden_size)
-    drawing = {kind: configs[kind] for kind in lora.KINDS}
-    changes = [lora_files.read_all(loras, drawing)] if loras else []
-    changes += [learned.change] if learned else []
-    parts = {kind: load_component(folder / kind, kind, dtype, variant, place, changes) for kind in KINDS}
-    model = Model(**parts, tokenizer=tokenizer, scheduler=scheduler)
-    check_parts_fit({kind: part.config for kind, part in parts.items()}, tokenizer, folder)
+    found, scheduler = index.read_index(folder), read_scheduler(folder)
+    texts = {kind: TOKENIZERS[kind] for kind in found.kinds if kind in TOKENIZERS}
+    tokenizers = {kind: Tokenizer.load(folder / name) for kind, name in texts.items()}
+    configs = {kind: read_config(folder / kind / "config.json", kind) for kind in found.kinds}
+    _check_classes(configs, found.classes, folder)
+    changes, learned = _changes(loras, words, configs, tokenizers, folder)
+    check_parts_fit(configs, tokenizers, folder)
+    parts = {kind: load_component(folder / kind, kind, dtype, variant, place, changes) for kind in configs}
+    readers = {name: tokenizers.get(kind) for kind, name in TOKENIZERS.items()}
+    whole = dict.fromkeys(index.PARTS) | parts
+    model = Model(**whole, **readers, scheduler=scheduler, zeros=found.zeros)
     return with_words(model, learned) if learned else model
+
+
+def _changes(
+    loras: Sequence[tuple[str | Path, float]],
+    words: Sequence[str | Path],
+    configs: Mapping[str, Any],
+    tokenizers: Mapping[str, Tokenizer],
+    folder: Path,
+) -> tuple[list[Change], embeddings.Words | None]:
+    """What LoRAs and embeddings make of the parameters, and the words that the embeddings bring."""
+    changes: list[Change] = []
+    learned = None
+    if words:
+        if "text_encoder_2" in configs:
+            raise UserError(f"{folder} is one of SDXL, whose two encoders an embedding cannot join yet")
+        learned = embeddings.read_all(words, tokenizers["text_encoder"], configs["text_encoder"].hidden_size)
+    if loras:
+        changes.append(lora_files.read_all(loras, {k: c for k, c in configs.items() if k in lora.KINDS}))
+    return changes + ([learned.change] if learned else []), learned
+
+
+def load_trainable(path: str | Path) -> Model:
+    """`load_folder` in float32; UserError for a model of SDXL."""
+    folder = Path(os.path.expanduser(path))
+    if "text_encoder_2" in index.read_index(folder).classes:
+        raise UserError(f"{path} is one of SDXL, which draws here, but cannot be trained yet")
+    return load_folder(folder)
 
 
 def with_words(model: Model, learned: embeddings.Words) -> Model:
@@ -107,99 +136,58 @@ def with_words(model: Model, learned: embeddings.Words) -> Model:
     return dataclasses.replace(model, text_encoder=text_encoder, tokenizer=learned.tokenizer)
 
 
-def _check_classes(configs: Mapping[str, Any], index: Mapping[str, str], folder: Path) -> None:
+def _check_classes(configs: Mapping[str, Any], classes: Mapping[str, str], folder: Path) -> None:
     """UserError where model_index.json and a part's config.json name two classes."""
     for kind, config in configs.items():
-        if index[kind] != (found := KINDS[kind].of(config).class_name):
+        if classes[kind] != (found := KNOWN[kind].of(config).class_name):
             raise UserError(
-                f"{folder / INDEX}: {kind} is a {index[kind]}; {kind}/config.json describes a {found}"
+                f"{folder / index.FILE}: {kind} is a {classes[kind]}; {kind}/config.json describes a {found}"
             )
 
 
-def check_parts_fit(configs: Mapping[str, Any], tokenizer: Tokenizer, where: Path) -> None:
-    """UserError where a part of one model stands beside those of another. configs: of each of KINDS."""
-    unet, vae, text = (configs[kind] for kind in ("unet", "vae", "text_encoder"))
-    if unet.addition_embed_type:
-        raise UserError(f"{where}: the U-Net is one of SDXL, whose second text encoder is not read yet")
-    for width in set(unet.per_block("cross_attention_dim")) - {text.hidden_size}:
-        raise UserError(
-            f"{where}: the parts are of different models: unet/config.json has cross_attention_dim {width}, "
-            f"text_encoder/config.json hidden_size {text.hidden_size}"
-        )
+def check_parts_fit(configs: Mapping[str, Any], tokenizers: Mapping[str, Tokenizer], where: Path) -> None:
+    """UserError where a part of one model stands beside those of another.
+
+    Args:
+      configs: of all networks.
+      tokenizers: by the text encoder that they are for.
+    """
+    unet, vae = configs["unet"], configs["vae"]
+    texts = {kind: config for kind, config in configs.items() if kind in TOKENIZERS}
+    different = f"{where}: the parts are of different models:"
+    beside = " + ".join(f"{kind}/config.json hidden_size {text.hidden_size}" for kind, text in texts.items())
+    for width in set(unet.per_block("cross_attention_dim")) - {sum(t.hidden_size for t in texts.values())}:
+        raise UserError(f"{different} unet/config.json has cross_attention_dim {width}, {beside}")
     if unet.out_channels != vae.latent_channels:
         raise UserError(
-            f"{where}: the parts are of different models: unet/config.json has out_channels "
-            f"{unet.out_channels}, vae/config.json latent_channels {vae.latent_channels}"
+            f"{different} unet/config.json has out_channels {unet.out_channels}, vae/config.json "
+            f"latent_channels {vae.latent_channels}"
         )
-    if tokenizer.vocab_size > text.vocab_size:
+    for kind, tokenizer in tokenizers.items():
+        if tokenizer.vocab_size > texts[kind].vocab_size:
+            raise UserError(
+                f"{different} {TOKENIZERS[kind]}/ has {tokenizer.vocab_size} ids, {kind}/config.json "
+                f"vocab_size {texts[kind].vocab_size}"
+            )
+    if len(lengths := {tokenizer.model_max_length for tokenizer in tokenizers.values()}) > 1:
         raise UserError(
-            f"{where}: the parts are of different models: tokenizer/ has {tokenizer.vocab_size} ids, "
-            f"text_encoder/config.json vocab_size {text.vocab_size}"
+            f"{different} their tokenizers read texts of {' and '.join(map(str, lengths))} tokens"
         )
+    if ("text_encoder_2" in texts) != (unet.addition_embed_type is not None):
+        raise UserError(
+            f"{different} a second text encoder and addition_embed_type in unet/config.json go together, as "
+            "in SDXL"
+        )
+    if "text_encoder_2" in texts:
+        index.numbers_beside(unet, texts["text_encoder_2"], f"{different} unet/config.json")
 
 
 def read_scheduler(folder: Path) -> SchedulerConfig:
     """The scheduler of a model; UserError as of `read_index`, or for what the engine does not know of it."""
-    name = read_index(folder)["scheduler"]
+    name = index.read_index(folder).classes["scheduler"]
     file = folder / "scheduler" / "scheduler_config.json"
     options = read_json(file) | {"_class_name": name}  # the index decides on the class, as in diffusers
     return SchedulerConfig.from_json(options, str(file))
-
-
-def read_index(folder: Path) -> dict[str, str]:
-    """Part -> class name, from model_index.json; UserError for a part or class that the engine lacks."""
-    _check_is_model(folder)
-    where = folder / INDEX
-    index = read_json(where)
-    if (name := index.get("_class_name")) not in PIPELINES:
-        raise UserError(f"{where} describes a {name}; the engine reads {', '.join(PIPELINES)}")
-    wanted = {kind: spec.class_names for kind, spec in KINDS.items()}
-    wanted |= {"tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": None}
-    found = {}
-    for name, value in index.items():
-        if name.startswith("_") or name in NOT_READ or value in (None, [None, None]):
-            continue
-        if name not in wanted:
-            raise UserError(f"{where}: unknown part {name!r}{nearest(name, wanted)}")
-        if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)):
-            raise UserError(f"{where}: {name} is {value!r}, not [library, class]")
-        if wanted[name] is not None and value[1] not in wanted[name]:
-            raise UserError(f"{where}: {name} is a {value[1]}; the engine has {' and '.join(wanted[name])}")
-        found[name] = value[1]
-    if wanted.keys() - found.keys():
-        raise UserError(f"{where} names no {', '.join(sorted(wanted.keys() - found.keys()))}")
-    return found
-
-
-def _check_is_model(folder: Path) -> None:
-    if folder.is_file():
-        check_no_pickle(folder)
-        single = folder.suffix == ".safetensors"
-        command = f"python -m launch.convert {folder} FOLDER --tokenizer FOLDER"
-        hint = f"; make one of a single file with {command}" if single else ""
-        raise UserError(
-            f"{folder} is a file: a model is a folder with {INDEX}, unet/, vae/, text_encoder/{hint}"
-        )
-    if not folder.is_dir():
-        known_online = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
-        hint = " (nothing is fetched by name: download it first)" if known_online else ""
-        raise UserError(f"no folder {folder}: a model is a folder on this disk, with {INDEX} in it{hint}")
-    if not (folder / INDEX).is_file():
-        present = ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "nothing"
-        parts = ", ".join(f"{name}/" for name in (*KINDS, "tokenizer", "scheduler"))
-        raise UserError(f"{folder} is no model: looked for {INDEX} beside {parts}; it holds {present}")
-
-
-def check_no_pickle(path: Path) -> None:
-    """UserError, with what makes safetensors of it, for a file that can run code when it is opened."""
-    if path.name.endswith(PICKLES):
-        load = f"torch.load({str(path)!r}, map_location='cpu', weights_only=True)"
-        rest = "{k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}"
-        raise UserError(
-            f"{path} is in a format that is never opened because it can run code; if you trust it, PyTorch "
-            f'makes safetensors of it: python -c "import torch, safetensors.torch as s; d = {load}; '
-            f"d = d.get('state_dict', d); s.save_file({rest}, {str(path.with_suffix('.safetensors'))!r})\""
-        )
 
 
 def save_folder(
@@ -217,33 +205,27 @@ def save_folder(
       UserError: the folder exists, or a value does not fit into float16.
       OSError: no space left, or the place cannot be written.
     """
-    with new_folder(Path(path), INDEX, overwrite) as new:
-        parts = {kind: getattr(model, kind) for kind in KINDS}
-        for kind, part in parts.items():
+    with new_folder(Path(path), index.FILE, overwrite) as new:
+        for kind, part in model.parts.items():
             (new / kind).mkdir()
             write_component(new / kind, part, dtype, max_shard_size)
-        configs = {kind: part.config for kind, part in parts.items()}
-        write_rest(new, model.tokenizer, model.scheduler, configs)
+        configs = {kind: part.config for kind, part in model.parts.items()}
+        tokenizers = {kind: tokenizer for kind, (_, tokenizer) in model.readers.items()}
+        write_rest(new, tokenizers, model.scheduler, configs, model.zeros)
 
 
 def write_rest(
-    folder: Path, tokenizer: Tokenizer, scheduler: SchedulerConfig, configs: Mapping[str, Any]
+    folder: Path,
+    tokenizers: Mapping[str, Tokenizer],
+    scheduler: SchedulerConfig,
+    configs: Mapping[str, Any],
+    zeros: bool = False,
 ) -> None:
-    """What is no network: tokenizer/, scheduler/ and model_index.json, with the classes of `configs`."""
-    (folder / "tokenizer").mkdir()
-    tokenizer.save(folder / "tokenizer")
+    """What is no network: the tokenizers, scheduler/ and model_index.json, with the classes of `configs`."""
+    for kind, tokenizer in tokenizers.items():
+        (folder / TOKENIZERS[kind]).mkdir()
+        tokenizer.save(folder / TOKENIZERS[kind])
     options = scheduler.to_json()
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", options)
-    index = {
-        "_class_name": pipeline_of(configs["unet"], configs["vae"]),
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", options["_class_name"]],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-    }
-    classes = {kind: KINDS[kind].of(config) for kind, config in configs.items()}
-    parts = {kind: [found.library, found.class_name] for kind, found in classes.items()}
-    write_json(folder / INDEX, index | parts)
+    index.write_index(folder, configs, options["_class_name"], zeros)

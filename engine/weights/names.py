@@ -41,6 +41,7 @@ ALIASES = tuple(
         ("clip", r"(text_model|vision_model)\.embeddings\.position_ids$", None),
         # transformers 5 saves a text encoder that it built itself without the prefix; it reads both
         ("text_encoder", r"(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),
+        ("text_encoder_2", r"(text_model\.)?embeddings\.position_ids$", None),
         # FID ends before the classes, and never trains
         ("inception", r"(fc|AuxLogits)\.|.*\.num_batches_tracked$", None),
     )

@@ -18,9 +18,10 @@ from engine.models.unet import UNetConfig
 from engine.text.tokenizer import BOS, BYTES, END_OF_WORD, EOS, Merges, Tokenizer
 from engine.types import UserError
 from engine.weights import names
-from engine.weights.component import KINDS, abstract, write_config, write_weights
+from engine.weights.component import abstract, write_config, write_weights
 from engine.weights.files import new_folder
-from engine.weights.folder import INDEX, write_rest
+from engine.weights.folder import TOKENIZERS, write_rest
+from engine.weights.index import FILE, PARTS
 from engine.weights.safetensors_io import as_dtype, cast
 
 
@@ -29,8 +30,9 @@ class Architecture(NamedTuple):
 
     unet: UNetConfig
     vae: AutoencoderConfig | AutoencoderTinyConfig
-    text_encoder: CLIPTextConfig
+    text_encoder: CLIPTextConfig | None
     scheduler: dict[str, Any]  # scheduler_config.json
+    text_encoder_2: CLIPTextConfig | None = None  # of SDXL
 
 
 _VAE = AutoencoderConfig(
@@ -106,12 +108,13 @@ def random_folder(
         raise UserError(f"seed={seed}: write a number from 0")
     dtype = as_dtype(dtype)
     scheduler = SchedulerConfig.from_json(architecture.scheduler, "scheduler")
-    with new_folder(Path(path), INDEX, overwrite) as new:
-        configs = {kind: getattr(architecture, kind) for kind in KINDS}
+    with new_folder(Path(path), FILE, overwrite) as new:
+        configs = {kind: getattr(architecture, kind) for kind in PARTS if getattr(architecture, kind)}
         for kind, config in configs.items():
             (new / kind).mkdir()
             _write_component(new / kind, kind, config, dtype, seed)
-        write_rest(new, _tokenizer(architecture.text_encoder), scheduler, configs)
+        tokenizers = {kind: _tokenizer(config) for kind, config in configs.items() if kind in TOKENIZERS}
+        write_rest(new, tokenizers, scheduler, configs, "text_encoder" in configs and len(tokenizers) > 1)
 
 
 def _write_component(folder: Path, kind: str, config: Any, dtype: np.dtype, seed: int) -> None:

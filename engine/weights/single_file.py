@@ -24,7 +24,8 @@ from engine.types import UserError
 from engine.weights import names
 from engine.weights.component import KINDS, abstract, listed, write_config, write_weights
 from engine.weights.files import new_folder
-from engine.weights.folder import INDEX, check_no_pickle, check_parts_fit, write_rest
+from engine.weights.folder import check_parts_fit, write_rest
+from engine.weights.index import FILE, check_no_pickle
 from engine.weights.original_configs import Family, Header, built, family_of, told_by_shapes
 from engine.weights.original_names import CLIP, OPEN_CLIP, THIRDS, UNET, VAE, Slot, slots
 from engine.weights.safetensors_io import (
@@ -101,13 +102,13 @@ def to_folder(
         )
     words = _tokenizer(single, Path(os.path.expanduser(tokenizer)))
     kept = None if dtype is None else as_dtype(dtype)
-    with new_folder(folder, INDEX, overwrite) as new, open(file, "rb") as opened:
+    with new_folder(folder, FILE, overwrite) as new, open(file, "rb") as opened:
         configs = _with_marks(single, words)
         for kind, config in configs.items():
             (new / kind).mkdir()
             write_config(new / kind, kind, config)
             _write_weights(new / kind, kind, config, single.tensors[kind], opened, kept)
-        write_rest(new, words, single.scheduler, configs)
+        write_rest(new, {"text_encoder": words}, single.scheduler, configs)
     return single.notes
 
 
@@ -279,9 +280,9 @@ def _part(tensor: Tensor, slot: Slot, shape: names.Shape) -> Tensor:
 
 def _tokenizer(single: Single, folder: Path) -> Tokenizer:
     """The tokenizer in a folder, or in its tokenizer/; UserError where it is another model's."""
-    folder = folder / "tokenizer" if (folder / INDEX).is_file() else folder
+    folder = folder / "tokenizer" if (folder / FILE).is_file() else folder
     tokenizer, text = Tokenizer.load(folder), single.configs["text_encoder"]
-    check_parts_fit(single.configs, tokenizer, single.path)
+    check_parts_fit(single.configs, {"text_encoder": tokenizer}, single.path)
     if tokenizer.model_max_length > text.max_position_embeddings:
         raise UserError(
             f"{folder} has texts of {tokenizer.model_max_length} tokens, {single.path} of "

@@ -125,8 +125,8 @@ WRONG = {
     "no index": (lambda f: (f / "model_index.json").unlink(), r"is no model: looked for model_index\.json"),
     "index cut": (lambda f: (f / "model_index.json").write_text("{"), r"model_index\.json is not JSON"),
     "other pipeline": (
-        change_index(_class_name="StableDiffusionXLPipeline"),
-        r"model_index\.json describes a StableDiffusionXLPipeline; the engine reads StableDiffusionPipeline",
+        change_index(_class_name="FluxPipeline"),
+        r"model_index\.json describes a FluxPipeline; the engine reads StableDiffusionPipeline",
     ),
     "unknown part": (
         change_index(text_encoder_2=["transformers", "CLIPTextModelWithProjection"]),
