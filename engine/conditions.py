@@ -57,8 +57,8 @@ def told(model: Model, requests: Sequence[Request], contexts: Any, settings: Set
     Args:
       contexts: from `encoded`, by prompt.
     """
-    cond = [contexts[r.prompt] for r in requests]
-    uncond = [contexts[r.negative_prompt] for r in requests]
+    cond = [contexts[r.prompt]._replace(refiner=None) for r in requests]
+    uncond = [contexts[r.negative_prompt]._replace(refiner=None) for r in requests]
     if model.zeros:
         nothing = jax.tree.map(np.zeros_like, cond[0])
         uncond = [u if r.negative_prompt else nothing for u, r in zip(uncond, requests, strict=True)]

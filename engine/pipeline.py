@@ -1,45 +1,35 @@
-"""The whole way of one picture: words, noise, steps, picture.
+"""The whole way of one picture: words, noise, steps, picture (`engine.programs`: what is compiled of it).
 
-Three compiled stages (and a few lines that draw the noise), each mapped over all devices; a fourth, where
-there are pictures to change, makes latents of them (`engine.edits`):
-
-  text     ids -> context vectors, once for each distinct prompt
-  sampler  noise -> latents, a scan over the steps, run in segments so that one can see how far it is
-  decoder  latents -> uint8 pictures
-
-Params, contexts, keys, guidance scale and sigmas are arguments: another prompt, seed or scale compiles
-nothing. Sizes, the number of steps, the sampler and whether there is guidance at all are static.
+With a refiner, a second model goes the last part of the way from noise to latents (Podell et al. 2023,
+section 2.5), with what its own text encoders say of the prompts.
 """
 
 import contextlib
-import functools
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import platformdirs
-from flax import nnx
 from jaxtyping import Float, UInt8
 
-from engine import conditions, edits
+from engine import edits
 from engine.config import GenerateConfig, nearest
-from engine.diffusion import guidance, noise, samplers, schedules
-from engine.diffusion.parameterization import denoiser
-from engine.diffusion.scheduler_config import for_sampler, sampler_name
-from engine.diffusion.segments import chosen_stages, segment_length
-from engine.finish import to_uint8
-from engine.models.tiles import check_tile, decode_in_tiles
+from engine.diffusion import noise, samplers, schedules
+from engine.diffusion.scheduler_config import SchedulerConfig, for_sampler, sampler_name
+from engine.diffusion.segments import chosen_stages
+from engine.models.tiles import check_tile
 from engine.parallel import Devices, pad
+from engine.programs import Programs, Way
 from engine.requests import Batch, Context, Edit, Frames, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
-from engine.types import Denoise, UserError
-from engine.weights.component import Component
+from engine.types import UserError
 from engine.weights.decoder import with_decoder
 from engine.weights.folder import Model, load_folder
+from engine.weights.refiner import load_refiner
 
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-128"
 SHIPPED_NAME = GenerateConfig.model  # what pictures say of the model in the package
@@ -47,6 +37,7 @@ DTYPES = ("float32", "bfloat16")
 MAX_SIDE = 16384
 DEFAULT_STEPS = GenerateConfig.steps
 DEFAULT_GUIDANCE = GenerateConfig.guidance_scale
+REFINER_START = 0.8  # of the way; as in its original
 
 
 def load(
@@ -57,6 +48,7 @@ def load(
     embeddings: Sequence[str | os.PathLike] = (),
     decoder: str | os.PathLike | None = None,
     tile: int = 0,
+    refiner: str | os.PathLike | None = None,
 ) -> "Pipeline":
     """Loads a model onto the devices.
 
@@ -69,6 +61,7 @@ def load(
       embeddings: files of textual inversion, in the format of diffusers or of AUTOMATIC1111; prompts may then
         use their words.
       decoder: the folder of an autoencoder, or of a model, whose autoencoder stands in for the model's own.
+      refiner: the folder of a model for the same latents that goes the last part of the way to a picture.
       tile: in pixels; larger pictures are decoded in tiles of this side, for less memory. 0: whole.
 
     Raises:
@@ -81,10 +74,13 @@ def load(
     folder = SHIPPED if model is None else pathlib.Path(model)
     loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=devices.place, loras=lora, words=embeddings)
     edits.made_for(loaded, str(folder))
+    second = load_refiner(loaded, refiner, jnp.dtype(dtype), devices.place) if refiner else None
     if decoder:
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
+        second = dataclasses.replace(second, vae=loaded.vae) if second else None
     check_tile(tile, loaded.vae.config.scale)
-    return Pipeline(loaded, devices, SHIPPED_NAME if model is None else str(model), dtype, folder, tile)
+    name = SHIPPED_NAME if model is None else str(model)
+    return Pipeline(loaded, devices, name, dtype, folder, tile, second)
 
 
 def use_compilation_cache() -> None:
@@ -102,29 +98,24 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def module(part: Component, params: Any) -> nnx.Module:
-    """The module of a part of the model around (traced) params."""
-    return nnx.merge(part.graphdef, nnx.State(params))
-
-
 class Pipeline:
     """A loaded model, ready to draw. Stages are compiled when they are first needed, and kept."""
 
     def __init__(
-        self, model: Model, devices: Devices, name: str, dtype: str, folder: pathlib.Path, tile: int = 0
+        self,
+        model: Model,
+        devices: Devices,
+        name: str,
+        dtype: str,
+        folder: pathlib.Path,
+        tile: int = 0,
+        refiner: Model | None = None,
     ):
         self.model, self.devices, self.name, self.dtype = model, devices, name, dtype
-        self.tile = tile  # side in pixels, for the decoder; 0: none
         self.folder = folder  # from which the model was loaded
-        self.distilled = model.unet.config.time_cond_proj_dim is not None  # it knows what guidance does
-        self.made_for = edits.made_for(model, name)
-        self._text = devices.map(self._encode)
-        self._decoder = devices.map(self._decode)
-        self._look = devices.map(self._looked_at)
-        self._paste = devices.map(lambda _, batched: edits.pasted(*batched))
-        self._begin = functools.cache(self._build_begin)
-        self._segment = functools.cache(self._build_segment)
-        self._noise = functools.cache(self._build_noise)
+        self.programs = Programs(model, devices, name, tile)
+        self.refiner = Programs(refiner, devices, "the refiner", tile) if refiner else None
+        self.made_for = self.programs.made_for
 
     # ---- what people call
 
@@ -144,6 +135,7 @@ class Pipeline:
         given: Sequence[Edit] | None = None,
         strength: float | None = None,
         image_guidance_scale: float = GenerateConfig.image_guidance_scale,
+        refiner_start: float | None = None,
     ) -> UInt8[np.ndarray, "B H W 3"]:
         """One picture for each prompt.
 
@@ -160,6 +152,7 @@ class Pipeline:
           strength: 0 to 1, how much of a given picture is forgotten; None: 0.8, and 1 with a mask.
           image_guidance_scale: how strictly a model that changes pictures as it is told keeps to the given
             one, where guidance_scale is not 1.
+          refiner_start: share of the way, 0 to 1, that the model goes before its refiner; None: 0.8.
 
         Raises:
           UserError: an argument is wrong.
@@ -169,7 +162,9 @@ class Pipeline:
             batch_size = self.share_of(len(prompts))
         if strength is None:
             strength = edits.default_strength(given[0] if given else None, self.made_for)
-        settings = self.settings(steps, sampler, guidance_scale, height, width, batch_size, strength)
+        settings = self.settings(
+            steps, sampler, guidance_scale, height, width, batch_size, strength, refiner_start
+        )
         seed = noise.fresh_seed() if seed is None else seed
         images = []
         for batch in self.stream(
@@ -236,13 +231,10 @@ class Pipeline:
     def encode(self, prompts: Sequence[str], batch_size: int) -> dict[str, Context]:
         """The context of each distinct prompt, computed in batches of one size."""
         distinct = list(dict.fromkeys(prompts))
-        ids, params = conditions.ids_of(self.model, distinct), conditions.params_of(self.model)
-        size, found = batch_size * self.devices.count, {}
-        for first in range(0, len(distinct), size):
-            rows = {kind: pad(each[first : first + size], size) for kind, each in ids.items()}
-            batch = self.devices.fetch(self._text(params, self.devices.shard_batch(rows)))
-            for i, prompt in enumerate(distinct[first : first + size]):
-                found[prompt] = jax.tree.map(lambda array, i=i: array[i], batch)
+        found = self.programs.encode(distinct, batch_size * self.devices.count)
+        if self.refiner:
+            own = self.refiner.encode(distinct, batch_size * self.devices.count)
+            found = {prompt: context._replace(refiner=own[prompt]) for prompt, context in found.items()}
         return found
 
     def dispatch(
@@ -273,6 +265,7 @@ class Pipeline:
         width: int | None = None,
         batch_size: int = 1,
         strength: float = 1.0,
+        refiner_start: float | None = None,
     ) -> Settings:
         """Checks settings, and fills in what the model knows; raises UserError before anything compiles."""
         default_height, default_width = self.default_size
@@ -284,10 +277,13 @@ class Pipeline:
             default_width if width is None else width,
             batch_size,
             strength,
+            self._refiner_start(refiner_start),
         )
         samplers.find(settings.sampler)
         schedules.sigmas_for(for_sampler(self.model.scheduler, settings.sampler), steps)
         edits.check_strength(settings)
+        if self.refiner:
+            self._ways(settings)
         if not np.isfinite(settings.guidance_scale):
             raise UserError(f"guidance_scale={guidance_scale} is no number; 1 is none, 5 to 8 are usual")
         if batch_size < 1:
@@ -299,6 +295,20 @@ class Pipeline:
                 raise UserError(f"{name}={side}: this model makes multiples of {scale}; write {good}")
         return settings
 
+    def _refiner_start(self, given: float | None) -> float | None:
+        if self.refiner is None:
+            if given is not None:
+                raise UserError(f"refiner_start={given} without a refiner: write --refiner FOLDER, too")
+            return None
+        start = REFINER_START if given is None else given
+        if not 0 < start < 1:
+            raise UserError(f"refiner_start={start}: write a share of the way, above 0 and below 1")
+        return start
+
+    def steps_of(self, settings: Settings) -> int:
+        """Steps of the sampler that a picture takes, in which the U-Net runs once."""
+        return sum(way.steps for way in self._ways(settings))
+
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width, in pixels, that the model was trained for."""
@@ -308,145 +318,77 @@ class Pipeline:
         """Pictures a device where `count` are spread over all devices at once."""
         return max(1, -(-count // self.devices.count))
 
-    # ---- the stages, on all devices; (shared, batched) -> batched
-
-    def _encode(self, params: Any, ids: Any) -> Any:
-        return conditions.encoded(self.model, params, ids)
-
-    def _decode(self, params: Any, latents: Any) -> Any:
-        config, decode = self.model.vae.config, module(self.model.vae, params).decode
-        scaled = latents / config.scaling_factor
-        image = decode_in_tiles(decode, scaled, self.tile // config.scale, config.scale)
-        axes = (1, 2, 3)
-        finite = jnp.isfinite(latents).all(axes) & jnp.isfinite(image).all(axes)
-        return to_uint8(jnp.nan_to_num(image)), finite
-
-    def _looked_at(self, params: Any, given: Any) -> Any:
-        return edits.looked_at(module(self.model.vae, params), given, self.made_for)
-
-    def _build_noise(self, shape: tuple[int, ...]) -> Callable:
-        return self.devices.map(lambda shared, keys: noise.initial_noise(keys, shape))
-
-    def _denoise(self, sampler: str, guided: bool, shared: Any, batched: Any) -> Denoise:
-        """The model as the samplers see it: D(x, sigma)."""
-        config = for_sampler(self.model.scheduler, sampler)
-        words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
-        unet = self._bound(shared["unet"], w - 1 if self.distilled else None)
-        if guided and self.made_for == edits.FOLLOWS:
-            w_picture = batched["image_guidance_scale"]
-            apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture)
-        else:
-            apply = guidance.guided(edits.seeing(unet, batched), *words, w, run_uncond=guided)
-        denoise = denoiser(apply, config.prediction_type, schedules.schedule_for(config))
-        return edits.keeping(denoise, batched)
-
-    def _bound(self, params: Any, guidance: Any) -> guidance.ContextApply:
-        """The U-Net, (x, t, told) -> F."""
-        unet = module(self.model.unet, params)
-
-        def apply(x, t, told):
-            added = None if told.numbers is None else (told.context.pooled, told.numbers)
-            return unet(x, t, told.context.words, guidance, added)
-
-        return apply
-
-    def _options(self, sampler: str) -> dict[str, Any]:
-        return schedules.sampler_options(for_sampler(self.model.scheduler, sampler))
-
-    def _build_begin(self, sampler: str, guided: bool) -> Callable:
-        def begin(shared, batched):
-            denoise = self._denoise(sampler, guided, shared, batched)
-            scales = shared["initial_scale"], shared["sigmas"][0], shared["anew"]
-            x = edits.started(batched["noise"], batched, *scales)
-            options = self._options(sampler)
-            return samplers.start(sampler, denoise, x, shared["sigmas"], batched["keys"], **options)
-
-        return self.devices.map(begin)
-
-    def _build_segment(self, sampler: str, guided: bool, steps: int, traced: bool) -> Callable:
-        def segment(shared, batched):
-            carry, trace = samplers.sample_segment(
-                sampler,
-                self._denoise(sampler, guided, shared, batched),
-                batched["carry"],
-                shared["sigmas"],
-                batched["keys"],
-                shared["first"],
-                steps,
-                **self._options(sampler),
-            )
-            # the batch comes first in everything that leaves a device
-            return carry, jax.tree.map(lambda a: a.swapaxes(0, 1), trace) if traced else None
-
-        return self.devices.map(segment)
-
-    # ---- the way through them
+    # ---- the way through the programs
 
     def _draw(self, requests, contexts, settings, latents=None, frames=0, progress=None):
         """One batch through sampler and decoder: images, which of them are finite, frames."""
-        config = for_sampler(self.model.scheduler, settings.sampler)
-        whole = schedules.sigmas_for(config, settings.steps)
-        sigmas = whole[settings.steps - settings.intervals :]
-        guided = settings.guidance_scale != 1.0 and not self.distilled
-        small = {
-            "sigmas": jnp.asarray(sigmas),
-            "initial_scale": jnp.float32(schedules.initial_scale(config, whole)),
-            "anew": jnp.float32(settings.strength == 1),
-        }
-        shared = self.devices.share(small) | {"unet": self.model.unet.params}
         size = settings.batch_size * self.devices.count
-        batched = self._batched(requests, contexts, settings, size)
+        requests = [*requests, *[requests[-1]] * (size - len(requests))]
+        keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
         given = None
         if requests[0].edit is not None:
-            given = self.devices.shard_batch(
-                {k: pad(a, size) for k, a in edits.pixels([r.edit for r in requests]).items()}
-            )
-            batched |= self._look(self.model.vae.params, given)
+            given = self.devices.shard_batch(edits.pixels([r.edit for r in requests]))
+        batched = self.programs.batched(requests, contexts, settings, keys, given)
         if latents is None:
-            start = self._noise(self._latent_shape(settings))(shared["sigmas"], batched["keys"])
+            start = self.programs.noise(batched, self._latent_shape(settings))
         else:
             start = self.devices.shard_batch(pad(latents, size))
-        carry = self._begin(settings.sampler, guided)(shared, batched | {"noise": start})
-
-        total = samplers.find(settings.sampler).steps(settings.intervals)
-        length = segment_length(total)
-        segment = self._segment(settings.sampler, guided, length, frames > 0)
-        traces = []
-        for first in range(0, total, length):
-            shared["first"] = self.devices.share(jnp.int32(first))
-            carry, trace = segment(shared, batched | {"carry": carry})
-            traces.append(trace)
-            if progress:
-                jax.block_until_ready(carry.x)
-                progress(length)
-        final = carry.x * schedules.final_scale(config, sigmas)
-        images, finite = self._decoder(self.model.vae.params, final)
-        if given is not None and "mask" in given:
-            images = self._paste((), (images, given))
-        images, finite = self.devices.gather((images, finite))
+        config, sigmas = self._grid(settings)
+        ways = self._ways(settings)
+        x, traces = self.programs.sample(ways[0], start, batched, frames > 0, progress)
+        if self.refiner:
+            contexts = {prompt: context.refiner for prompt, context in contexts.items()}
+            further = noise.further_keys(keys)
+            batched = self.refiner.batched(requests, contexts, settings, further, given)
+            x, more = self.refiner.sample(ways[1], x, batched, frames > 0, progress)
+            traces += more
+        final = x * schedules.final_scale(config, sigmas)
+        images, finite = self.devices.gather(self.programs.decode(final, given))
         if not frames:
             return images, finite, None
         stages = chosen_stages(traces, start, final, frames)
         return images, finite, Frames(*map(self._decode_stages, stages))
 
-    def _batched(
-        self, requests: Sequence[Request], contexts: Mapping[str, Context], settings: Settings, size: int
-    ) -> Any:
-        """What differs from picture to picture, filled up to `size` and spread over the devices."""
-        requests = [*requests, *[requests[-1]] * (size - len(requests))]
-        keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
-        cond, uncond = conditions.told(self.model, requests, contexts, settings)
-        arrays = {
-            "cond": cond,
-            "uncond": uncond,
-            "guidance_scale": np.array([r.guidance_scale for r in requests], np.float32),
-            "image_guidance_scale": np.array([r.image_guidance_scale for r in requests], np.float32),
-        }
-        return self.devices.shard_batch(arrays | {"keys": keys})
+    def _grid(self, settings: Settings) -> tuple[SchedulerConfig, np.ndarray]:
+        """The scheduler of the sampler, and all sigmas of its grid."""
+        config = for_sampler(self.programs.model.scheduler, settings.sampler)
+        return config, schedules.sigmas_for(config, settings.steps)
+
+    def _ways(self, settings: Settings) -> list[Way]:
+        """The way of the model, and behind it that of the refiner where there is one."""
+        config, whole = self._grid(settings)
+        sampler, guided = samplers.find(settings.sampler), settings.guidance_scale != 1.0
+        sigmas = whole[settings.steps - settings.intervals :]
+        way = Way(
+            settings.sampler,
+            sigmas,
+            sampler.steps(settings.intervals),
+            guided and not self.programs.distilled,
+            initial_scale=schedules.initial_scale(config, whole),
+            anew=settings.strength == 1,
+        )
+        if not self.refiner:
+            return [way]
+        assert settings.refiner_start is not None
+        own = schedules.intervals_above(config, sigmas, settings.refiner_start)
+        if not 0 < own < settings.intervals:
+            idle = "refiner" if own else "model"
+            raise UserError(
+                f"refiner_start={settings.refiner_start} leaves none of {settings.intervals} steps to the "
+                f"{idle}: write another share, or more steps"
+            )
+        rest = Way(
+            settings.sampler,
+            sigmas[own:],
+            sampler.steps(settings.intervals - own),
+            guided and not self.refiner.distilled,
+            fresh=False,
+        )
+        return [way._replace(steps=sampler.steps_before(own)), rest]
 
     def _decode_stages(self, stages: np.ndarray) -> np.ndarray:
         places = [self.devices.shard_batch(x) for x in stages.swapaxes(0, 1)]
-        pictures = [self._decoder(self.model.vae.params, x)[0] for x in places]
+        pictures = [self.programs.decode(x)[0] for x in places]
         return np.stack([np.asarray(p) for p in pictures], axis=1)
 
     def _latent_shape(self, settings: Settings) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ class Context(NamedTuple):
 
     words: Float[np.ndarray, "L D"]
     pooled: Float[np.ndarray, " P"] | None = None  # of SDXL: the text as a whole
+    refiner: "Context | None" = None  # what those of the refiner say, where there is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Settings:
     width: int
     batch_size: int  # pictures a device
     strength: float = 1.0  # of the steps, the share that a given picture takes: the last ones
+    refiner_start: float | None = None  # share of the way that the model goes before its refiner
 
     @property
     def intervals(self) -> int:

@@ -9,7 +9,6 @@ import jax
 
 import engine
 from engine.config import GenerateConfig
-from engine.diffusion import samplers
 from engine.jobs import pictures
 from engine.parallel import SPLIT, Devices
 from engine.pipeline import Pipeline
@@ -54,12 +53,12 @@ def make_config(given: dict[str, Any], like: str | None) -> GenerateConfig:
             f"{like} was drawn by the model {config.model}, which is not here; write --model FOLDER"
         )
     files = {"lora": [file for file, _ in config.loras()], "embedding": config.embeddings()}
-    named = {"decoder": "decoder", "image": "picture", "mask": "mask"}
+    named = {"decoder": "decoder", "refiner": "refiner", "image": "picture", "mask": "mask"}
     files |= {name: [path] for name in named if (path := getattr(config, name))}
     for name, what in ({"lora": "LoRA", "embedding": "embedding"} | named).items():
         for file in () if name in given else files.get(name, ()):
             if not os.path.exists(os.path.expanduser(file)):
-                kind = "FOLDER" if name == "decoder" else "FILE"
+                kind = "FOLDER" if name in ("decoder", "refiner") else "FILE"
                 raise UserError(
                     f"{like} was drawn with the {what} {file}, which is not here; write --{name} {kind}"
                 )
@@ -78,8 +77,8 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
         parallel = Devices(config.parallel, rules=SPLIT, all_hosts=all_hosts)
     with advice_where_memory_runs_out("--dtype bfloat16, or --parallel jit --split_params"):
         model = None if is_shipped(config) else config.model
-        files = config.loras(), config.embeddings(), config.decoder or None
-        pipe = engine.load(model, config.dtype, parallel, *files, config.tile)
+        files = config.loras(), config.embeddings(), config.decoder or None, config.tile
+        pipe = engine.load(model, config.dtype, parallel, *files, config.refiner or None)
     cli.stop_if_asked()
     return pipe
 
@@ -96,7 +95,7 @@ def tell_what_is_chosen_or_left_out(config: GenerateConfig, plan: pictures.Plan,
 def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:
     """Draws and writes the pictures, prints the paths of the files, and tells which could not be drawn."""
     settings = plan.settings
-    steps = samplers.find(settings.sampler).steps(settings.intervals)
+    steps = pipe.steps_of(settings)
     half = settings.batch_size // 2
     smaller = f"--batch_size {half}" if half else "--tile 512, or a smaller --height and --width"
     progress = Progress(len(plan.prompts), settings.batch_size * pipe.devices.count, steps)

@@ -55,8 +55,8 @@ FLAGS: cli.Groups = {
         "model": ("FOLDER", "in the layout of PyTorch diffusers, or the one in the package"),
         "lora": (
             "FILE[=SCALE]",
-            "changes the model by a LoRA, in the format of PyTorch diffusers or of kohya's scripts: 1 is as\n"
-            "it was trained, 0 is nothing. Several with commas between them",
+            "changes the model by a LoRA, in the format of PyTorch diffusers or of kohya's scripts: 1 is\n"
+            "as it was trained, 0 is nothing. Several with commas between them",
         ),
         "embedding": (
             "FILE",
@@ -68,6 +68,11 @@ FLAGS: cli.Groups = {
             "decodes with another autoencoder than the model's own, such as TAESD: its folder, or a\n"
             "model's with vae/ in it",
         ),
+        "refiner": (
+            "FOLDER",
+            "hands over the last part of the way to a second model, such as SDXL's refiner",
+        ),
+        "refiner_start": ("S", "share of the way that the model goes before its refiner; without it 0.8"),
         "sampler": (
             "NAME",
             "ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, pndm,\n"

@@ -11,8 +11,9 @@ import pytest
 import engine
 from engine import pipeline as pipelines
 from engine.diffusion import noise, samplers
+from engine.diffusion.segments import segment_length
 from engine.finish import to_uint8
-from engine.pipeline import module, segment_length
+from engine.programs import module
 from engine.types import UserError
 from tests.tiny import compiled_quickly, tiny_folder
 

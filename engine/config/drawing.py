@@ -26,6 +26,8 @@ class GenerateConfig:
     lora: str = ""  # FILE or FILE=SCALE, several with commas between them: see `loras`
     embedding: str = ""  # FILE, several with commas between them: see `embeddings`
     decoder: str = ""  # a folder, whose autoencoder stands in for the model's own
+    refiner: str = ""  # a folder, whose model goes the last part of the way
+    refiner_start: float | None = None  # share of the way before that; None: 0.8
     tile: int = 0  # pixels; larger pictures are decoded in tiles of this side. 0: whole
     sampler: str | None = None  # None: the one that the model's folder names
     steps: int = 30
@@ -96,6 +98,8 @@ class GenerateConfig:
     def check_drawing(self) -> None:
         """The part of `validate` that has nothing to do with where prompts come from."""
         self._check_given()
+        if self.refiner_start is not None and not self.refiner:
+            raise UserError(f"refiner_start={self.refiner_start} without one: write --refiner FOLDER, too")
         self.loras()
         self.embeddings()
         if self.split_params and self.parallel != "jit":

@@ -54,6 +54,11 @@ def _in_words(annotation: Any) -> str:
     return IN_WORDS.get(annotation, "a list")
 
 
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, at any depth."""
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
 def from_json(
     cls: type[T], options: Mapping[str, Any], where: str, fixed: Mapping[str, tuple] | None = None
 ) -> T:
@@ -75,7 +80,7 @@ def from_json(
         if name.startswith("_"):
             continue
         if name in known:
-            kept[name] = tuple(value) if isinstance(value, list) else value
+            kept[name] = _frozen(value)
             if not _is_a(kept[name], known[name]):
                 raise UserError(f"{where}: {name}={json.dumps(value)}: write {_in_words(known[name])}")
         elif name in (fixed or {}):

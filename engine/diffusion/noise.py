@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from engine.types import Keys, UserError
 
+FURTHER = 2**31 - 1  # no sampler has so many steps
 IMPLEMENTATION = "threefry2x32"  # bit-identical however the batch is sharded; the faster rbg is not
 
 
@@ -47,6 +48,11 @@ def image_keys(seed: int | Sequence[int], indices: Sequence[int]) -> Keys:
 def _fold_in(words: UInt32[Array, "B 2"], indices: UInt32[Array, " B"]) -> Keys:
     keys = jax.random.wrap_key_data(words, impl=IMPLEMENTATION)
     return jax.vmap(jax.random.fold_in)(keys, indices)
+
+
+def further_keys(keys: Keys) -> Keys:
+    """Keys for noise of their own, for a second sampler on the way of the same images."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, FURTHER))(keys)
 
 
 def initial_noise(keys: Keys, shape: tuple[int, ...]) -> Float[Array, " B *shape"]:

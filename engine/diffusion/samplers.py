@@ -50,6 +50,10 @@ class Sampler(NamedTuple):
     stochastic: bool = False  # whether it adds noise with its default options
     options: tuple[str, ...] = ()  # keyword arguments of `make`; all but `schedule` are static
 
+    def steps_before(self, n: int) -> int:
+        """Those of a longer run that take its first n intervals."""
+        return self.steps(n + 1) - 1
+
 
 def _twice(n: int) -> int:
     """Steps of the samplers that take two an interval, and one for the last."""

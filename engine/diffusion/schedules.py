@@ -188,6 +188,16 @@ def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None) -> 
     return np.append(sigmas, _final_sigma(config, table)).astype(np.float32)
 
 
+def intervals_above(config: SchedulerConfig, sigmas: np.ndarray, share: float) -> int:
+    """How many intervals of a grid begin in the first `share` of the training timesteps, noise to picture.
+
+    As the handover from SDXL to its refiner in diffusers (`denoising_end`).
+    """
+    T = config.num_train_timesteps
+    cut = schedule_for(config).t_to_sigma(jnp.float32(min(round(T - share * T), T - 1)))
+    return int(np.sum(sigmas[:-1] >= float(cut) * (1 - 1e-5)))
+
+
 def _shape(config: SchedulerConfig, grid: str | None) -> Callable | None:
     """The formula that spreads the sigmas between their ends, where the timesteps do not."""
     if grid == "karras" or (grid is None and config.option("use_karras_sigmas", False)):

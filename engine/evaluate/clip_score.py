@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, UInt8
 from engine.evaluate.clip_pixels import PixelsConfig, prepare, read_pixels_config
 from engine.models.clip_vision import CLIPConfig
 from engine.parallel import Devices, pad
-from engine.pipeline import module
+from engine.programs import module
 from engine.text.tokenizer import Tokenizer
 from engine.types import UserError
 from engine.weights.component import load_component

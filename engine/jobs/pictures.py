@@ -12,7 +12,6 @@ import numpy as np
 import engine
 from engine import edits, finish
 from engine.config import GenerateConfig, from_json
-from engine.diffusion import samplers
 from engine.diffusion.noise import fresh_seed
 from engine.jobs import given
 from engine.pipeline import Pipeline
@@ -29,7 +28,8 @@ REMEMBERED = (
     *("negative_prompt", "seed", "sampler", "steps", "guidance_scale", "height", "width"),
     *("model", "dtype", "parallel", "batch_size", "upscale"),
 )
-ADDED = ("lora", "embedding", "decoder", "tile", "image", "mask")  # remembered where there are any
+# Remembered where there are any.
+ADDED = ("lora", "embedding", "decoder", "refiner", "refiner_start", "tile", "image", "mask")
 CHANGING = ("strength", "image_guidance_scale")  # remembered of a picture that was made of another
 
 
@@ -66,7 +66,9 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     prompts = tuple(p for p in check_prompts(config.prompts) for _ in range(config.num_images))
     check_prompt(config.negative_prompt)
     height, width = given.size(config, pipe) if config.image else (config.height, config.width)
-    settings = pipe.settings(config.steps, config.sampler, config.guidance_scale, height, width)
+    settings = pipe.settings(
+        config.steps, config.sampler, config.guidance_scale, height, width, refiner_start=config.refiner_start
+    )
     edit = given.read(config, settings.height, settings.width) if config.image else None
     strength = edits.default_strength(edit, pipe.made_for) if config.strength is None else config.strength
     room = max(1, BATCH_PIXELS // (settings.height * settings.width))
@@ -78,7 +80,7 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     if edit is None:
         del known["strength"]
     seed = fresh_seed() if config.seed is None else config.seed
-    stages = _stages(config, samplers.find(settings.sampler).steps(settings.intervals) + 1)
+    stages = _stages(config, pipe.steps_of(settings) + 1)
     folder = finish.prepare_folder(os.path.expanduser(config.out))
     return Plan(dataclasses.replace(config, seed=seed, **known), prompts, settings, stages, folder, edit)
 

@@ -1,15 +1,11 @@
 """The U-Net of Stable Diffusion: it sees a noisy latent, the time and the words, and says what is noise."""
 
-import dataclasses
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from engine.config import from_json
 from engine.models.attention import Transformer2DModel
 from engine.models.layers import (
     Downsample2D,
@@ -18,150 +14,24 @@ from engine.models.layers import (
     TimestepEmbedding,
     Upsample2D,
     activation,
-    check_positive,
     conv,
     sinusoidal_embedding,
 )
-from engine.types import UserError
-
-# Options of the original that other model families use, each at the value that leaves it out.
-FIXED = {
-    "dropout": (0.0,),
-    "dual_cross_attention": (False,),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-    "addition_embed_type_num_heads": (64,),
-    "class_embeddings_concat": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "reverse_transformer_layers_per_block": (None,),
-    "num_attention_heads": (None,),
-    "resnet_skip_time_act": (False,),
-    "resnet_out_scale_factor": (1.0,),
-    "time_embedding_type": ("positional",),
-    "time_embedding_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "attention_type": ("default",),
-    "mid_block_only_cross_attention": (None, False),
-    "cross_attention_norm": (None,),
-}
-DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
-UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
-MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
-
-
-@dataclasses.dataclass(frozen=True)
-class UNetConfig:
-    """unet/config.json, with the names and defaults of PyTorch diffusers.
-
-    `attention_head_dim` is, for historical reasons, the *number of heads* of each block.
-    """
-
-    sample_size: int | tuple[int, ...] | None = None
-    in_channels: int = 4
-    out_channels: int = 4
-    center_input_sample: bool = False
-    flip_sin_to_cos: bool = True
-    freq_shift: float = 0
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    only_cross_attention: bool | tuple[bool, ...] = False
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int | tuple[int, ...] = 2
-    downsample_padding: int = 1
-    mid_block_scale_factor: float = 1
-    act_fn: str = "silu"
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
-    attention_head_dim: int | tuple[int, ...] = 8
-    use_linear_projection: bool = False
-    upcast_attention: bool | None = False
-    resnet_time_scale_shift: str = "default"
-    addition_embed_type: str | None = None  # "text_time": that of SDXL
-    addition_time_embed_dim: int | None = None  # of the embedding of each of its sizes
-    projection_class_embeddings_input_dim: int | None = None  # of all of them and the pooled words together
-    time_cond_proj_dim: int | None = None  # of the embedding of a guidance scale that was distilled into it
-
-    @classmethod
-    def from_json(cls, options: Mapping[str, Any], where: str) -> "UNetConfig":
-        """Reads config.json; raises UserError for what the engine does not know."""
-        return from_json(cls, options, where, FIXED)
-
-    def __post_init__(self):
-        def check(name, known):
-            values = getattr(self, name)
-            for value in values if isinstance(values, tuple) else (values,):
-                if value not in known:
-                    raise UserError(f"unknown {name} {value!r}; known: {', '.join(map(str, known))}")
-
-        check("down_block_types", DOWN_BLOCKS)
-        check("up_block_types", UP_BLOCKS)
-        check("mid_block_type", MID_BLOCKS)
-        check("resnet_time_scale_shift", ("default", "scale_shift"))
-        check("downsample_padding", (0, 1))
-        check("addition_embed_type", (None, "text_time"))
-        added = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-        for name in added:
-            if (getattr(self, name) is None) == (self.addition_embed_type == "text_time"):
-                raise UserError(
-                    f"{name}={getattr(self, name)} with addition_embed_type={self.addition_embed_type!r}: "
-                    "the two go together"
-                )
-        activation(self.act_fn, "act_fn")
-        check_positive(
-            self,
-            *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups"),
-            *("attention_head_dim", "cross_attention_dim", "transformer_layers_per_block"),
-            *(name for name in (*added, "time_cond_proj_dim") if getattr(self, name) is not None),
-        )
-        for name in ("block_out_channels", "up_block_types"):
-            if len(getattr(self, name)) != len(self.down_block_types):
-                raise UserError(
-                    f"{name} has {len(getattr(self, name))} entries for {len(self.down_block_types)} blocks"
-                )
-        for name in (
-            "layers_per_block",
-            "attention_head_dim",
-            "cross_attention_dim",
-            "transformer_layers_per_block",
-            "only_cross_attention",
-        ):
-            self.per_block(name)
-        for channels, heads in zip(
-            self.block_out_channels, self.per_block("attention_head_dim"), strict=True
-        ):
-            if channels % heads:
-                raise UserError(f"attention_head_dim: {heads} heads do not divide {channels} channels")
-            if channels % self.norm_num_groups:
-                raise UserError(f"norm_num_groups={self.norm_num_groups} does not divide {channels} channels")
-
-    def per_block(self, name: str) -> tuple:
-        """The option `name` as one value a block, whether it is written as one value or as a list."""
-        value, blocks = getattr(self, name), len(self.down_block_types)
-        if not isinstance(value, tuple):
-            value = (value,) * blocks
-        if len(value) != blocks:
-            raise UserError(f"{name} has {len(value)} entries for {blocks} blocks")
-        if not all(isinstance(v, bool | int) for v in value):
-            raise UserError(f"{name}={getattr(self, name)!r}: write one whole number, or one for each block")
-        return value
+from engine.models.unet_config import UNetConfig
 
 
 class DownBlock2D(nnx.Module):
-    """Residual blocks, each followed by attention where `transformer` is given; then half the size."""
+    """Residual blocks, each followed by attention where `transformer` is given; then half the size.
 
-    def __init__(self, in_channels, out_channels, *, layers, downsample, resnet, transformer, padding, rngs):
+    depths: layers of the transformer behind each residual block.
+    """
+
+    def __init__(self, in_channels, out_channels, *, depths, downsample, resnet, transformer, padding, rngs):
         self.resnets = nnx.List(
-            [resnet(in_channels if i == 0 else out_channels, out_channels) for i in range(layers)]
+            [resnet(in_channels if i == 0 else out_channels, out_channels) for i in range(len(depths))]
         )
         if transformer:
-            self.attentions = nnx.List([transformer(out_channels) for _ in range(layers)])
+            self.attentions = nnx.List([transformer(out_channels, layers=depth) for depth in depths])
         if downsample:
             self.downsamplers = nnx.List([Downsample2D(out_channels, padding=padding, rngs=rngs)])
         self.has_attention = transformer is not None
@@ -183,7 +53,9 @@ class DownBlock2D(nnx.Module):
 class UpBlock2D(nnx.Module):
     """As on the way down, with the skip of the same size joined to each residual block's input."""
 
-    def __init__(self, in_channels, out_channels, skip_channels, *, upsample, resnet, transformer, rngs):
+    def __init__(
+        self, in_channels, out_channels, skip_channels, *, depths, upsample, resnet, transformer, rngs
+    ):
         self.resnets = nnx.List(
             [
                 resnet((in_channels if i == 0 else out_channels) + skip, out_channels)
@@ -191,7 +63,7 @@ class UpBlock2D(nnx.Module):
             ]
         )
         if transformer:
-            self.attentions = nnx.List([transformer(out_channels) for _ in skip_channels])
+            self.attentions = nnx.List([transformer(out_channels, layers=depth) for depth in depths])
         if upsample:
             self.upsamplers = nnx.List([Upsample2D(out_channels, rngs=rngs)])
         self.has_attention = transformer is not None
@@ -208,10 +80,10 @@ class UpBlock2D(nnx.Module):
 class MidBlock2D(nnx.Module):
     """The narrowest place: a residual block, and with a transformer also attention and a second one."""
 
-    def __init__(self, channels, *, resnet, transformer):
+    def __init__(self, channels, *, depth, resnet, transformer):
         self.resnets = nnx.List([resnet(channels, channels) for _ in range(2 if transformer else 1)])
         if transformer:
-            self.attentions = nnx.List([transformer(channels)])
+            self.attentions = nnx.List([transformer(channels, layers=depth)])
         self.has_attention = transformer is not None
 
     def __call__(self, x, temb, context):
@@ -250,6 +122,7 @@ class UNet2DConditionModel(nnx.Module):
             attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
             self.mid_block = MidBlock2D(
                 channels[-1],
+                depth=config.depths(-1)[0],
                 resnet=partial(resnet, output_scale_factor=config.mid_block_scale_factor),
                 # the mid block always attends to itself as well
                 transformer=self._transformer(-1, rngs, only_cross_attention=False) if attends else None,
@@ -269,7 +142,6 @@ class UNet2DConditionModel(nnx.Module):
         return partial(
             Transformer2DModel,
             heads=config.per_block("attention_head_dim")[block],
-            layers=config.per_block("transformer_layers_per_block")[block],
             context_dim=config.per_block("cross_attention_dim")[block],
             groups=config.norm_num_groups,
             use_linear_projection=config.use_linear_projection,
@@ -290,12 +162,12 @@ class UNet2DConditionModel(nnx.Module):
         skip_channels = [width]  # conv_in's output is the first skip
         for i, (kind, out) in enumerate(zip(config.down_block_types, config.block_out_channels, strict=True)):
             last = i == len(config.block_out_channels) - 1
-            layers = config.per_block("layers_per_block")[i]
+            depths = config.depths(i)
             blocks.append(
                 DownBlock2D(
                     width,
                     out,
-                    layers=layers,
+                    depths=depths,
                     downsample=not last,
                     resnet=resnet,
                     transformer=self._block_transformer(kind, i, rngs),
@@ -303,7 +175,7 @@ class UNet2DConditionModel(nnx.Module):
                     rngs=rngs,
                 )
             )
-            skip_channels += [out] * (layers + (not last))
+            skip_channels += [out] * (len(depths) + (not last))
             width = out
         return nnx.List(blocks), skip_channels
 
@@ -313,12 +185,13 @@ class UNet2DConditionModel(nnx.Module):
         for i, kind in enumerate(config.up_block_types):
             level = len(config.block_out_channels) - 1 - i
             out = config.block_out_channels[level]
-            layers = config.per_block("layers_per_block")[level] + 1
+            depths = config.depths(level, up=True)
             blocks.append(
                 UpBlock2D(
                     width,
                     out,
-                    [skip_channels.pop() for _ in range(layers)],
+                    [skip_channels.pop() for _ in depths],
+                    depths=depths,
                     upsample=level > 0,
                     resnet=resnet,
                     transformer=self._block_transformer(kind, level, rngs),

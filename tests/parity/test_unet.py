@@ -69,6 +69,16 @@ CONFIGS = {
         (4, 4),
     ),
     "deep": ({"layers_per_block": 2, "transformer_layers_per_block": 2}, (4, 4)),
+    "another depth behind each residual block, as SSD-1B": (
+        ATTENDS
+        | {
+            "transformer_layers_per_block": (1, (2, 3)),
+            "reverse_transformer_layers_per_block": ((3, 1, 2), 1),
+            "layers_per_block": (1, 2),
+            "mid_block_type": "UNetMidBlock2D",
+        },
+        (4, 4),
+    ),
     "no mid block, odd sizes": ({"mid_block_type": None}, (7, 9)),
     "autoencoder's padding, odd sizes": ({"downsample_padding": 0, "mid_block_scale_factor": 2.0}, (13, 6)),
     "no attention, more channels in than out": (
