@@ -93,7 +93,9 @@ def begin(config: JobConfig, rows: Rows, pipe: Pipeline, store: Store) -> tuple[
         config, sampler=filled.sampler, height=config.height or height, width=config.width or width
     )
     digests = lora_digest(config), embedding_digest(config), decoder_digest(config)
-    job = make_plan(config, rows, settle, weights_digest(pipe.folder), *digests, check=cli.stop_if_asked)
+    job = make_plan(
+        config, rows, settle, weights_digest(pipe.folder), *digests, progress=Planning(len(rows)).step
+    )
     for name in ("mask", "strength"):
         if (value := getattr(config, name)) not in (None, "") and not job.given:
             raise UserError(
@@ -199,6 +201,19 @@ def take(job: Job, store: Store, claims: Claims, stopping: threading.Event) -> I
             claims.release(name)
         else:
             yield job.shard(int(name))
+
+
+class Planning:
+    """How far the plan is: a line now and then, where there are many rows, or a slow disk with pictures."""
+
+    def __init__(self, total: int):
+        self._total, self._told = total, time.monotonic()
+
+    def step(self, rows: int) -> None:
+        cli.stop_if_asked()
+        if (now := time.monotonic()) - self._told > LINE_EVERY:
+            self._told = now
+            cli.tell(f"looked at {rows} of {self._total} rows")
 
 
 class Progress:

@@ -200,6 +200,7 @@ class OfRows:
         self._folder = "" if of_stdin else os.path.dirname(os.path.expanduser(config.prompts_file))
         self._base = os.path.realpath(self._folder)
         self._look = functools.lru_cache(LOOKS)(self._look_at)
+        self._usual = {m: edits.default_strength(stand_in(1, 1, m), pipe.made_for) for m in (True, False)}
 
     def paths(self, row: Row) -> Paths:
         """As they can be opened, and as pictures remember them."""
@@ -262,8 +263,8 @@ class OfRows:
 
     def strength(self, row: Row, masked: bool) -> float:
         """How much of the row's picture is forgotten."""
-        usual = edits.default_strength(stand_in(1, 1, masked), self._pipe.made_for)
-        return next(s for s in (row.strength, self._config.strength, usual) if s is not None)
+        of_job = self._usual[masked] if self._config.strength is None else self._config.strength
+        return of_job if row.strength is None else row.strength
 
     @staticmethod
     def _look_at(path: str) -> Look | str:

@@ -225,6 +225,14 @@ class Settle:
             self._known[key] = _program(config, self._pipe, *key)
         return self._known[key], mark
 
+    def fitted(self, program: Program, count: int) -> Program:
+        """The program for so many pictures: its batch no larger than they fill, unless one was asked for."""
+        settings = program.settings
+        if self._config.batch_size is not None:
+            return program
+        batch_size = min(settings.batch_size, self._pipe.share_of(count))
+        return program._replace(settings=dataclasses.replace(settings, batch_size=batch_size))
+
 
 def settle_with(config: JobConfig, pipe: Pipeline) -> Settle:
     """Judges rows of a job with this config."""
@@ -274,13 +282,13 @@ def make_plan(
     lora: str = "",
     embedding: str = "",
     decoder: str = "",
-    check: Callable[[], None] = lambda: None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> Job:
     """Sorts every row into its group.
 
     Args:
       config: complete: its seed is known.
-      check: called often; what it raises stops the planning.
+      progress: called often, with how many rows have their place; what it raises stops the planning.
 
     Raises:
       UserError: trouble on the way to a picture, which may pass.
@@ -289,7 +297,7 @@ def make_plan(
     group_of = np.empty(len(rows), np.int32)
     pictures = hashlib.sha256()
     some = False
-    for row, program, mark in _judged(rows, settle, check):
+    for row, program, mark in _judged(rows, settle, progress):
         key = None if isinstance(program, str) else program
         group_of[row] = found.setdefault(key, len(found))
         if mark:
@@ -299,6 +307,7 @@ def make_plan(
     for program, number in sorted(found.items(), key=lambda item: (item[0] is None, item[1])):
         members = np.flatnonzero(group_of == number)
         count = len(members) * (1 if program is None else config.num_images)
+        program = program and settle.fitted(program, count)
         groups.append(Group(program, members, count, first_shard))
         first_shard += shards_of(count, config.shard_size)
     digests = weights, lora, embedding, decoder, pictures.hexdigest() if some else ""
@@ -306,11 +315,11 @@ def make_plan(
 
 
 def _judged(
-    rows: Rows, settle: Settle, check: Callable[[], None]
+    rows: Rows, settle: Settle, progress: Callable[[int], None]
 ) -> Iterator[tuple[int, Program | str, str]]:
     with ThreadPoolExecutor(LOOKERS, "looks") as threads:
         for first in range(0, len(rows), ROWS_AT_ONCE):
-            check()
+            progress(first)
             some = [rows[i] for i in range(first, min(first + ROWS_AT_ONCE, len(rows)))]
             settle.pictures.look_ahead([row for row in some if isinstance(row, Row)], threads)
             for row in some:
