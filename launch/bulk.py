@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from engine.config import JobConfig
 from engine.diffusion.noise import fresh_seed
-from engine.jobs import folder, formats
+from engine.jobs import folder, formats, given
 from engine.jobs.claims import Claims
 from engine.jobs.plan import (
     Job,
@@ -31,6 +31,7 @@ from engine.jobs.work import Worker
 from engine.parallel import meet
 from engine.pipeline import Pipeline
 from engine.text.rows import Rows, read_rows, unread_columns
+from engine.types import UserError
 from launch import cli
 from launch.drawing import advice_where_memory_runs_out, open_model
 
@@ -38,10 +39,10 @@ POLL = 1.0  # seconds between looks at what other workers have done
 LINE_EVERY = 10.0  # seconds between lines of progress where nobody watches a bar
 
 
-def run(given: dict[str, Any]) -> int:
+def run(options: dict[str, Any]) -> int:
     """Draws this process's part of a job; returns the exit code."""
     cli.stop_if_asked()
-    config = JobConfig(**given)
+    config = JobConfig(**options)
     # Workers with claims need not know each other.
     told = (config.processes, config.process_id)
     processes = Processes(0, 1, "elastic") if config.elastic else find_processes(*told)
@@ -77,14 +78,29 @@ def begin(config: JobConfig, rows: Rows, pipe: Pipeline, store: Store) -> tuple[
     fresh = config.seed is None
     if fresh:
         config = dataclasses.replace(config, seed=fresh_seed())
+    given.check_flags(config)
+    settle = settle_with(config, pipe)
     height, width = pipe.default_size
-    filled = pipe.settings(config.steps, config.sampler, config.guidance_scale, config.height, config.width)
+    filled = pipe.settings(
+        config.steps,
+        config.sampler,
+        config.guidance_scale,
+        config.height,
+        config.width,
+        strength=1.0 if config.strength is None else config.strength,
+    )
     config = dataclasses.replace(
         config, sampler=filled.sampler, height=config.height or height, width=config.width or width
     )
-    settle = settle_with(config, pipe)
     digests = lora_digest(config), embedding_digest(config), decoder_digest(config)
-    job = make_plan(config, rows, settle, weights_digest(pipe.folder), *digests)
+    job = make_plan(
+        config, rows, settle, weights_digest(pipe.folder), *digests, progress=Planning(len(rows)).step
+    )
+    for name in ("mask", "strength"):
+        if (value := getattr(config, name)) not in (None, "") and not job.given:
+            raise UserError(
+                f"{name}={value} without a picture: write --image FILE, or a column image in the rows"
+            )
     job = folder.enter(store, job, any_seed=fresh)
     if fresh:
         cli.tell(f"seed {job.config.seed}")
@@ -105,6 +121,7 @@ def work(job: Job, settle: Settle, pipe: Pipeline, store: Store, part: Claims | 
         f"{sum(group.settings is not None for group in job.groups)} programs to compile"
         + (f"; {len(finished)} shards are done" if finished else "")
     )
+    tell_of_refused(job, settle)
     stopping = threading.Event()
     claims = part if isinstance(part, Claims) else None
     shards = split(job, finished, *part) if claims is None else take(job, store, claims, stopping)
@@ -136,6 +153,17 @@ def work(job: Job, settle: Settle, pipe: Pipeline, store: Store, part: Claims | 
         f"{tally.pictures} pictures in {tally.shards} shards, {tally.failures} failures, "
         f"{progress.rate():.3g} images/s; the devices were idle for {tally.idle:.1%} of the time"
     )
+
+
+def tell_of_refused(job: Job, settle: Settle) -> None:
+    """That there are rows that cannot be drawn, before those that can be are."""
+    last = job.groups[-1]
+    if last.program is None:
+        first = next(job.refused(job.shard(last.first_shard), settle))
+        cli.tell(
+            f"warning: {last.count} of {len(job.rows)} rows cannot be drawn; the first is row {first.row} "
+            f"(id {first.id[:40]}): {first.reason}"
+        )
 
 
 def agreed(job: Job, finished: set[str], pipe: Pipeline) -> set[str]:
@@ -173,6 +201,19 @@ def take(job: Job, store: Store, claims: Claims, stopping: threading.Event) -> I
             claims.release(name)
         else:
             yield job.shard(int(name))
+
+
+class Planning:
+    """How far the plan is: a line now and then, where there are many rows, or a slow disk with pictures."""
+
+    def __init__(self, total: int):
+        self._total, self._told = total, time.monotonic()
+
+    def step(self, rows: int) -> None:
+        cli.stop_if_asked()
+        if (now := time.monotonic()) - self._told > LINE_EVERY:
+            self._told = now
+            cli.tell(f"looked at {rows} of {self._total} rows")
 
 
 class Progress:

@@ -18,13 +18,14 @@ from engine.config import JobConfig
 from engine.evaluate.quality import Batch
 from engine.finish import SETTINGS_KEY
 from engine.jobs import folder, formats
-from engine.jobs.plan import request, settle_with
+from engine.jobs.given import OfRows
+from engine.jobs.plan import Program, request, settle_with
 from engine.jobs.store import Store, open_store
 from engine.jobs.work import TEXT_BATCH
 from engine.pipeline import Pipeline
 from engine.pixels import FORMATS, read_header
-from engine.requests import Settings
-from engine.text.rows import Row, Rows
+from engine.requests import Edit
+from engine.text.rows import Rejected, Row, Rows
 from engine.train.sources.finding import open_source
 from engine.train.sources.item import NO_CAPTION, Source, Unusable, caption_in
 from engine.types import UserError
@@ -60,11 +61,10 @@ def drawn(config: JobConfig, rows: Rows, most: int | None, pipe: Pipeline) -> Ca
     settle, groups = settle_with(config, pipe), {}
     for number in range(count):
         row = rows[number]
-        settings = settle(row)
-        if isinstance(settings, str):
-            where = f"{config.prompts_file}: row {number} (id {row.id[:40]})"
-            raise UserError(f"{where} cannot be drawn: {settings}")
-        groups.setdefault(settings, []).append(number)
+        program = settle(row)
+        if isinstance(program, str):
+            raise UserError(f"{_named(config, row)} cannot be drawn: {program}")
+        groups.setdefault(program, []).append(number)
     height, width = pipe.default_size
     filled = pipe.settings(config.steps, config.sampler, config.guidance_scale, config.height, config.width)
     about = {name: getattr(config, name) for name in ("prompts_file", "model", "seed", "negative_prompt")}
@@ -72,20 +72,28 @@ def drawn(config: JobConfig, rows: Rows, most: int | None, pipe: Pipeline) -> Ca
     about |= {"sampler": filled.sampler, "steps": config.steps, "guidance_scale": config.guidance_scale}
     about |= {"height": config.height or height, "width": config.width or width, "dtype": config.dtype}
     about |= {name: getattr(config, name) for name in ("lora", "embedding") if getattr(config, name)}
-    about |= {"parallel": config.parallel, "batch_size": sorted({s.batch_size for s in groups})}
-    return Captioned(count, _draw(config, rows, groups, pipe), about)
+    about |= {"parallel": config.parallel, "batch_size": sorted({p.settings.batch_size for p in groups})}
+    return Captioned(count, _draw(config, rows, groups, pipe, settle.pictures), about)
+
+
+def _named(config: JobConfig, row: Row | Rejected) -> str:
+    return f"{config.prompts_file}: row {row.number} (id {row.id[:40]})"
 
 
 def _draw(
-    config: JobConfig, rows: Rows, groups: Mapping[Settings, Sequence[int]], pipe: Pipeline
+    config: JobConfig,
+    rows: Rows,
+    groups: Mapping[Program, Sequence[int]],
+    pipe: Pipeline,
+    pictures: OfRows,
 ) -> Iterator[Batch]:
     """The devices draw the next batch while one is measured."""
     flying = None
-    for settings, numbers in groups.items():
-        size = settings.batch_size * pipe.devices.count
+    for program, numbers in groups.items():
+        size = program.settings.batch_size * pipe.devices.count
         for first in range(0, len(numbers), size):
             part = [rows[number] for number in numbers[first : first + size]]
-            found = part, _dispatch(config, part, settings, pipe)
+            found = part, _dispatch(config, part, program, pipe, pictures)
             if flying is not None:
                 yield _landed(*flying)
             flying = found
@@ -93,10 +101,23 @@ def _draw(
         yield _landed(*flying)
 
 
-def _dispatch(config: JobConfig, rows: Sequence[Row], settings: Settings, pipe: Pipeline) -> Any:
-    requests = [request(config, row, 0) for row in rows]
+def _dispatch(
+    config: JobConfig, rows: Sequence[Row], program: Program, pipe: Pipeline, pictures: OfRows
+) -> Any:
+    settings, requests = program.settings, [request(config, row, 0) for row in rows]
+    if program.image:
+        shape = settings.height, settings.width
+        edits = [_read_edit(config, row, pictures, *shape) for row in rows]
+        requests = [one._replace(edit=edit) for one, edit in zip(requests, edits, strict=True)]
     texts = [text for one in requests for text in (one.prompt, one.negative_prompt)]
     return pipe.dispatch(requests, pipe.encode(texts, TEXT_BATCH), settings)
+
+
+def _read_edit(config: JobConfig, row: Row, pictures: OfRows, height: int, width: int) -> Edit:
+    try:
+        return pictures.read(row, height, width)
+    except (UserError, OSError) as error:
+        raise UserError(f"{_named(config, row)} cannot be drawn: {error}") from None
 
 
 def _landed(rows: Sequence[Row], arrays: Any) -> Batch:

@@ -38,7 +38,7 @@ FLAGS: cli.Groups = {
         "first_index": ("N", "index of the first picture"),
         "like": ("PICTURE", "draw this PNG again: its settings stand in for the defaults below and above"),
     },
-    "A picture to change": {
+    "A picture to change (in a job: for the rows that have none of their own)": {
         "image": ("FILE", "draws it anew, from --strength on; its size is brought near the model's own"),
         "mask": ("FILE", "as large: what is white is drawn anew, what is black stays as it is"),
         "strength": (
@@ -117,8 +117,9 @@ FLAGS: cli.Groups = {
         "prompts_file": (
             "FILE",
             ".txt (a prompt a line), .jsonl, .csv or .parquet (columns: prompt; and where a row has\n"
-            "its own: id, negative_prompt, seed, index, steps, guidance_scale, height, width, sampler;\n"
-            "all others are carried through), or - for standard input",
+            "its own: id, negative_prompt, seed, index, steps, guidance_scale, height, width, sampler,\n"
+            "image, mask, strength, image_guidance_scale; all others are carried through), or - for\n"
+            "standard input. Paths in it go from its folder on, and do not lead out of it",
         ),
         "format": ("FORMAT", "of its shards: files, webdataset, arrayrecord or parquet"),
         "shard_size": ("N", "pictures of a shard; a shard is in memory until it is written"),

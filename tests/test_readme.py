@@ -43,6 +43,8 @@ def test_commands_that_draw(tmp_path, monkeypatch, capsys):
     tiny_folder(tmp_path / "tiny")
     (csv,) = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
     (tmp_path / "prompts.csv").write_text(csv)
+    (jsonl,) = re.findall(r"```jsonl\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "edits.jsonl").write_text(jsonl)
     first = re.search(r'&& python -m (launch\.generate ".+")', README)
     assert first, "the README begins with a command that draws"
     for command in [first[1], *(c.removeprefix("python -m ") for c in COMMANDS)]:

@@ -56,6 +56,9 @@ class GenerateConfig:
                 f"{len(self.prompts)} prompts with num_images={self.num_images}: write at most "
                 f"{MAX_PICTURES} pictures a run, or put the prompts into a file for --prompts_file"
             )
+        for name in ("mask", "strength"):
+            if getattr(self, name) and not self.image:
+                raise UserError(f"{name}={getattr(self, name)} without a picture: write --image FILE, too")
         self.check_drawing()
 
     def loras(self) -> tuple[tuple[str, float], ...]:
@@ -88,10 +91,7 @@ class GenerateConfig:
         return files
 
     def _check_given(self) -> None:
-        """The picture to change, and what goes with it."""
-        for name in ("mask", "strength"):
-            if getattr(self, name) and not self.image:
-                raise UserError(f"{name}={getattr(self, name)} without a picture: write --image FILE, too")
+        """What goes with a picture to change."""
         if not math.isfinite(self.image_guidance_scale):
             raise UserError(f"image_guidance_scale={self.image_guidance_scale}: 1.5 is usual, 1 is none")
 
@@ -150,8 +150,6 @@ class JobConfig(GenerateConfig):
             raise UserError(
                 "prompts stand in the file of --prompts_file; leave out those on the command line"
             )
-        if self.image:
-            raise UserError("image is for single pictures in this version; leave it out of a job")
         if self.frames is not None or self.animate:
             raise UserError("frames and animate are for single pictures; leave them out of a job")
         if self.format not in FORMATS:

@@ -94,11 +94,12 @@ def _write_parquet(path: pathlib.Path, entries: Sequence[Entry]) -> None:
 
 def _table_row(entry: Entry) -> dict[str, Any]:
     image = {"bytes": entry.png, "path": f"{member_name(entry.facts)}.png"}
-    return {**entry.facts, "image": image, "extra": json.dumps(entry.facts["extra"], ensure_ascii=True)}
+    told = {name: json.dumps(entry.facts[name]) for name in ("extra", "edit") if name in entry.facts}
+    return {**entry.facts, "image": image, **told}
 
 
 def _schema(pa: Any) -> Any:
-    texts = ("id", "prompt", "negative_prompt", "sampler", "sha256", "extra")
+    texts = ("id", "prompt", "negative_prompt", "sampler", "sha256", "extra", "edit")
     whole = ("number", "row", "index", "steps", "height", "width")
     return pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]

@@ -65,11 +65,12 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     config.validate()
     prompts = tuple(p for p in check_prompts(config.prompts) for _ in range(config.num_images))
     check_prompt(config.negative_prompt)
-    height, width = given.size(config, pipe) if config.image else (config.height, config.width)
-    settings = pipe.settings(
-        config.steps, config.sampler, config.guidance_scale, height, width, refiner_start=config.refiner_start
-    )
-    edit = given.read(config, settings.height, settings.width) if config.image else None
+    paths, height, width = given.of_flags(config), config.height, config.width
+    if paths.image:
+        height, width = given.size(given.looked(paths)[0], pipe, height, width)
+    options = (config.steps, config.sampler, config.guidance_scale, height, width)
+    settings = pipe.settings(*options, refiner_start=config.refiner_start)
+    edit = given.read(paths, settings.height, settings.width) if paths.image else None
     strength = edits.default_strength(edit, pipe.made_for) if config.strength is None else config.strength
     room = max(1, BATCH_PIXELS // (settings.height * settings.width))
     batch_size = config.batch_size or min(pipe.share_of(len(prompts)), room, BATCH_IMAGES)

@@ -1,23 +1,28 @@
 """What a job will make, before anything is drawn: rows into groups, groups into shards.
 
 A job is a pure function from row and number to picture, so every worker finds the same plan by itself. Rows
-that share a compiled program (size, steps, sampler, guidance or none) form a group; the pictures of a group,
-in the order of the file, are cut into shards of one size. Rows that cannot be drawn form a last group, whose
-shards hold no pictures but their reasons.
+that share a compiled program (size, steps, sampler, guidance or none; a picture to change, a mask, the part
+of the steps that is taken) form a group; the pictures of a group, in the order of the file, are cut into
+shards of one size. Rows that cannot be drawn form a last group, whose shards hold no pictures but their
+reasons.
 
-Memory: 12 bytes a row. The rows themselves stay on the disk (engine/text/rows.py).
+Memory: 12 bytes a row. The rows themselves stay on the disk (engine/text/rows.py), and so do pictures that
+they name (engine/jobs/given.py).
 """
 
 import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import engine
+from engine import edits
 from engine.config import JobConfig
+from engine.jobs import given
 from engine.jobs.pictures import BATCH_IMAGES, BATCH_PIXELS
 from engine.pipeline import Pipeline
 from engine.requests import Request, Settings
@@ -30,8 +35,21 @@ FINGERPRINT = (
     *("negative_prompt", "num_images", "seed", "first_index", "sampler", "steps", "guidance_scale"),
     *("height", "width", "dtype", "upscale", "format", "shard_size"),
 )
+CHANGING = ("strength", "image_guidance_scale")  # the same, where there are pictures to change
 MAX_INDEX = 2**32
 EDGE = 2**20  # bytes at either end of a file of weights that tell it from others
+
+
+ROWS_AT_ONCE = 512  # whose pictures are looked at together,
+LOOKERS = 8  # by so many threads
+
+
+class Program(NamedTuple):
+    """What is compiled for a row: rows with equal ones are drawn together."""
+
+    settings: Settings  # its guidance scale and strength stand for all that make the same program
+    image: bool = False  # whether there is a picture to change,
+    mask: bool = False  # and a mask
 
 
 class Wanted(NamedTuple):
@@ -40,6 +58,12 @@ class Wanted(NamedTuple):
     number: int  # row number x num_images + which of the row's pictures
     row: Row
     request: Request
+
+    @property
+    def address(self) -> dict[str, Any]:
+        """Which picture it is, for manifests and lists of failures."""
+        found = {"number": self.number, "row": self.row.number, "id": self.row.id}
+        return found | {"seed": self.request.seed, "index": self.request.index}
 
 
 class Refused(NamedTuple):
@@ -52,12 +76,16 @@ class Refused(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Rows that share one compiled program; with settings None, rows that cannot be drawn."""
+    """Rows that share one compiled program; with None, rows that cannot be drawn."""
 
-    settings: Settings | None
+    program: Program | None
     rows: np.ndarray  # their numbers, int64
     count: int  # of its pictures, or of its refused rows
     first_shard: int
+
+    @property
+    def settings(self) -> Settings | None:
+        return self.program and self.program.settings
 
 
 class Shard(NamedTuple):
@@ -84,6 +112,7 @@ class Job:
     lora: str = ""  # scale and digest of each LoRA
     embedding: str = ""  # name and digest of each embedding
     decoder: str = ""  # digest of its files
+    given: str = ""  # digest of the pictures to change, if there are any
 
     @property
     def shards(self) -> int:
@@ -113,7 +142,9 @@ class Job:
         """The rows of a shard of the last group."""
         for number in shard.group.rows[shard.start : shard.stop]:
             row = self.rows[int(number)]
-            yield Refused(row.number, row.id, str(settle(row)))
+            why = settle(row)
+            changed = "its picture was another when the job began; write the row into another job"
+            yield Refused(row.number, row.id, why if isinstance(why, str) else changed)
 
     def describe(self) -> dict[str, Any]:
         """What job.json holds: the fingerprint, and the sizes that --status and --verify ask for."""
@@ -122,7 +153,7 @@ class Job:
                 "first_shard": group.first_shard,
                 "count": group.count,
                 "rows": len(group.rows),
-                "settings": group.settings and _program(group.settings),
+                "settings": group.program and _told(group.program),
             }
             for group in self.groups
         ]
@@ -130,6 +161,8 @@ class Job:
         version = {"version": engine.__version__, "rows": self.rows.digest, "weights": self.weights}
         version |= {name: told for name in ("lora", "embedding", "decoder") if (told := getattr(self, name))}
         version |= {"tile": self.config.tile} if self.config.tile else {}
+        if self.given:
+            version |= {"given": self.given} | {name: getattr(self.config, name) for name in CHANGING}
         sizes = {"shards": self.shards, "pictures": self.pictures, "row_count": len(self.rows)}
         return {"fingerprint": version | options, **sizes, "groups": groups}
 
@@ -143,33 +176,67 @@ def shards_of(count: int, size: int) -> int:
     return -(-count // size)
 
 
-# row -> how to draw it, or why it cannot be drawn
-Settle = Callable[[Row | Rejected], Settings | str]
+class Settle:
+    """Judges rows by their options, their pictures and the model; remembers what it said of equal options.
 
+    Threads may ask at once.
+    """
 
-def settle_with(config: JobConfig, pipe: Pipeline) -> Settle:
-    """Judges rows by their options and the model; remembers what it said of equal options."""
-    known: dict[tuple, Settings | str] = {}
+    def __init__(self, config: JobConfig, pipe: Pipeline):
+        """`config`: as it was given; what is None there depends on the model or on the picture."""
+        self.pictures = given.OfRows(config, pipe)
+        self._config, self._pipe = config, pipe
+        self._known: dict[tuple, Program | str] = {}
 
-    def settle(row: Row | Rejected) -> Settings | str:
+    def __call__(self, row: Row | Rejected) -> Program | str:
+        """How to draw a row, or why it cannot be drawn."""
+        return self.judge(row)[0]
+
+    def judge(self, row: Row | Rejected) -> tuple[Program | str, str]:
+        """The same, and what tells its picture from others: '' where it has none."""
         if isinstance(row, Rejected):
-            return row.reason
+            return row.reason, ""
+        config, picture = self._config, self.pictures.seen(row)
+        mark = "none" if isinstance(picture, str) else ""
+        if picture is not None and not isinstance(picture, str):
+            mark = f"{picture.mark} {picture.height} {picture.width}"
         if first_index(config, row) + config.num_images > MAX_INDEX:
-            return f"its pictures would have an index beyond {MAX_INDEX - 1}; write a smaller index"
+            return f"its pictures would have an index beyond {MAX_INDEX - 1}; write a smaller index", mark
+        if isinstance(picture, str):
+            return picture, mark
         scale = _or(row.guidance_scale, config.guidance_scale)
         options = (
             _or(row.steps, config.steps),
             _or(row.sampler, config.sampler),
             # Only whether there is guidance makes another program.
             scale if scale == 1 else _guided(config.guidance_scale),
-            _or(row.height, config.height),
-            _or(row.width, config.width),
+            *(
+                (_or(row.height, config.height), _or(row.width, config.width))
+                if picture is None
+                else picture[:2]
+            ),
         )
-        if options not in known:
-            known[options] = _settings(config, pipe, options)
-        return known[options]
+        masked = None if picture is None else picture.masked
+        strength = 1.0 if masked is None else self.pictures.strength(row, masked)
+        if self._pipe.made_for != edits.FOLLOWS:  # to which any but 1 is a mistake
+            strength = _of_equal_share(strength, options[0])
+        key = (*options, strength, masked)
+        if key not in self._known:
+            self._known[key] = _program(config, self._pipe, *key)
+        return self._known[key], mark
 
-    return settle
+    def fitted(self, program: Program, count: int) -> Program:
+        """The program for so many pictures: its batch no larger than they fill, unless one was asked for."""
+        settings = program.settings
+        if self._config.batch_size is not None:
+            return program
+        batch_size = min(settings.batch_size, self._pipe.share_of(count))
+        return program._replace(settings=dataclasses.replace(settings, batch_size=batch_size))
+
+
+def settle_with(config: JobConfig, pipe: Pipeline) -> Settle:
+    """Judges rows of a job with this config."""
+    return Settle(config, pipe)
 
 
 def _guided(scale: float) -> float:
@@ -177,20 +244,34 @@ def _guided(scale: float) -> float:
     return scale if scale != 1 else 2.0
 
 
-def _settings(config: JobConfig, pipe: Pipeline, options: tuple) -> Settings | str:
+def _of_equal_share(strength: float, steps: int) -> float:
+    """A strength that stands for all that take the same steps; itself where it is wrong, or 1."""
+    taken = int(steps * strength) if 0 < strength < 1 else 0
+    return (taken + 0.5) / steps if 0 < taken < steps else strength
+
+
+def _program(config: JobConfig, pipe: Pipeline, *options: Any) -> Program | str:
+    *how, strength, masked = options
     try:
-        settings = pipe.settings(*options)
+        settings = pipe.settings(*how, strength=strength)
+        shape = settings.height, settings.width
+        stand_ins = None if masked is None else [given.stand_in(*shape, masked)]
+        edits.checked(stand_ins, pipe.made_for, settings)
     except UserError as error:
         return str(error)
     room = max(1, BATCH_PIXELS // (settings.height * settings.width))
     batch_size = config.batch_size or min(pipe.share_of(config.shard_size), room, BATCH_IMAGES)
-    return dataclasses.replace(settings, batch_size=batch_size)
+    return Program(dataclasses.replace(settings, batch_size=batch_size), masked is not None, bool(masked))
 
 
-def _program(settings: Settings) -> dict[str, Any]:
+def _told(program: Program) -> dict[str, Any]:
     """What is compiled in: all but the guidance scale and the batch."""
-    shown = ("steps", "sampler", "height", "width")
-    return {name: getattr(settings, name) for name in shown} | {"guided": settings.guidance_scale != 1}
+    settings = program.settings
+    found = {name: getattr(settings, name) for name in ("steps", "sampler", "height", "width")}
+    found["guided"] = settings.guidance_scale != 1
+    if program.image:
+        found |= {"image": True, "mask": program.mask, "intervals": settings.intervals}
+    return found
 
 
 def make_plan(
@@ -201,21 +282,48 @@ def make_plan(
     lora: str = "",
     embedding: str = "",
     decoder: str = "",
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> Job:
-    """Sorts every row into its group. `config` is complete: its seed is known."""
-    found: dict[Settings | None, int] = {}
+    """Sorts every row into its group.
+
+    Args:
+      config: complete: its seed is known.
+      progress: called often, with how many rows have their place; what it raises stops the planning.
+
+    Raises:
+      UserError: trouble on the way to a picture, which may pass.
+    """
+    found: dict[Program | None, int] = {}
     group_of = np.empty(len(rows), np.int32)
-    for i in range(len(rows)):
-        settings = settle(rows[i])
-        key = None if isinstance(settings, str) else settings
-        group_of[i] = found.setdefault(key, len(found))
+    pictures = hashlib.sha256()
+    some = False
+    for row, program, mark in _judged(rows, settle, progress):
+        key = None if isinstance(program, str) else program
+        group_of[row] = found.setdefault(key, len(found))
+        if mark:
+            some = True
+            pictures.update(f"{row} {mark}\n".encode())
     groups, first_shard = [], 0
-    for settings, number in sorted(found.items(), key=lambda item: (item[0] is None, item[1])):
+    for program, number in sorted(found.items(), key=lambda item: (item[0] is None, item[1])):
         members = np.flatnonzero(group_of == number)
-        count = len(members) * (1 if settings is None else config.num_images)
-        groups.append(Group(settings, members, count, first_shard))
+        count = len(members) * (1 if program is None else config.num_images)
+        program = program and settle.fitted(program, count)
+        groups.append(Group(program, members, count, first_shard))
         first_shard += shards_of(count, config.shard_size)
-    return Job(config, rows, tuple(groups), weights, lora, embedding, decoder)
+    digests = weights, lora, embedding, decoder, pictures.hexdigest() if some else ""
+    return Job(config, rows, tuple(groups), *digests)
+
+
+def _judged(
+    rows: Rows, settle: Settle, progress: Callable[[int], None]
+) -> Iterator[tuple[int, Program | str, str]]:
+    with ThreadPoolExecutor(LOOKERS, "looks") as threads:
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            progress(first)
+            some = [rows[i] for i in range(first, min(first + ROWS_AT_ONCE, len(rows)))]
+            settle.pictures.look_ahead([row for row in some if isinstance(row, Row)], threads)
+            for row in some:
+                yield row.number, *settle.judge(row)
 
 
 def first_index(config: JobConfig, row: Row) -> int:
@@ -229,13 +337,14 @@ def first_index(config: JobConfig, row: Row) -> int:
 
 
 def request(config: JobConfig, row: Row, image: int) -> Request:
-    """Picture `image` of the row, as the pipeline takes it."""
+    """Picture `image` of the row, as the pipeline takes it, but for the picture that it is to change."""
     return Request(
         row.prompt,
         _or(row.negative_prompt, config.negative_prompt),
         _or(row.seed, config.seed),
         first_index(config, row) + image,
         _or(row.guidance_scale, config.guidance_scale),
+        image_guidance_scale=_or(row.image_guidance_scale, config.image_guidance_scale),
     )
 
 
@@ -243,15 +352,14 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
+OTHERS = {"rows": "other rows", "weights": "other weights", "given": "other pictures to change"}
+
+
 def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     """In words, how the job of a folder (`theirs`) differs from this one; None if it does not."""
     names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
     said = [
-        "other rows"
-        if name == "rows"
-        else "other weights"
-        if name == "weights"
-        else f"{name} {theirs.get(name)!r} there and {mine.get(name)!r} here"
+        OTHERS[name] if name in OTHERS else f"{name} {theirs.get(name)!r} there and {mine.get(name)!r} here"
         for name in names
     ]
     return ", ".join(said) or None

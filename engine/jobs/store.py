@@ -9,6 +9,7 @@ makes every object whole by itself; `create` there is a conditional PUT.
 """
 
 import errno
+import functools
 import logging
 import os
 import pathlib
@@ -93,8 +94,14 @@ class Store:
         """This process's scratch folder, from which `publish` moves things. It goes with the store."""
         return self.patiently(self._files.scratch)
 
-    def patiently(self, attempt: Callable[[], T]) -> T:
-        """Runs something that writes into the scratch folder until it succeeds or patience ends."""
+    def patiently(self, attempt: Callable[[], T], read: str = "") -> T:
+        """Runs something that writes into the scratch folder until it succeeds or patience ends.
+
+        Args:
+          read: what it reads, where it reads something that lies elsewhere.
+        """
+        if read:
+            return self._try(attempt, read, READ, of=read)
         return self._try(attempt, self._files.scratch_name)
 
     def prepare(self, writable: bool) -> None:
@@ -121,7 +128,14 @@ class Store:
     def _full(self, path: str) -> str:
         return f"{self.url}/{path}"
 
-    def _try(self, attempt: Callable[[], T], place: str, verb: str = WRITTEN, *final: type[OSError]) -> T:
+    def _try(
+        self,
+        attempt: Callable[[], T],
+        place: str,
+        verb: str = WRITTEN,
+        *final: type[OSError],
+        of: str = "",  # what there is trouble with, if not with the folder
+    ) -> T:
         """Tries again until `attempt` succeeds or patience ends; what is in `final` is raised at once."""
         growing = tenacity.wait_random_exponential(FIRST_WAIT, LONGEST_WAIT)
         retrying = tenacity.Retrying(
@@ -129,7 +143,7 @@ class Store:
             # The last try comes when patience ends, not after.
             wait=lambda state: min(growing(state), max(self._patience - (state.seconds_since_start or 0), 0)),
             retry=tenacity.retry_if_exception(lambda e: isinstance(e, OSError) and not isinstance(e, final)),
-            before_sleep=self._tell_of_trouble,
+            before_sleep=functools.partial(self._tell_of_trouble, of or self.url),
             sleep=self._pause,
             reraise=True,
         )
@@ -140,10 +154,10 @@ class Store:
         except OSError as error:
             raise _excuse(place, error, verb) from None
 
-    def _tell_of_trouble(self, state: tenacity.RetryCallState) -> None:
+    def _tell_of_trouble(self, where: str, state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
             reason = _reason(state.outcome.exception())
-            self._tell(f"{self.url}: {reason}; trying again for up to {self._patience:g} s")
+            self._tell(f"{where}: {reason}; trying again for up to {self._patience:g} s")
 
 
 def open_store(

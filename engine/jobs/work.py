@@ -2,7 +2,7 @@
 
 Three threads, each at most a few batches ahead of the next:
 
-  words     rows -> requests and contexts (engine/text, and the text encoder)
+  words     rows -> requests, contexts and the pictures to change (engine/text, and the text encoder)
   drawing   requests -> pictures. Two batches are always on the devices: one at work, one waiting
   writing   pictures -> PNGs -> shards (the caller's thread, and `writers` threads for the PNGs)
 
@@ -20,7 +20,7 @@ import itertools
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -34,16 +34,22 @@ from engine.jobs import folder, formats
 from engine.jobs.account import Busy, Recent
 from engine.jobs.ahead import ahead
 from engine.jobs.pictures import remember
-from engine.jobs.plan import Group, Job, Refused, Settle, Shard, Wanted
+from engine.jobs.plan import Group, Job, Program, Settle, Shard, Wanted
+from engine.jobs.reading import Reader
 from engine.jobs.store import Store
 from engine.pipeline import Pipeline
-from engine.requests import Context, Settings
+from engine.requests import Context, Edit, Request, Settings
 from engine.types import UserError
 
 BATCHES_AHEAD = 4  # of words before drawing, and of drawn pictures before writing
 ON_DEVICES = 2  # batches: one at work, one that waits
 TEXT_BATCH = 16  # prompts a device encodes at once
+READERS = 4  # threads that read pictures to change
 CONTEXTS, CONTEXT_BYTES = 1024, 2**28  # that are kept, for prompts that come again
+
+
+# What a picture that was made of words remembers of another: nothing, whatever the job's own options.
+NO_PICTURE = {"image": "", "mask": "", "strength": None}
 
 
 class Load(NamedTuple):
@@ -51,9 +57,16 @@ class Load(NamedTuple):
 
     shard: Shard
     wanted: list[Wanted]
-    refused: list[Refused]
+    refused: list[dict[str, Any]]  # what will not be drawn, and why
     contexts: dict[str, Context]
     last: bool  # of its shard
+    edits: Sequence[Edit] = ()  # of all that is wanted, until they are drawn
+
+    @property
+    def requests(self) -> list[Request]:
+        if not self.edits:
+            return [one.request for one in self.wanted]
+        return [one.request._replace(edit=edit) for one, edit in zip(self.wanted, self.edits, strict=True)]
 
 
 class Flying(NamedTuple):
@@ -111,6 +124,7 @@ class Worker:
         # group (by its first shard) -> pictures a device, after out of memory
         self._halved: dict[int, int] = {}
         self._busy = Busy()
+        self._reader = Reader(settle.pictures, pipe.devices, store)
 
     def run(self, shards: Iterable[Shard | None]) -> Iterator[Shard]:
         """Draws and writes the shards, and yields each when it is done.
@@ -136,21 +150,30 @@ class Worker:
     # ---- words
 
     def _loads(self, shards: Iterable[Shard | None]) -> Iterator[Load | None]:
-        for shard in shards:
-            if shard is None:
-                yield None
-                continue
-            if shard.group.settings is None:
-                yield Load(shard, [], list(self.job.refused(shard, self.settle)), {}, True)
-                continue
-            wanted = list(self.job.wanted(shard))
-            contexts = self._encode(wanted)
-            first = 0
-            while first < len(wanted):
-                size = self._batch_size(shard.group) * self.pipe.devices.count
-                batch = wanted[first : first + size]
-                first += size
-                yield Load(shard, batch, [], contexts, first >= len(wanted))
+        with ThreadPoolExecutor(READERS, "pictures") as readers:
+            for shard in shards:
+                if shard is None:
+                    yield None
+                elif shard.group.program is None:
+                    refused = [one._asdict() for one in self.job.refused(shard, self.settle)]
+                    yield Load(shard, [], refused, {}, True)
+                else:
+                    yield from self._loads_of(shard, readers)
+
+    def _loads_of(self, shard: Shard, readers: ThreadPoolExecutor) -> Iterator[Load]:
+        wanted = list(self.job.wanted(shard))
+        contexts = self._encode(wanted)
+        first = 0
+        while first < len(wanted):
+            size = self._batch_size(shard.group) * self.pipe.devices.count
+            batch = wanted[first : first + size]
+            first += size
+            load = Load(shard, batch, [], contexts, first >= len(wanted))
+            yield self._opened(load, readers) if shard.group.program.image else load
+
+    def _opened(self, load: Load, readers: ThreadPoolExecutor) -> Load:
+        wanted, edits, failures = self._reader.open(load.wanted, self._settings(load.shard.group), readers)
+        return load._replace(wanted=wanted, edits=edits, refused=failures)
 
     def _encode(self, wanted: list[Wanted]) -> dict[str, Context]:
         """Contexts of all prompts of a shard. Those of the last shards are still known."""
@@ -194,7 +217,7 @@ class Worker:
             return Flying(load, None, 0)
         settings = self._settings(load.shard.group)
         flying = Flying(load, None, settings.batch_size)
-        requests = [one.request for one in load.wanted]
+        requests = load.requests
         if len(requests) > settings.batch_size * self.pipe.devices.count:
             return flying  # it was cut before the batch was halved
         try:
@@ -219,7 +242,7 @@ class Worker:
             try:
                 images, finite = arrival.result()
                 count = len(load.wanted)
-                return Drawn(load, images[:count], finite[:count], batch_size)
+                return Drawn(load._replace(edits=()), images[:count], finite[:count], batch_size)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 _out_of_memory_or_raise(error)
                 self._halve(load.shard.group, batch_size)
@@ -230,7 +253,7 @@ class Worker:
         while True:
             settings = self._settings(group)
             size = settings.batch_size * self.pipe.devices.count
-            requests = [one.request for one in load.wanted]
+            requests = load.requests
             images, finite = [], []
             try:
                 for first in range(0, len(requests), size):
@@ -238,7 +261,8 @@ class Worker:
                     drawn = jax.block_until_ready(self.pipe.dispatch(part, load.contexts, settings))
                     images.append(np.asarray(drawn[0])[: len(part)])
                     finite.append(np.asarray(drawn[1])[: len(part)])
-                return Drawn(load, np.concatenate(images), np.concatenate(finite), settings.batch_size)
+                done = load._replace(edits=())
+                return Drawn(done, np.concatenate(images), np.concatenate(finite), settings.batch_size)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 _out_of_memory_or_raise(error)
                 self._halve(group, settings.batch_size)
@@ -280,7 +304,7 @@ class Worker:
                 self._finish, load.wanted, drawn.images, drawn.finite, itertools.repeat(drawn)
             ):
                 (entries if isinstance(entry, formats.Entry) else failures).append(entry)
-            failures += [refused._asdict() for refused in load.refused]
+            failures += load.refused
             self.progress(len(load.wanted))
             if load.last:
                 self._put(load.shard, entries, failures, drawn.batch_size, began)
@@ -292,16 +316,15 @@ class Worker:
     ) -> formats.Entry | dict[str, Any]:
         """The last touches of one picture: an entry of the shard, or why there is none."""
         row, request = wanted.row, wanted.request
-        address = {"number": wanted.number, "row": row.number, "id": row.id}
-        address |= {"seed": request.seed, "index": request.index}
+        address = wanted.address
         if not finite:
             return {**address, "reason": "a NaN or an infinity in the picture"}
+        program = drawn.load.shard.group.program
         settings = dataclasses.asdict(self._settings(drawn.load.shard.group))
-        del settings["strength"]  # of given pictures; jobs draw from words alone
         settings |= {"guidance_scale": request.guidance_scale, "batch_size": drawn.batch_size}
-        config = dataclasses.replace(
-            self.job.config, **settings, negative_prompt=request.negative_prompt, seed=request.seed
-        )
+        changed = self._changed(wanted, program)
+        own = {"negative_prompt": request.negative_prompt, "seed": request.seed}
+        config = dataclasses.replace(self.job.config, **settings | own | NO_PICTURE | changed)
         try:
             png = finish.encode_png(
                 finish.upscale(image, config.upscale), remember(config, request.prompt, request.index)
@@ -310,8 +333,17 @@ class Worker:
             return {**address, "reason": str(error)}
         facts = {**address, "prompt": request.prompt, "negative_prompt": request.negative_prompt}
         facts |= {name: settings[name] for name in ("guidance_scale", "steps", "sampler", "height", "width")}
+        facts |= {"edit": {name: value for name, value in changed.items() if value != ""}} if changed else {}
         facts |= {"sha256": hashlib.sha256(png).hexdigest(), "extra": row.extra}
         return formats.Entry(png, facts)
+
+    def _changed(self, wanted: Wanted, program: Program) -> dict[str, Any]:
+        """What a picture that was made of another remembers of it; nothing of one that was made of words."""
+        if not program.image:
+            return {}
+        pictures, row = self.settle.pictures, wanted.row
+        found = {**pictures.paths(row)._asdict(), "strength": pictures.strength(row, program.mask)}
+        return found | {"image_guidance_scale": wanted.request.image_guidance_scale}
 
     def _put(self, shard, entries, failures, batch_size, began) -> None:
         """Writes a whole shard and its manifest, unless it is another worker's by now."""

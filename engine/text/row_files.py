@@ -20,8 +20,10 @@ from engine.config import nearest
 from engine.errors import UserError
 
 TEXTS = ("prompt", "id", "negative_prompt", "sampler")
-NUMBERS = ("seed", "index", "steps", "guidance_scale", "height", "width")
-PICTURES = ("image", "init_image", "mask", "control_image")  # to start from: not of this version
+NUMBERS = ("seed", "index", "steps", "guidance_scale", "height", "width", "strength", "image_guidance_scale")
+PATHS = ("image", "mask")  # of the picture to change, from the folder of the file on
+FOREIGN = ("init_image", "control_image")  # of pictures, too, in other programs; not read
+PICTURES = PATHS + FOREIGN
 # What other programs call our columns, where the word is too far from ours to be found by its letters.
 MEANT = {
     "caption": "prompt",
@@ -30,6 +32,8 @@ MEANT = {
     "cfg_scale": "guidance_scale",
     "num_inference_steps": "steps",
     "scheduler": "sampler",
+    "mask_image": "mask",
+    "denoising_strength": "strength",
 }
 
 MAX_LINE = 2**24  # bytes
@@ -336,7 +340,7 @@ def _rows_at_once(metadata: Any) -> int:
 
 
 def _without_pictures(pa: Any, batch: Any) -> Any:
-    """True in place of each picture: that it is there is all that counts, and nobody looks into it."""
+    """True in place of each picture that is no path: that it is there is all that counts."""
     for i, field in enumerate(batch.schema):
         if field.name in PICTURES and not _is_text(pa, field.type):
             there = pa.compute.if_else(batch.column(i).is_valid(), True, pa.scalar(None, pa.bool_()))

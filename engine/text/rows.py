@@ -22,10 +22,11 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.text.row_files import (
+    FOREIGN,
     MAX_COLUMNS,
     MAX_DEPTH,
     NUMBERS,
-    PICTURES,
+    PATHS,
     SHOWN,
     TEXTS,
     Given,
@@ -35,8 +36,10 @@ from engine.text.row_files import (
     plain,
     too_many_columns,
 )
+from engine.text.row_paths import astray
 
 MAX_LETTERS = {"prompt": 100_000, "negative_prompt": 100_000, "id": 1000, "sampler": 100}
+MAX_LETTERS |= dict.fromkeys(PATHS, 4096)
 # What is wrong with any model; jobs judge the rest when the model is known.
 WHOLE_NUMBERS = {
     "seed": (0, 2**64 - 1),
@@ -45,6 +48,7 @@ WHOLE_NUMBERS = {
     "height": (1, 2**31 - 1),
     "width": (1, 2**31 - 1),
 }
+SCALES = ("guidance_scale", "strength", "image_guidance_scale")
 MAX_EXACT = 2**53  # up to here a float holds every whole number
 MAX_EXTRA = 2**16  # bytes of JSON
 MAX_WARNINGS = 12
@@ -66,6 +70,10 @@ class Row(NamedTuple):
     height: int | None = None
     width: int | None = None
     sampler: str | None = None
+    image: str | None = None  # a path from the folder of the file on; "": none, whatever the job says
+    mask: str | None = None  # likewise
+    strength: float | None = None
+    image_guidance_scale: float | None = None
 
 
 class Rejected(NamedTuple):
@@ -275,11 +283,13 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
         if name in TEXTS:
             row[name] = _text(name, value)
         elif name in NUMBERS:
-            row[name] = _scale(name, value) if name == "guidance_scale" else _whole(name, value)
-        elif name not in PICTURES:
+            row[name] = _scale(name, value) if name in SCALES else _whole(name, value)
+        elif name in PATHS:
+            row[name] = _path(name, value)
+        elif name not in FOREIGN:
             extra[name] = value
         elif value != "":
-            raise UserError(f"{name}: this version draws from words alone; leave the column out")
+            raise UserError(f"{name} is not read: write a picture to change under 'image', or leave it out")
     if not row.get("prompt", "").strip():
         raise UserError("no prompt" if "prompt" in given else no_prompt(given))
     if any(map(_is_deep, extra.values())):
@@ -297,6 +307,14 @@ def _text(name: str, value: Any) -> str:
     if name == "id" and not value:
         raise UserError("id=''; leave it out, or write at least one character")
     return value
+
+
+def _path(name: str, value: Any) -> str:
+    if value is True or isinstance(value, dict):  # True: in Parquet
+        raise UserError(f"{name}: a picture inside of the file; write the path of its own file")
+    if why := astray(path := _text(name, value)):
+        raise UserError(f"{name}={path[:SHOWN]!r} {why}")
+    return path
 
 
 def _whole(name: str, value: Any) -> int:
@@ -346,11 +364,11 @@ def unread_columns(columns: Mapping[str, bool]) -> list[str]:
     Args:
       columns: as Rows has them.
     """
-    known = TEXTS + NUMBERS
+    known = TEXTS + NUMBERS + PATHS
     missing = [name for name in known if name not in columns]
     warnings = []
     for name, carried in columns.items():
-        if name in known or name in PICTURES:
+        if name in known or name in FOREIGN:
             continue
         shown = f"column {name[:SHOWN]!r}"
         # A word that only looks like a column that is there already is no slip of the pen.

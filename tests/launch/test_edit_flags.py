@@ -74,8 +74,6 @@ def test_mistakes_are_one_line(run, image, tmp_path):
     text = tmp_path / "text.png"
     text.write_text("no picture")
     small = save(tmp_path / "small.png", np.zeros((8, 16), np.uint8))
-    rows = tmp_path / "rows.txt"
-    rows.write_text("a fox\n")
     for flags, message in (
         (["--image", tmp_path / "none.png"], "none.png: No such file or directory; write the file of a pict"),
         (["--image", tmp_path], "Is a directory; write the file of a picture"),
@@ -90,5 +88,3 @@ def test_mistakes_are_one_line(run, image, tmp_path):
         assert told.code == cli.MISTAKE, flags
         assert message in told.told[-1], told.told
         assert not (tmp_path / "out").exists()
-    told = run("--prompts_file", rows, "--image", image, "--out", tmp_path / "job")
-    assert (told.code, "leave it out of a job" in told.told[-1]) == (cli.MISTAKE, True)

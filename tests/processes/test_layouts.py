@@ -20,14 +20,20 @@ ROWS = [
     {"prompt": "a wide car", "width": 24},
     {"prompt": "a dog", "seed": 3, "guidance_scale": 2.5},
     {"prompt": "odd", "height": 17},
+    *({"prompt": "a cat", "image": f"{name}.png", "strength": 0.7} for name in ("one", "broken", "two")),
 ]
-PICTURES = len(ROWS) - 1
+PICTURES = len(ROWS) - 2
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     tiny_folder(folder / "model")
+    for name in ("one", "broken", "two"):
+        pixels = np.random.default_rng([*name.encode()]).integers(0, 256, (48, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    broken = folder / "broken.png"
+    broken.write_bytes(broken.read_bytes()[:5000])
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return folder
 
@@ -64,7 +70,7 @@ def draw(folder, out, devices, *layouts):
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(worker(folder, out, devices, *flags)) for flags in layouts]
         said, told = zip(*(process.communicate(timeout=300) for process in workers), strict=True)
-    # One row cannot be drawn; where one process does all the writing, the others have nothing to tell of it.
+    # Two rows cannot be drawn; where one process does all the writing, the others have nothing to tell of it.
     assert 1 in [process.returncode for process in workers], told
     assert {process.returncode for process in workers} <= {0, 1}, told
     found = {}

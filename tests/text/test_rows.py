@@ -20,11 +20,13 @@ ROWS = [
     {"prompt": "a red fox", "id": "fox", "seed": 2**64 - 1, "guidance_scale": 7.5, "note": "one, two"},
     {"prompt": ' "a cat"\nat sea\u2028 ', "negative_prompt": "fog", "steps": 20, "height": 64, "width": 32},
     {"prompt": "\N{FOX FACE} \0 \u202e", "index": 0, "sampler": "ddim", "guidance_scale": 1},
+    {"prompt": "a", "image": "a/1.png", "mask": "x/m.png", "strength": 1, "image_guidance_scale": 1.5},
 ]
 EXPECTED = [
     Row(0, "fox", "a red fox", {"note": "one, two"}, seed=2**64 - 1, guidance_scale=7.5),
     Row(1, "1", ' "a cat"\nat sea\u2028 ', {}, "fog", steps=20, height=64, width=32),
     Row(2, "2", "\N{FOX FACE} \0 \u202e", {}, index=0, sampler="ddim", guidance_scale=1.0),
+    Row(3, "3", "a", {}, image="a/1.png", mask="x/m.png", strength=1.0, image_guidance_scale=1.5),
 ]
 
 
@@ -36,11 +38,11 @@ def test_all_formats_give_the_same_rows(write, name):
     path = write(name, ROWS)
     assert read(path) == EXPECTED
     with read_rows(str(path), io.BytesIO()) as rows, read_rows("-", io.BytesIO(lines(*ROWS))) as others:
-        assert len(rows) == 3 and rows[2] == rows[-1] == EXPECTED[2]
+        assert len(rows) == 4 and rows[3] == rows[-1] == EXPECTED[3]
         assert rows.digest == others.digest and len(rows.digest) == 64
         assert rows.columns == {name: True for row in ROWS for name in row}
         with pytest.raises(IndexError):
-            rows[3]
+            rows[4]
 
 
 def test_the_digest_is_of_the_rows_and_nothing_else():
@@ -199,8 +201,22 @@ BAD = [
     (b'{"prompt": "a", "guidance_scale": 1e999}', "guidance_scale=inf: write a number"),
     (b'{"prompt": "a", "note": [1e999]}', "a number that is not finite"),
     (b'{"prompt": "a", "note": ' + b"1" * 5000 + b"}", "a number of more than 4300 digits"),
-    ({"prompt": "a", "image": "/etc/passwd"}, "image: this version draws from words alone"),
-    ({"prompt": "a", "mask": {"bytes": "x"}}, "mask: this version draws from words alone"),
+    ({"prompt": "a", "image": "/etc/passwd"}, "image='/etc/passwd' is an absolute path; write one from the"),
+    ({"prompt": "a", "image": "a/../../b.png"}, "image='a/../../b.png' leads out of the folder"),
+    ({"prompt": "a", "image": "https://x.org/a.png"}, "is no file of this machine; download it, and write"),
+    ({"prompt": "a", "mask": "a\0b"}, r"mask='a\x00b' is no path"),
+    ({"prompt": "a", "mask": "x" * 4097}, "mask of 4097 characters; write at most 4096"),
+    (
+        {"prompt": "a", "mask": {"bytes": "x"}},
+        "mask: a picture inside of the file; write the path of its own",
+    ),
+    ({"prompt": "a", "image": 5}, "image=5: write a text"),
+    ({"prompt": "a", "strength": "0.5"}, "strength='0.5' (a text): write a number"),
+    ({"prompt": "a", "image_guidance_scale": True}, "image_guidance_scale=true: write a number"),
+    (
+        {"prompt": "a", "init_image": "a.png"},
+        "init_image is not read: write a picture to change under 'image'",
+    ),
     (b'{"prompt": "a"', "invalid JSON: Expecting ',' delimiter at character 15"),
     (b'{"prompt": "a"} {}', "invalid JSON: Extra data at character 17"),
     (b"a fox", "invalid JSON: Expecting value at character 1"),
@@ -228,8 +244,9 @@ def test_a_bad_row_is_rejected_alone(row, message):
 
 def test_what_is_just_within_the_limits_passes():
     row = {"prompt": "x" * 100_000, "id": "x" * 1000, "seed": 0, "index": 2**32 - 1, "steps": 1}
-    row |= {"note": "y" * (2**16 - 11), "image": None, "mask": ""}
-    assert jsonl(row) == [Row(1, row["id"], row["prompt"], {"note": row["note"]}, None, 0, 2**32 - 1, 1)]
+    row |= {"note": "y" * (2**16 - 11), "image": None, "mask": "", "init_image": ""}
+    found = Row(1, row["id"], row["prompt"], {"note": row["note"]}, None, 0, 2**32 - 1, 1, mask="")
+    assert jsonl(row) == [found]
     deep = b'{"prompt": "a", "x": ' + b"[" * 32 + b"]" * 32 + b"}"
     assert isinstance(jsonl(deep)[0], Row)
     assert isinstance(jsonl({"prompt": "a"} | {str(i): 1 for i in range(999)})[0], Row)
@@ -294,6 +311,8 @@ def test_a_line_that_is_too_long_leaves_the_others(write):
         ("scheduler", "sampler"),
         ("heigth", "height"),
         ("num_steps", "steps"),
+        ("denoising_strength", "strength"),
+        ("mask_image", "mask"),
     ],
 )
 def test_names_that_may_be_slips_are_told(name, hint):
@@ -303,7 +322,8 @@ def test_names_that_may_be_slips_are_told(name, hint):
 
 
 def test_other_names_are_no_slips():
-    columns = ["prompt", *row_files.TEXTS, *row_files.NUMBERS, "note", "text", "source", "prompt_id", "image"]
+    columns = ["prompt", *row_files.TEXTS, *row_files.NUMBERS, "note", "text", "source", "prompt_id"]
+    columns += [*row_files.PATHS, "init_image"]
     assert unread_columns(dict.fromkeys(columns, True)) == []
 
 

@@ -10,11 +10,11 @@ since such files are often someone else's. Links that lie in the folder themselv
 """
 
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from engine.text.row_files import open_rows
+from engine.text.row_paths import astray
 from engine.train.sources.item import (
     PICTURES,
     Item,
@@ -105,14 +105,8 @@ def file_of(row: dict | str, base: str) -> str:
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
         raise Unusable("no file_name")
-    if os.path.isabs(name) or pathlib.PureWindowsPath(name).drive:
-        raise Unusable("file_name is an absolute path; write one from the folder on")
-    try:
-        real = os.path.realpath(os.path.join(base, name))
-        if os.path.commonpath([real, base]) != base:
-            raise Unusable("file_name leads out of the folder")
-    except (ValueError, OSError):
-        raise Unusable("file_name is no path") from None
+    if why := astray(name, base):
+        raise Unusable(f"file_name {why}")
     return os.path.normpath(name)
 
 
