@@ -118,7 +118,7 @@ def _changes(
             raise UserError(f"{folder} is one of SDXL, whose two encoders an embedding cannot join yet")
         learned = embeddings.read_all(words, tokenizers["text_encoder"], configs["text_encoder"].hidden_size)
     if loras:
-        changes.append(lora_files.read_all(loras, {k: c for k, c in configs.items() if k in lora.KINDS}))
+        changes.append(lora_files.read_all(loras, {k: c for k, c in configs.items() if k in lora.XL_KINDS}))
     return changes + ([learned.change] if learned else []), learned
 
 

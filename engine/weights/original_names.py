@@ -92,8 +92,14 @@ def _unet_blocks(config: UNetConfig) -> Blocks:
             f"mid_block_type={config.mid_block_type!r}: a single file in the original layout always has "
             "attention in the middle; this U-Net stays a folder"
         )
+    if config.time_cond_proj_dim is not None:
+        raise UserError(
+            f"time_cond_proj_dim={config.time_cond_proj_dim}: a single file in the original layout has no "
+            "place for the guidance scale that this U-Net is told; it stays a folder"
+        )
     blocks = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-    blocks |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+    embeddings = {"time_embedding": "time_embed", "add_embedding": "label_emb.0"}  # the second of SDXL
+    blocks |= {f"{name}.linear_{n}": f"{old}.{2 * n - 2}" for name, old in embeddings.items() for n in (1, 2)}
     middle = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
     blocks |= {block: f"middle_block.{n}" for n, block in enumerate(middle)}
     layers, last = config.per_block("layers_per_block"), len(config.block_out_channels) - 1
