@@ -221,7 +221,7 @@ def _original_names(layers: Iterable[str], unet: Any) -> dict[str, str]:
     """The names of kohya's that go by the U-Net's original layout; none for one without a place in it."""
     keys = [f"{name[len('unet.') :]}.weight" for name in layers if name.startswith("unet.")]
     try:
-        slots = original_names.slots("unet", unet, keys) if keys else {}
+        slots = original_names.slots("unet", unet, keys, original_names.UNET) if keys else {}
     except UserError:
         return {}
     start, end = len(original_names.UNET), -len(".weight")

@@ -46,7 +46,7 @@ def files(folder, tmp_path_factory):
     weights = [to_key(path) for path in traverse_util.flatten_dict(parts["unet"].params)]
     original = {
         key.removesuffix(".weight"): slot.key.removeprefix(UNET).removesuffix(".weight")
-        for key, slot in slots("unet", configs["unet"], weights).items()
+        for key, slot in slots("unet", configs["unet"], weights, UNET).items()
     }
     tensors = load_file(ours)
     few = {layer: name for layer, name in original.items() if "add" in layer}  # diffusers knows no other
