@@ -1,13 +1,15 @@
-"""Makes a folder of a single file of Stable Diffusion 1 or 2, or a single file of a folder.
+"""Makes a folder of a single file of Stable Diffusion 1, 2 or XL, or a single file of a folder.
 
   python -m launch.convert v1-5-pruned-emaonly.safetensors sd15 --tokenizer FOLDER
   python -m launch.convert v2-base.safetensors sd2-base --tokenizer FOLDER --prediction_type epsilon
+  python -m launch.convert sd_xl_base_1.0.safetensors sdxl --tokenizer FOLDER
   python -m launch.convert sd15 sd15.safetensors --dtype float16
 
 A single file has all weights in one, under the names that they were first published with. It lacks a
-tokenizer: the tokenizer/ of any folder of the same Stable Diffusion will do. SDXL is not read yet; a LoRA is
-given to launch.generate as it is. .ckpt files can run code, and are never opened: the message says what makes
-safetensors of one.
+tokenizer: the tokenizer/ of any folder of the same Stable Diffusion will do. XL has two, which differ in
+what fills a prompt up: give the folder with tokenizer/ and tokenizer_2/. Of one tokenizer alone the second is
+made, which fills up with "!" (id 0). A LoRA is given to launch.generate as it is. .ckpt files can run code,
+and are never opened: the message says what makes safetensors of one.
 
 The path of what was written goes to stdout, and to stderr what was assumed or not read. Exit code: 0 written;
 2 a mistake, explained in one line; 130 stopped with Ctrl-C. Except for 0, nothing is written.
@@ -27,11 +29,15 @@ FLAGS: cli.Groups = {
         "overwrite": ("", "replace the folder of a model, or the file, that is there"),
     },
     "Of a file": {
-        "tokenizer": ("FOLDER", "with vocab.json and merges.txt, or the folder of a model that has it"),
+        "tokenizer": (
+            "FOLDER",
+            "with vocab.json and merges.txt, or the folder of a model that has it; for XL the one\n"
+            'with tokenizer/ and tokenizer_2/, or one tokenizer: the second then fills up with "!"',
+        ),
         "prediction_type": (
             "TYPE",
             "epsilon or v_prediction, which no file says; without it that of Stable Diffusion 1\n"
-            "(epsilon) or 2 (v_prediction; 2-base needs epsilon here)",
+            "and XL (epsilon) or 2 (v_prediction; 2-base needs epsilon here)",
         ),
     },
 }

@@ -13,7 +13,7 @@ from launch import cli
 
 FLAGS: cli.Groups = {
     "What to write": {
-        "architecture": ("NAME", "sd15 (Stable Diffusion 1.5) or sd21 (2.1)"),
+        "architecture": ("NAME", "sd15 (Stable Diffusion 1.5), sd21 (2.1), sdxl or sdxl-refiner"),
         "dtype": ("TYPE", "on disk: float32, float16 or bfloat16"),
         "seed": ("N", "the same seed writes the same bytes"),
         "out": ("FOLDER", "which must not exist"),

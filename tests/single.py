@@ -1,4 +1,4 @@
-"""Tiny folders that are, by convention, a Stable Diffusion 1 or 2, and single files as others write them."""
+"""Tiny folders that are, by convention, Stable Diffusion 1, 2 or XL; and files as others write them."""
 
 import dataclasses
 import json
@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from engine.text.tokenizer import Tokenizer
 from engine.weights import single_file_written
-from engine.weights.component import KINDS, abstract
+from engine.weights.component import abstract
 from engine.weights.folder import save_folder
 from engine.weights.names import to_key, torch_shape
-from engine.weights.original_configs import FAMILIES
+from engine.weights.original_configs import FAMILIES, REFINER, XL
 from engine.weights.original_names import OPEN_CLIP, slots
 from engine.weights.random_folder import ARCHITECTURES
 from tests.tiny import tiny_model
@@ -84,13 +84,49 @@ def like(number: int, path: pathlib.Path, **unet) -> pathlib.Path:
     return path
 
 
+XL_UNET = UNET | {
+    "block_out_channels": (64, 128),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": (1, 2),
+    "use_linear_projection": True,
+    "upcast_attention": None,
+    "sample_size": 128,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+}
+XL_TEXTS = {
+    "text_encoder": TEXT | {"projection_dim": 768},
+    "text_encoder_2": TEXT | {"hidden_size": 128, "num_attention_heads": 2, "projection_dim": 32},
+}
+XL_VAE = VAE | {"layers_per_block": 1, "sample_size": 1024, "scaling_factor": 0.13025}
+
+
+def like_xl(path: pathlib.Path, refines: bool = False, **unet) -> pathlib.Path:
+    """Writes the folder of a tiny SDXL or of its refiner, whose configs are those of convention.
+
+    Args:
+      unet: further options of it.
+    """
+    own = {"cross_attention_dim": 192, "transformer_layers_per_block": 2}
+    own["projection_class_embeddings_input_dim"] = 32 + 6 * 256
+    if refines:
+        own = {"cross_attention_dim": 128, "projection_class_embeddings_input_dim": 32 + 5 * 256}
+    model = tiny_model(
+        unet=XL_UNET | own | unet,
+        vae=XL_VAE,
+        scheduler=dict((REFINER if refines else XL).architecture.scheduler),
+        text_encoder=None if refines else XL_TEXTS["text_encoder"],
+        text_encoder_2=XL_TEXTS["text_encoder_2"] | {"pad_token_id": 0},
+    )
+    save_folder(path, dataclasses.replace(model, tokenizer_2=padded_with_the_first(model.tokenizer_2)))
+    return path
+
+
 def padded_with_the_first(tokenizer: Tokenizer) -> Tokenizer:
     """As Stable Diffusion 2 has it: prompts are filled up with the token of id 0."""
-    vocab = tokenizer._bpe.get_vocab()
-    first = min(vocab, key=vocab.__getitem__)
-    marks = tokenizer.specials | {"pad_token": first}
-    length = tokenizer.model_max_length
-    return Tokenizer(vocab, tokenizer.merges, length, marks, known_words=tokenizer.known_words)
+    return tokenizer.padded_with(tokenizer.pieces("!")[0][1].removesuffix("</w>"))
 
 
 def foreign(
@@ -146,11 +182,13 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 def published(name: str, file: pathlib.Path, *lost: str) -> None:
     """Writes the header of a file in the full size, without `lost`, and a hole in place of the weights."""
     header = {}
-    for kind in KINDS:
-        config = getattr(ARCHITECTURES[name], kind)
+    (family,) = (family for family in FAMILIES if family.architecture is ARCHITECTURES[name])
+    for kind, prefix in family.prefixes.items():
+        config = getattr(family.architecture, kind)
         leaves = abstract(kind, config)[1].items()
         shapes = {to_key(path): torch_shape(path, leaf.shape) for path, leaf in leaves}
-        header |= {slot.key: slot.shape(shapes[key]) for key, slot in slots(kind, config, shapes).items()}
+        found = slots(kind, config, shapes, prefix)
+        header |= {slot.key: slot.shape(shapes[key]) for key, slot in found.items()}
     last = f"{OPEN_CLIP}transformer.resblocks.22."
     header |= {key.replace(".22.", ".23."): shape for key, shape in header.items() if key.startswith(last)}
     header |= {f"{OPEN_CLIP}text_projection": (1024, 1024)} if name == "sd21" else {}

@@ -153,6 +153,24 @@ class Tokenizer:
         other._note_added()
         return other, [other._bpe.token_to_id(name) for name in names]
 
+    def padded_with(self, token: str) -> "Tokenizer":
+        """The same tokenizer, which fills prompts up with another token of its vocabulary.
+
+        Like all special tokens, it is then found whole in a text.
+
+        Raises:
+          UserError: there is no such token.
+        """
+        if token == self.specials["pad_token"]:
+            return self
+        if (i := self._bpe.token_to_id(token)) is None:
+            raise UserError(f"the tokenizer has no token {token!r} to fill prompts up with")
+        vocab = self._bpe.get_vocab(with_added_tokens=False)
+        added = {i: AddedToken(token, special=True)} | self._bpe.get_added_tokens_decoder()
+        ordered = [added[each] for each in sorted(added)]
+        specials = self.specials | {"pad_token": token}
+        return Tokenizer(vocab, self.merges, self.model_max_length, specials, ordered, self.known_words)
+
     def _read(self, prompt: str) -> list[tuple[int, int]]:
         """The ids of a prompt, and where in it the word of each begins."""
         words = self._words(prompt)

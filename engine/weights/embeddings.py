@@ -2,15 +2,17 @@
 
     {"<my-thing>": (N, D)}   as PyTorch diffusers writes it and its `load_textual_inversion` reads it
     {"emb_params": (N, D)}   as AUTOMATIC1111's web UI does; the word is the file's name
+    {"clip_l": (N, D), "clip_g": (N, E)}    the same for SDXL, as kohya's scripts do: for either text encoder
 
 A word of N vectors is N tokens, see engine.text.tokenizer. What a model learns of it are as many rows more in
-the table that gives each token of a prompt its vector.
+the table that gives each token of a prompt its vector; of SDXL both text encoders do. Its refiner, which has
+the second alone, reads the same files.
 """
 
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,11 @@ from engine.types import Params, UserError
 from engine.weights import names
 from engine.weights.component import PICKLES, Component, abstract, listed
 from engine.weights.files import new_file
-from engine.weights.safetensors_io import DTYPES, read_header, read_tensor, write
+from engine.weights.safetensors_io import DTYPES, Tensor, read_header, read_tensor, write
 
 FILE = "learned_embeds.safetensors"  # in a folder
 NAMELESS = "emb_params"
+FIRST, SECOND = "clip_l", "clip_g"  # of SDXL
 TABLE: names.Path = ("text_model", "embeddings", "token_embedding", "embedding")  # of the text encoder
 
 
@@ -35,13 +38,14 @@ class Embedding:
 
     token: str
     vectors: Float[np.ndarray, "N D"]
+    vectors_2: Float[np.ndarray, "N E"] | None = None  # of SDXL: for the second text encoder
 
 
 # ---- files
 
 
 def save(path: str | Path, embedding: Embedding) -> Path:
-    """Writes a file in the format of diffusers, whole or not at all, and returns its path.
+    """Writes a file in the format of diffusers, whole or not at all, and returns its path. Not for SDXL.
 
     Args:
       path: FILE.safetensors; anything else is a folder, and the file in it has the name that diffusers gives.
@@ -76,29 +80,43 @@ def find(path: str | Path) -> Path:
 
 
 def read(path: str | Path) -> Embedding:
-    """Reads a file in either format.
+    """Reads a file in any of the formats.
 
     Raises:
       UserError: no file, a broken one, or one that holds something else; in one line.
     """
     path = find(path)
     header = read_header(path)
-    if {"clip_l", "clip_g"} <= header.keys():
-        raise UserError(f"{path} was made for another model: Stable Diffusion XL, with two text encoders")
-    key, tensor = next(iter(header.items()), ("", None))
+    both = header.keys() == {FIRST, SECOND}
     # (D,) is what diffusers wrote before words of several vectors
-    if len(header) != 1 or len(tensor.shape) not in (1, 2) or not math.prod(tensor.shape) or not key.strip():
+    sound = all(len(each.shape) in (1, 2) and math.prod(each.shape) for each in header.values())
+    if not (both or len(header) == 1) or not sound or not all(map(str.strip, header)):
+        examples = '{"<my-thing>": (1, 768)}', f'{{"{NAMELESS}": (1, 768)}}'
         raise UserError(
-            f'{path} holds no embedding, such as {{"<my-thing>": (1, 768)}} or {{"{NAMELESS}": (1, 768)}}; '
+            f"{path} holds no embedding, such as {', '.join(examples)} or of SDXL "
+            f'{{"{FIRST}": (1, 768), "{SECOND}": (1, 1280)}}; '
             f"it holds {listed([f'{name} {each.shape}' for name, each in header.items()], 3)}"
         )
+    if not both:
+        ((key, tensor),) = header.items()
+        return Embedding(path.stem if key == NAMELESS else key, _vectors(path, key, tensor))
+    first, second = (_vectors(path, key, header[key]) for key in (FIRST, SECOND))
+    if len(first) != len(second):
+        raise UserError(
+            f"{path} has {len(first)} vectors in {FIRST} and {len(second)} in {SECOND}, where a word has as "
+            "many in either: get another file"
+        )
+    return Embedding(path.stem, first, second)
+
+
+def _vectors(path: Path, key: str, tensor: Tensor) -> Float[np.ndarray, "N D"]:
     if tensor.code not in DTYPES:
         raise UserError(f"{path}: {key} is {tensor.code}; write it as one of {', '.join(DTYPES)}")
     with open(path, "rb") as file:
         vectors = read_tensor(file, key, tensor).astype(np.float32)
     if not np.isfinite(vectors).all():
         raise UserError(f"{path}: {key} holds a NaN or an infinity: train it again, or get another file")
-    return Embedding(path.stem if key == NAMELESS else key, np.atleast_2d(vectors))
+    return np.atleast_2d(vectors)
 
 
 # ---- what a model becomes with them
@@ -106,11 +124,12 @@ def read(path: str | Path) -> Embedding:
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """What a model knows beside its own words."""
+    """What a text encoder knows beside its own words."""
 
     tokenizer: Tokenizer  # its own, and these
     ids: list[int]
     vectors: Float[np.ndarray, "N D"]  # of each id
+    kind: str = "text_encoder"
 
     def read_in(self, prompt: str) -> bool:
         """Whether the model reads all of their vectors in a prompt, none of which lies behind its end."""
@@ -118,7 +137,7 @@ class Words:
 
     def change(self, name: str, array: np.ndarray) -> np.ndarray:
         """A `component.Change` that puts them into the table of the text encoder."""
-        return self.table(array) if name == ".".join(("text_encoder", *TABLE)) else array
+        return self.table(array) if name == ".".join((self.kind, *TABLE)) else array
 
     def table(self, table: np.ndarray) -> np.ndarray:
         """A table (V, D) with these rows in it, and as many more as that takes; in float32."""
@@ -131,7 +150,7 @@ class Words:
         """The text encoder, which has their table, with a config that says so."""
         table = traverse_util.flatten_dict(text_encoder.params)[TABLE]
         config = dataclasses.replace(text_encoder.config, vocab_size=len(table))
-        graphdef, _ = abstract("text_encoder", config)
+        graphdef, _ = abstract(self.kind, config)
         return dataclasses.replace(text_encoder, config=config, graphdef=graphdef)
 
 
@@ -142,29 +161,42 @@ def with_rows(params: Params, ids: Sequence[int], vectors: Float[Array, "N D"]) 
     return traverse_util.unflatten_dict(flat)
 
 
-def read_all(files: Sequence[str | Path], tokenizer: Tokenizer, width: int) -> Words | None:
-    """Reads the embeddings of a model; None without any.
+def read_all(
+    files: Sequence[str | Path], tokenizers: Mapping[str, Tokenizer], widths: Mapping[str, int]
+) -> list[Words]:
+    """Reads the embeddings of a model: for each of its text encoders what it learns; nothing without any.
 
     Args:
-      tokenizer: the model's own.
-      width: D, of the model's text encoder.
+      tokenizers: the model's own, by text encoder.
+      widths: the length of their vectors, D and E.
 
     Raises:
       UserError: as `read`; or one is for another model, or its word is taken.
     """
+    found, xl = [(find(file), read(file)) for file in files], "text_encoder_2" in widths
+    for path, embedding in found:
+        if (embedding.vectors_2 is None) == xl:
+            what = "Stable Diffusion XL, with two text encoders"
+            if xl:
+                what = f"Stable Diffusion 1 or 2; this one is XL, and takes files with {FIRST} and {SECOND}"
+            raise UserError(f"{path} was made for another model: {what}")
+    return [_learned(kind, found, tokenizers[kind], width) for kind, width in widths.items() if found]
+
+
+def _learned(kind: str, found: Sequence[tuple[Path, Embedding]], tokenizer: Tokenizer, width: int) -> Words:
     ids, vectors = [], []
-    for file in files:
-        path, embedding = find(file), read(file)
-        if embedding.vectors.shape[1] != width:
+    for path, embedding in found:
+        own = embedding.vectors if kind == "text_encoder" else embedding.vectors_2
+        if own.shape[1] != width:
             raise UserError(
-                f"{path} was made for another model: its vectors have {embedding.vectors.shape[1]} numbers, "
+                f"{path} was made for another model: its vectors have {own.shape[1]} numbers, "
                 f"those of this model's words {width}"
             )
         try:
-            tokenizer, own = tokenizer.with_token(embedding.token, len(embedding.vectors))
+            tokenizer, new = tokenizer.with_token(embedding.token, len(own))
         except UserError as error:
             named = "rename the file" if embedding.token == path.stem else "train it with another placeholder"
             raise UserError(f"{path}: {error}: {named}, and name each file once") from None
-        ids += own
-        vectors.append(embedding.vectors)
-    return Words(tokenizer, ids, np.concatenate(vectors)) if vectors else None
+        ids += new
+        vectors.append(own)
+    return Words(tokenizer, ids, np.concatenate(vectors), kind)

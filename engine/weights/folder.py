@@ -8,6 +8,7 @@ scheduler/                  scheduler_config.json: the noise schedule and the sa
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,13 +95,13 @@ def load_folder(
     tokenizers = {kind: Tokenizer.load(folder / name) for kind, name in texts.items()}
     configs = {kind: read_config(folder / kind / "config.json", kind) for kind in found.kinds}
     _check_classes(configs, found.classes, folder)
-    changes, learned = _changes(loras, words, configs, tokenizers, folder)
+    changes, learned = _changes(loras, words, configs, tokenizers)
     check_parts_fit(configs, tokenizers, folder)
     parts = {kind: load_component(folder / kind, kind, dtype, variant, place, changes) for kind in configs}
     readers = {name: tokenizers.get(kind) for kind, name in TOKENIZERS.items()}
     whole = dict.fromkeys(index.PARTS) | parts
     model = Model(**whole, **readers, scheduler=scheduler, zeros=found.zeros)
-    return with_words(model, learned) if learned else model
+    return functools.reduce(with_words, learned, model)
 
 
 def _changes(
@@ -108,18 +109,14 @@ def _changes(
     words: Sequence[str | Path],
     configs: Mapping[str, Any],
     tokenizers: Mapping[str, Tokenizer],
-    folder: Path,
-) -> tuple[list[Change], embeddings.Words | None]:
+) -> tuple[list[Change], list[embeddings.Words]]:
     """What LoRAs and embeddings make of the parameters, and the words that the embeddings bring."""
     changes: list[Change] = []
-    learned = None
-    if words:
-        if "text_encoder_2" in configs:
-            raise UserError(f"{folder} is one of SDXL, whose two encoders an embedding cannot join yet")
-        learned = embeddings.read_all(words, tokenizers["text_encoder"], configs["text_encoder"].hidden_size)
     if loras:
-        changes.append(lora_files.read_all(loras, {k: c for k, c in configs.items() if k in lora.KINDS}))
-    return changes + ([learned.change] if learned else []), learned
+        changes.append(lora_files.read_all(loras, {k: c for k, c in configs.items() if k in lora.XL_KINDS}))
+    widths = {kind: configs[kind].hidden_size for kind in tokenizers}
+    learned = embeddings.read_all(words, tokenizers, widths)
+    return changes + [each.change for each in learned], learned
 
 
 def load_trainable(path: str | Path) -> Model:
@@ -131,9 +128,9 @@ def load_trainable(path: str | Path) -> Model:
 
 
 def with_words(model: Model, learned: embeddings.Words) -> Model:
-    """The model, whose table of words has those that were learned in it, with all that goes by its length."""
-    text_encoder = learned.resized(model.text_encoder)
-    return dataclasses.replace(model, text_encoder=text_encoder, tokenizer=learned.tokenizer)
+    """The model, one of whose tables has the words that were learned, with all that goes by its length."""
+    part = learned.resized(model.parts[learned.kind])
+    return dataclasses.replace(model, **{learned.kind: part, TOKENIZERS[learned.kind]: learned.tokenizer})
 
 
 def _check_classes(configs: Mapping[str, Any], classes: Mapping[str, str], folder: Path) -> None:

@@ -30,7 +30,8 @@ from engine.types import Params, UserError
 from engine.weights import names
 from engine.weights.component import Change, abstract, listed
 
-KINDS = ("unet", "text_encoder")  # the parts of a model that a LoRA may change
+KINDS = ("unet", "text_encoder")  # the parts of Stable Diffusion 1 and 2 that a LoRA may change
+XL_KINDS = (*KINDS, "text_encoder_2")  # those of any model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Layer(NamedTuple):
 
 
 def layers_of(configs: Mapping[str, Any]) -> dict[str, Layer]:
-    """Every Linear and Conv of the models with these configs ("unet", "text_encoder"), by its name."""
+    """Every Linear and Conv of the models with these configs ("unet", "text_encoder", ...), by its name."""
     return {
         _name(kind, path): Layer(kind, path, leaf.shape)
         for kind, config in configs.items()
@@ -123,7 +124,7 @@ def _end(name: str) -> str:
 
 
 def merged(parts: Mapping[str, Params], lora: Lora, scale: float = 1.0) -> dict[str, Params]:
-    """The params of the parts ("unet", "text_encoder") with the LoRA in them. Pure; in float32, then cast.
+    """The params of the parts ("unet", ...) with the LoRA in them. Pure; in float32, then cast.
 
     Raises:
       ValueError: the LoRA changes a layer that is not there.

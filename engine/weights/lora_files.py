@@ -9,7 +9,10 @@ file does not say alpha, it is the rank. kohya's scripts put an underscore for e
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight, ...lora_up.weight
     lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha, ...
 
-Which dots there were, the names of the model's layers say.
+Which dots there were, the names of the model's layers say. For SDXL, whose text encoders are lora_te1 and
+lora_te2, they mostly name the layers of the U-Net as its first program did (engine.weights.original_names):
+
+    lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight
 """
 
 import collections
@@ -17,17 +20,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine.types import UserError
-from engine.weights import names
+from engine.weights import names, original_names
 from engine.weights.component import PICKLES, Change, listed
 from engine.weights.files import new_file
-from engine.weights.lora import KINDS, Layer, Lora, layers_of, merging
+from engine.weights.lora import XL_KINDS, Layer, Lora, layers_of, merging
 from engine.weights.safetensors_io import DTYPES, Tensor, read_header, read_metadata, read_tensor, write
 
 FILE = "pytorch_lora_weights.safetensors"  # in a folder
@@ -39,7 +42,11 @@ EXAMPLE = f"{EXAMPLE_LAYER}.lora_A.weight"
 SIDES = {"lora_A": "a", "lora.down": "a", "lora_linear_layer.down": "a"}
 SIDES |= {"lora_B": "b", "lora.up": "b", "lora_linear_layer.up": "b"}
 KOHYA = {"lora_down.weight": "a", "lora_up.weight": "b", "alpha": "alpha"}
-KOHYA_KINDS = {"unet": "lora_unet", "text_encoder": "lora_te"}
+KOHYA_KINDS = {
+    "unet": ("lora_unet",),
+    "text_encoder": ("lora_te", "lora_te1"),
+    "text_encoder_2": ("lora_te2",),
+}
 _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, SIDES))})\.weight")
 _OLDEST = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.")
 
@@ -74,7 +81,7 @@ def save(path: str | Path, lora: Lora) -> Path:
 def _notes(lora: Lora) -> dict[str, Any]:
     """PEFT's LoraConfig of each part: "unet.r", "unet.lora_alpha", ...; what differs from it, by layer."""
     notes = {}
-    for kind in KINDS:
+    for kind in XL_KINDS:
         ours = {name: layer for name, layer in lora.layers.items() if name.startswith(f"{kind}.")}
         if not ours:
             continue
@@ -112,13 +119,14 @@ def find(path: str | Path) -> Path:
 
 
 def read(path: str | Path, configs: Mapping[str, Any]) -> Lora:
-    """Reads the LoRA of a model with these configs ("unet", "text_encoder"); its arrays are on the host.
+    """Reads the LoRA of a model with these configs ("unet", "text_encoder", ...); its arrays are on the host.
 
     Raises:
       UserError: no file, a broken one, one without a LoRA, or the LoRA of another model; in one line.
     """
     path = find(path)
-    matrices, numbers = _sorted_out(path, read_header(path), layers_of(configs))
+    every = layers_of(configs)
+    matrices, numbers = _sorted_out(path, *_once(read_header(path), every, configs), every)
     layers, alphas, notes = {}, {}, _read_notes(path)
     with open(path, "rb") as file:
         for name, sides in matrices.items():
@@ -138,17 +146,22 @@ Stored = tuple[str, Tensor]  # a key of the file, and where it is
 
 
 def _sorted_out(
-    path: Path, header: Mapping[str, Tensor], layers: Mapping[str, Layer]
+    path: Path, header: Mapping[str, Tensor], underscored: Mapping[str, str], layers: Mapping[str, Layer]
 ) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
-    """Layer -> side -> where it is stored, and layer -> where its alpha is; UserError unless all fits."""
-    matrices, alphas, unknown, foreign = {}, {}, [], []
-    underscored = {_underscored(name): name for name in layers}
+    """Layer -> side -> where it is stored, and layer -> where its alpha is; UserError unless all fits.
+
+    Args:
+      underscored: kohya's names for the layers.
+    """
+    matrices, alphas, unknown, foreign, twice = {}, {}, [], [], []
     for key, tensor in header.items():
         name, side = _of_kohya(key, underscored) if key.startswith("lora_") else _parsed(key)
         if side is None:
             unknown.append(key)
         elif name not in layers:
             foreign.append(key)
+        elif side in matrices.get(name, ()) or (side == "alpha" and name in alphas):
+            twice.append(key)
         elif side == "alpha":
             alphas[name] = (key, tensor)
         else:
@@ -156,9 +169,10 @@ def _sorted_out(
     if not matrices and not foreign:
         raise UserError(
             f"{path} holds no LoRA of PyTorch diffusers, such as {EXAMPLE}, nor of kohya, such as "
-            f"{_underscored(EXAMPLE_LAYER)}.lora_down.weight; it holds {listed(unknown, 3)}"
+            f"{_underscored(EXAMPLE_LAYER)[0]}.lora_down.weight; it holds {listed(unknown, 3)}"
         )
     faults = {"unknown keys": unknown, "layers that the model does not have": foreign}
+    faults["given twice"] = twice
     faults["A without B or B without A"] = [name for name, sides in matrices.items() if len(sides) < 2]
     whole = {name: sides for name, sides in matrices.items() if len(sides) == 2}
     faults["wrong shape"] = _misshapen(whole, layers)
@@ -177,7 +191,7 @@ def _parsed(key: str) -> tuple[str, str | None]:
     rest = _OLDEST.sub(lambda old: f".{old[1].replace('to_out', 'to_out.0')}.lora.", rest)
     layer, alpha, end = rest.rpartition(".alpha")
     found = _KEY.fullmatch(rest)
-    if kind not in KINDS or not (found or (alpha and not end)):
+    if kind not in XL_KINDS or not (found or (alpha and not end)):
         return key, None
     layer, side = (found[1], SIDES[found[2]]) if found else (layer, "alpha")
     return f"{kind}.{names.canonical(kind, layer)}", side
@@ -189,9 +203,46 @@ def _of_kohya(key: str, underscored: Mapping[str, str]) -> tuple[str, str | None
     return underscored.get(layer, key), KOHYA.get(rest)
 
 
-def _underscored(name: str) -> str:
+def _once(
+    header: Mapping[str, Tensor], layers: Iterable[str], configs: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What is in a file, and kohya's names for the layers.
+
+    Some files have layers of the U-Net under either name, to be read by any program. One is left out.
+    """
+    plain = {full: name for name in layers for full in _underscored(name)}
+    original = _original_names(layers, configs.get("unet"))
+    spelt = {plain[layer] for layer in map(_first, header) if layer in plain}
+    once = {key: tensor for key, tensor in header.items() if original.get(_first(key)) not in spelt}
+    return once, original | plain
+
+
+def _original_names(layers: Iterable[str], unet: Any) -> dict[str, str]:
+    """The names of kohya's that go by the U-Net's original layout; none for one without a place in it."""
+    keys = [f"{name[len('unet.') :]}.weight" for name in layers if name.startswith("unet.")]
+    try:
+        slots = original_names.slots("unet", unet, keys, original_names.UNET) if keys else {}
+    except UserError:
+        return {}
+    start, end = len(original_names.UNET), -len(".weight")
+    return {
+        _joined(KOHYA_KINDS["unet"][0], slot.key[start:end]): f"unet.{key[:end]}"
+        for key, slot in slots.items()
+    }
+
+
+def _underscored(name: str) -> list[str]:
+    """kohya's names for a layer, the usual one first."""
     kind, _, layer = name.partition(".")
-    return f"{KOHYA_KINDS[kind]}_{layer.replace('.', '_')}"
+    return [_joined(start, layer) for start in KOHYA_KINDS[kind]]
+
+
+def _joined(start: str, layer: str) -> str:
+    return f"{start}_{layer.replace('.', '_')}"
+
+
+def _first(key: str) -> str:
+    return key.partition(".")[0]
 
 
 def _misshapen(matrices: Mapping[str, dict[str, Stored]], layers: Mapping[str, Layer]) -> list[str]:

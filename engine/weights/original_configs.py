@@ -1,8 +1,8 @@
 """What a single file is, and the configs of the model in it, told from its keys and shapes.
 
 Shapes tell channels, blocks, layers, and the width of the words. What they do not tell follows from what
-Stable Diffusion 1 and 2 are (`ARCHITECTURES`): how many heads share the channels, the groups of norms, the
-activation of the text encoder, the noise schedule and what is predicted.
+Stable Diffusion 1, 2 and XL are (`ARCHITECTURES`): how many heads share the channels, the groups of norms,
+the activation of the text encoder, the noise schedule and what is predicted.
 """
 
 import dataclasses
@@ -16,32 +16,57 @@ from engine.models.clip import CLIPTextConfig
 from engine.models.unet import UNetConfig
 from engine.types import UserError
 from engine.weights.component import listed
-from engine.weights.original_names import CLIP, OPEN_CLIP, UNET, VAE
+from engine.weights.index import SCORED, SIZED
+from engine.weights.original_names import (
+    AS_IN_TRANSFORMERS,
+    CLIP,
+    CLIP_ACT,
+    OPEN_CLIP,
+    PROJECTION,
+    REFINER_OPEN_CLIP,
+    UNET,
+    VAE,
+    XL_CLIP,
+    XL_OPEN_CLIP,
+)
 from engine.weights.random_folder import ARCHITECTURES, Architecture
 from engine.weights.safetensors_io import Tensor
 
-HEAD = 64  # channels of a head of the text encoders, and of the U-Net of 2
+HEAD = 64  # channels of a head of the text encoders, and of the U-Nets of 2 and XL
 OPEN_CLIP_LAYERS = 24  # of the text encoder of 2, whose last is not used
 Header = Mapping[str, Tensor]
 Options = dict[str, Any]
 
 
 class Family(NamedTuple):
-    """One of the two Stable Diffusions."""
+    """One of the Stable Diffusions."""
 
     name: str
-    text: str  # how the keys of its text encoder begin
+    texts: Mapping[str, str]  # text encoder -> how its keys begin
     architecture: Architecture
+    zeros: bool = False  # see engine.weights.index
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """How the keys of each network begin."""
+        return {"unet": UNET, "vae": VAE, **self.texts}
 
 
-FAMILIES = (
-    Family("Stable Diffusion 1", CLIP, ARCHITECTURES["sd15"]),
-    Family("Stable Diffusion 2", OPEN_CLIP, ARCHITECTURES["sd21"]),
+FIRST = Family("Stable Diffusion 1", {"text_encoder": CLIP}, ARCHITECTURES["sd15"])
+SECOND = Family("Stable Diffusion 2", {"text_encoder": OPEN_CLIP}, ARCHITECTURES["sd21"])
+XL = Family(
+    "Stable Diffusion XL",
+    {"text_encoder": XL_CLIP, "text_encoder_2": XL_OPEN_CLIP},
+    ARCHITECTURES["sdxl"],
+    zeros=True,
 )
+REFINER = Family(
+    "Stable Diffusion XL refiner", {"text_encoder_2": REFINER_OPEN_CLIP}, ARCHITECTURES["sdxl-refiner"]
+)
+FAMILIES = (FIRST, SECOND, XL, REFINER)
 
 # What people give in place of a model: how its keys look -> what it is, and what to do with it.
 STRANGERS = {
-    r"conditioner\.embedders\.|model\.diffusion_model\.label_emb\.0\.": "SDXL single files are not read yet",
     r"lora_|.*[._]lora[._]|.*\.(hada_|lokr_|oft_)": "it is a LoRA: give it to --lora",
     r"emb_params$|string_to_param": "it is a word of textual inversion: give it to --embedding",
     r"control_model\.|controlnet_|input_hint_block\.": "it is a ControlNet, which is not read yet",
@@ -52,40 +77,63 @@ STRANGERS = {
         "it is one part of a diffusers folder: give the folder, the one with model_index.json"
     ),
 }
-NEEDED = {"U-Net": (UNET,), "autoencoder": (VAE,), "text encoder": (CLIP, OPEN_CLIP)}
+_TEXTS = tuple(dict.fromkeys(prefix for family in FAMILIES for prefix in family.texts.values()))
+NEEDED = {"U-Net": (UNET,), "autoencoder": (VAE,), "text encoder": _TEXTS}
+OTHER_NOISE = re.compile(r"edm_(mean|std|vpred\.)")  # in files of SDXL that were trained on another
 BARE_VAE = re.compile(r"(encoder|decoder)\.(down|up|mid)\.")  # as autoencoders are published alone
 
 
 def family_of(header: Header, path: Path) -> Family:
     """Which Stable Diffusion a file holds; UserError, with what it is instead, where it is none."""
-    found = {prefix for prefix in (UNET, VAE, CLIP, OPEN_CLIP) if any(k.startswith(prefix) for k in header)}
+    found = {prefix for prefix in (UNET, VAE, *_TEXTS) if any(k.startswith(prefix) for k in header)}
     lacking = [name for name, prefixes in NEEDED.items() if found.isdisjoint(prefixes)]
+    if noise := next(filter(OTHER_NOISE.match, header), None):
+        raise UserError(f"{path} is of Playground 2.5 or CosXL ({noise}), whose noise schedules are not read")
     if not lacking:
-        if found >= {CLIP, OPEN_CLIP}:
-            raise UserError(f"{path} has two text encoders, {CLIP}* and {OPEN_CLIP}*: leave one")
-        return next(family for family in FAMILIES if family.text in found)
+        texts = found - {UNET, VAE}
+        if family := next((each for each in FAMILIES if set(each.texts.values()) == texts), None):
+            return family
+        told = [" and ".join(f"{text}*" for text in each.texts.values()) for each in FAMILIES]
+        ours = " and ".join(f"{text}*" for text in _TEXTS if text in texts)
+        raise UserError(
+            f"{path} has the text encoders {ours}: leave those of one model, {'; or '.join(told)}"
+        )
     for pattern, what in STRANGERS.items():
         if any(re.match(pattern, key) for key in header):
-            raise UserError(f"{path} is no single file of Stable Diffusion 1 or 2: {what}")
+            raise UserError(f"{path} is no single file of Stable Diffusion 1, 2 or XL: {what}")
     if found == {VAE} or any(map(BARE_VAE.match, header)):
         raise UserError(f"{path} is an autoencoder alone: give a file with U-Net and text encoder, too")
     if not found:
         told = listed(list(header), 3) if header else "nothing"
-        raise UserError(f"{path} is no single file of Stable Diffusion 1 or 2, with {UNET}*: it holds {told}")
+        raise UserError(
+            f"{path} is no single file of Stable Diffusion 1, 2 or XL, with {UNET}*: it holds {told}"
+        )
     told = ", no ".join(f"{name} ({'* or '.join(NEEDED[name])}*)" for name in lacking)
     raise UserError(f"{path} is no whole model: it has no {told}")
 
 
+def family_with(configs: Mapping[str, Any]) -> Family:
+    """Which Stable Diffusion a folder with these configs becomes."""
+    if "text_encoder_2" in configs:
+        return XL if "text_encoder" in configs else REFINER
+    return FIRST if configs["text_encoder"].hidden_act == CLIP_ACT else SECOND
+
+
 def told_by_shapes(header: Header, family: Family, path: Path) -> dict[str, Options]:
-    """The options of "unet", "vae" and "text_encoder" as the shapes tell them; the rest by convention.
+    """The options of "unet", "vae", "text_encoder" and so on as shapes tell them; the rest by convention.
 
     Raises:
       UserError: a key that they are told from is missing, or its shape has another number of axes.
     """
-    unet = _unet(_Shapes(header, UNET, path))
-    vae = _vae(_Shapes(header, VAE, path))
-    text = (_clip if family.text == CLIP else _open_clip)(_Shapes(header, family.text, path))
-    told = {"unet": unet, "vae": vae, "text_encoder": text}
+    shapes = {kind: _Shapes(header, prefix, path) for kind, prefix in family.prefixes.items()}
+    told = {"unet": _unet(shapes["unet"]), "vae": _vae(shapes["vae"])}
+    for kind, prefix in family.texts.items():
+        projected = kind == "text_encoder_2"
+        read = _clip if prefix in AS_IN_TRANSFORMERS else _projected if projected else _open_clip
+        told[kind] = read(shapes[kind])
+        if projected:
+            count = SIZED if "text_encoder" in family.texts else SCORED
+            told["unet"] |= _beside(shapes["unet"], told[kind]["projection_dim"], count)
     return {kind: _options(getattr(family.architecture, kind)) | told[kind] for kind in told}
 
 
@@ -95,9 +143,8 @@ def _options(config: Any) -> Options:
 
 def built(kind: str, options: Options, path: Path) -> UNetConfig | AutoencoderConfig | CLIPTextConfig:
     """The config of these options; UserError, with the file, where there can be no such model."""
-    classes = {"unet": UNetConfig, "vae": AutoencoderConfig, "text_encoder": CLIPTextConfig}
     try:
-        return classes[kind](**options)
+        return {"unet": UNetConfig, "vae": AutoencoderConfig}.get(kind, CLIPTextConfig)(**options)
     except UserError as error:
         raise UserError(f"{path}: its {kind} cannot be built by convention: {error}") from None
 
@@ -147,7 +194,7 @@ def _unet(shapes: _Shapes) -> Options:
         "down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds),
         "up_block_types": tuple(f"{kind}UpBlock2D" for kind in kinds[::-1]),
         "cross_attention_dim": _one(found[1] if found else context for found in transformers),
-        "transformer_layers_per_block": _one(found[0] if found else depth for found in transformers),
+        "transformer_layers_per_block": _depths(transformers, depth),
         "attention_head_dim": _one(heads) if linear else heads,
         "use_linear_projection": linear,
     }
@@ -176,6 +223,22 @@ def _transformer(shapes: _Shapes, at: str) -> tuple[int, int, bool]:
     context = shapes(f"{at}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
     linear = len(shapes.shapes.get(f"{at}.proj_in.weight", ())) == 2
     return shapes.count(f"{at}.transformer_blocks"), context, linear
+
+
+def _depths(transformers: Iterable[tuple[int, int, bool] | None], middle: int) -> Any:
+    """Layers of attention at each size. The last is as deep as the middle; where there is none, it is one."""
+    depths = [found[0] if found else None for found in transformers]
+    known = {depth for depth in (*depths, middle) if depth}
+    other = middle if len(known) == 1 else 1
+    return _one([*(depth or other for depth in depths[:-1]), depths[-1] or middle])
+
+
+def _beside(shapes: _Shapes, pooled: int, count: int) -> Options:
+    """Of SDXL: the room for what the U-Net sees beside the words, and in it that of each number."""
+    room = shapes("label_emb.0.0.weight", 2)[1]
+    each, rest = divmod(room - pooled, count)
+    told = {"projection_class_embeddings_input_dim": room}
+    return told | ({"addition_time_embed_dim": each} if each > 0 and not rest else {})
 
 
 def _one(values: Iterable[Any]) -> Any:
@@ -223,12 +286,22 @@ def _open_clip(shapes: _Shapes) -> Options:
     What diffusers' converter writes has neither it nor the projection that would follow.
     """
     layers = shapes.count("transformer.resblocks")
-    whole = "text_projection" in shapes and layers != OPEN_CLIP_LAYERS - 1  # some lost the last layer alone
+    whole = PROJECTION in shapes and layers != OPEN_CLIP_LAYERS - 1  # some lost the last layer alone
     whole = whole or layers == OPEN_CLIP_LAYERS
+    return _of_open_clip(shapes, layers - whole)
+
+
+def _projected(shapes: _Shapes) -> Options:
+    """The second of SDXL, all of it."""
+    layers = shapes.count("transformer.resblocks")
+    return _of_open_clip(shapes, layers) | {"projection_dim": shapes(PROJECTION, 2)[1]}
+
+
+def _of_open_clip(shapes: _Shapes, layers: int) -> Options:
     return _text(
         shapes("token_embedding.weight", 2),
         shapes("transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
-        layers - whole,
+        layers,
         shapes("positional_embedding", 2)[0],
     )
 

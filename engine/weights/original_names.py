@@ -1,9 +1,12 @@
-"""Keys of a model in one file, in the layout in which Stable Diffusion 1 and 2 were first published.
+"""Keys of a model in one file, in the layout in which Stable Diffusion was first published.
 
     model.diffusion_model.input_blocks.1.1.proj_in.weight   unet: down_blocks.0.attentions.0.proj_in.weight
     first_stage_model.encoder.down.0.block.0.norm1.weight   vae: encoder.down_blocks.0.resnets.0.norm1.weight
     cond_stage_model.transformer.text_model.*               text_encoder: text_model.* (1, CLIP)
     cond_stage_model.model.ln_final.*                       text_encoder: text_model.final_layer_norm.* (2)
+    conditioner.embedders.0.transformer.*                   text_encoder of XL, as that of 1
+    conditioner.embedders.1.model.*                         text_encoder_2 of XL, as that of 2
+    conditioner.embedders.0.model.*                         text_encoder_2 of its refiner
 
 The original U-Net counts its blocks through (github.com/CompVis/latent-diffusion, openaimodel.py): each
 residual block with its attention, and each change of size on the way down, has a number. Which number that is
@@ -21,6 +24,9 @@ from engine.weights import names
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+XL_CLIP, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+REFINER_OPEN_CLIP = "conditioner.embedders.0.model."
+AS_IN_TRANSFORMERS = (CLIP, XL_CLIP)  # the text encoders whose keys are ours
 CLIP_ACT = "quick_gelu"  # OpenAI's CLIP, and none else
 
 # block's name -> its name in the original; within a block, the first part of what follows
@@ -37,6 +43,7 @@ VAE_PARTS = {"conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q",
 OPEN_CLIP_PARTS = {"layer_norm1": "ln_1", "layer_norm2": "ln_2"}
 FUSED = ("q_proj", "k_proj", "v_proj")  # above one another in in_proj_weight and in_proj_bias
 THIRDS = len(FUSED)
+PROJECTION = "text_projection"  # of the second text encoder
 
 
 class Slot(NamedTuple):
@@ -45,34 +52,37 @@ class Slot(NamedTuple):
     key: str
     third: int | None = None
     tail: names.Shape = ()  # its shape ends in these ones there: what was a 1x1 convolution
+    transposed: bool = False
 
     def shape(self, shape: names.Shape) -> names.Shape:
         """The shape of `key` in the file, where `shape` is that of our tensor."""
+        shape = shape[::-1] if self.transposed else shape
         rows, *rest = shape
         return (rows * (1 if self.third is None else THIRDS), *rest, *self.tail)
 
 
-def slots(kind: str, config: Any, keys: Iterable[str]) -> dict[str, Slot]:
+def slots(kind: str, config: Any, keys: Iterable[str], prefix: str) -> dict[str, Slot]:
     """Each key of a model in the diffusers layout -> where the original layout has it.
 
     Args:
-      kind: "unet", "vae" or "text_encoder".
+      kind: "unet", "vae", "text_encoder" or "text_encoder_2".
       config: the model's.
       keys: all of the model's.
+      prefix: how they begin in the file: UNET, VAE, or one of the text encoders.
 
     Raises:
       UserError: a U-Net that the original layout does not know.
     """
     if kind == "unet":
         blocks = _unet_blocks(config)
-        return {key: Slot(UNET + _renamed(key, blocks, UNET_RESNET)) for key in keys}
+        return {key: Slot(prefix + _renamed(key, blocks, UNET_RESNET)) for key in keys}
     if kind == "vae":
         blocks = _vae_blocks(config)
-        return {key: Slot(VAE + _renamed(key, blocks, VAE_PARTS), tail=_vae_tail(key)) for key in keys}
-    if config.hidden_act == CLIP_ACT:
-        return {key: Slot(CLIP + key) for key in keys}
+        return {key: Slot(prefix + _renamed(key, blocks, VAE_PARTS), tail=_vae_tail(key)) for key in keys}
+    if prefix in AS_IN_TRANSFORMERS:
+        return {key: Slot(prefix + key) for key in keys}
     blocks = _open_clip_blocks(config)
-    return {key: _open_clip_slot(key, blocks) for key in keys}
+    return {key: _open_clip_slot(key, blocks, prefix) for key in keys}
 
 
 def _renamed(key: str, blocks: Blocks, parts: dict[str, str]) -> str:
@@ -92,8 +102,14 @@ def _unet_blocks(config: UNetConfig) -> Blocks:
             f"mid_block_type={config.mid_block_type!r}: a single file in the original layout always has "
             "attention in the middle; this U-Net stays a folder"
         )
+    if config.time_cond_proj_dim is not None:
+        raise UserError(
+            f"time_cond_proj_dim={config.time_cond_proj_dim}: a single file in the original layout has no "
+            "place for the guidance scale that this U-Net is told; it stays a folder"
+        )
     blocks = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-    blocks |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+    embeddings = {"time_embedding": "time_embed", "add_embedding": "label_emb.0"}  # the second of SDXL
+    blocks |= {f"{name}.linear_{n}": f"{old}.{2 * n - 2}" for name, old in embeddings.items() for n in (1, 2)}
     middle = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
     blocks |= {block: f"middle_block.{n}" for n, block in enumerate(middle)}
     layers, last = config.per_block("layers_per_block"), len(config.block_out_channels) - 1
@@ -156,8 +172,10 @@ def _open_clip_blocks(config: CLIPTextConfig) -> Blocks:
     return blocks
 
 
-def _open_clip_slot(key: str, blocks: Blocks) -> Slot:
-    original = OPEN_CLIP + _renamed(key, blocks, OPEN_CLIP_PARTS)
+def _open_clip_slot(key: str, blocks: Blocks, prefix: str) -> Slot:
+    if key == f"{PROJECTION}.weight":
+        return Slot(prefix + PROJECTION, transposed=True)
+    original = prefix + _renamed(key, blocks, OPEN_CLIP_PARTS)
     for third, part in enumerate(FUSED):
         attention, found, leaf = original.partition(f".{part}.")
         if found:

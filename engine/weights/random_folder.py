@@ -1,5 +1,6 @@
 """Folders of known architectures with random weights: benchmarks and tests that need no download."""
 
+import dataclasses
 import string
 import zlib
 from collections import deque
@@ -42,6 +43,8 @@ _VAE = AutoencoderConfig(
     layers_per_block=2,
     sample_size=512,
 )
+_XL_VAE = dataclasses.replace(_VAE, sample_size=1024, scaling_factor=0.13025)
+_CLIP = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
 _BETAS = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -49,12 +52,34 @@ _BETAS = {
     "beta_schedule": "scaled_linear",
 }
 _SPACING = {"steps_offset": 1, "set_alpha_to_one": False}
+# Of SDXL, and of its refiner.
+_XL_UNET = {
+    "sample_size": 128,
+    "use_linear_projection": True,
+    "upcast_attention": None,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+}
+_XL_TEXT = CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    hidden_act="gelu",
+    projection_dim=1280,
+)
+_XL_EULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    **_BETAS,
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
 
 ARCHITECTURES = {
     "sd15": Architecture(
         UNetConfig(sample_size=64, cross_attention_dim=768),
         _VAE,
-        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
+        _CLIP,
         {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **_BETAS, **_SPACING},
     ),
     "sd21": Architecture(
@@ -74,6 +99,38 @@ ARCHITECTURES = {
             hidden_act="gelu",
         ),
         {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", **_BETAS, **_SPACING},
+    ),
+    "sdxl": Architecture(
+        UNetConfig(
+            **_XL_UNET,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(5, 10, 20),
+            transformer_layers_per_block=(1, 2, 10),
+            cross_attention_dim=2048,
+            projection_class_embeddings_input_dim=2816,
+        ),
+        _XL_VAE,
+        _CLIP,
+        _XL_EULER,
+        _XL_TEXT,
+    ),
+    "sdxl-refiner": Architecture(
+        UNetConfig(
+            **_XL_UNET,
+            block_out_channels=(384, 768, 1536, 1536),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(6, 12, 24, 24),
+            transformer_layers_per_block=4,
+            cross_attention_dim=1280,
+            projection_class_embeddings_input_dim=2560,
+        ),
+        _XL_VAE,
+        None,
+        _XL_EULER,
+        _XL_TEXT,
     ),
 }
 

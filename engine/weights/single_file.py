@@ -1,9 +1,9 @@
-"""Single files of Stable Diffusion 1 and 2, in the original layout, made into folders.
+"""Single files of Stable Diffusion 1, 2 and XL, in the original layout, made into folders.
 
 This goes tensor by tensor, on the host: the memory needed is that of the largest. Names are those of
 engine.weights.original_names, configs follow as engine.weights.original_configs says, or stand in the
 metadata of a file that engine.weights.single_file_written wrote. The tokenizer is not in such a file: it is
-read from a folder that has one.
+read from a folder that has one. XL has two, which differ in what fills a prompt up.
 """
 
 import dataclasses
@@ -19,15 +19,25 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from engine.diffusion.scheduler_config import SchedulerConfig
-from engine.text.tokenizer import Tokenizer
 from engine.types import UserError
 from engine.weights import names
-from engine.weights.component import KINDS, abstract, listed, write_config, write_weights
+from engine.weights.component import KNOWN, abstract, listed, write_config, write_weights
 from engine.weights.files import new_folder
-from engine.weights.folder import check_parts_fit, write_rest
-from engine.weights.index import FILE, check_no_pickle
-from engine.weights.original_configs import Family, Header, built, family_of, told_by_shapes
-from engine.weights.original_names import CLIP, OPEN_CLIP, THIRDS, UNET, VAE, Slot, slots
+from engine.weights.folder import TOKENIZERS, write_rest
+from engine.weights.index import FILE, FOLLOWS, INPAINTS, ZEROS, channels, check_no_pickle
+from engine.weights.original_configs import SECOND, Family, Header, built, family_of, told_by_shapes
+from engine.weights.original_names import (
+    AS_IN_TRANSFORMERS,
+    OPEN_CLIP,
+    PROJECTION,
+    REFINER_OPEN_CLIP,
+    THIRDS,
+    UNET,
+    VAE,
+    XL_OPEN_CLIP,
+    Slot,
+    slots,
+)
 from engine.weights.safetensors_io import (
     DTYPES,
     Tensor,
@@ -37,21 +47,36 @@ from engine.weights.safetensors_io import (
     read_metadata,
     read_tensor,
 )
+from engine.weights.single_file_tokenizers import read_tokenizers, with_marks
 
-PREFIXES = (UNET, VAE, CLIP, OPEN_CLIP)
 METADATA = "fogsculpt"
 SUFFIX = ".safetensors"
 V_PREDICTION_SIZE, EPSILON_SIZE = 96, 64  # of the latents that Stable Diffusion 2 was trained on
 
-# Beside the weights. Of the text encoder of 2: what only its training or its pictures need.
+# Beside the weights. Of the text encoders: what only their training, or that of 2 its pictures need.
+_OPEN_CLIPS = "|".join(map(re.escape, (OPEN_CLIP, XL_OPEN_CLIP, REFINER_OPEN_CLIP)))
 NO_WEIGHTS = re.compile(
-    rf"{re.escape(OPEN_CLIP)}(text_projection|logit_scale|attn_mask)$|{re.escape(VAE)}(loss|model_ema)\."
+    rf"({_OPEN_CLIPS})(logit_scale|attn_mask)$|{re.escape(OPEN_CLIP + PROJECTION)}$"
+    rf"|{re.escape(VAE)}(loss|model_ema)\."
 )
 AVERAGED = "model_ema."
 BUFFERS = re.compile(
-    r"(betas|\w*alphas_cumprod(_prev)?|posterior_\w+|lvlb_weights|logvar|global_step|optimizer\w*)(\.|$)"
+    r"(betas|\w*alphas_cumprod(_prev)?|posterior_\w+|lvlb_weights|logvar|global_step|optimizer\w*"
+    r"|denoiser\.sigmas)(\.|$)"
 )
-SCALE, V_MARK = "scale_factor", "v_pred"  # of some files: the vae's scaling_factor; a mark for v-prediction
+SCALE = "scale_factor"  # of some files: the vae's scaling_factor
+V_MARK, NO_SIGNAL_MARK = "v_pred", "ztsnr"  # the same: v-prediction; betas rescaled to end in noise alone
+
+
+class Piece(NamedTuple):
+    """A tensor of ours in the file."""
+
+    tensor: Tensor
+    transposed: bool
+
+    def read(self, file: BinaryIO, key: str) -> np.ndarray:
+        array = read_tensor(file, key, self.tensor)
+        return array.T if self.transposed else array
 
 
 class Single(NamedTuple):
@@ -62,7 +87,8 @@ class Single(NamedTuple):
     by_convention: bool  # its configs: they are not in the file
     configs: dict[str, Any]
     scheduler: SchedulerConfig
-    tensors: dict[str, dict[str, Tensor]]  # kind -> key in the diffusers layout -> where it is
+    zeros: bool  # see engine.weights.index
+    pieces: dict[str, dict[str, Piece]]  # kind -> key in the diffusers layout -> where it is
     notes: list[str]  # what one should know
 
 
@@ -77,18 +103,19 @@ def to_folder(
     """Writes the diffusers folder of a single file, whole or not at all.
 
     Args:
-      tokenizer: a folder with vocab.json and merges.txt, or the model's folder around it. It is needed, but
-        asked for only when all else is known to be right.
+      tokenizer: a folder with vocab.json and merges.txt, or the one around it, with tokenizer/ and for XL
+        tokenizer_2/. Without the latter it is the same, filling prompts up with "!", as XL has it. It is
+        needed, but asked for only when all else is known to be right.
       dtype: float32, float16 or bfloat16; None keeps the type of each tensor.
       prediction_type: "epsilon", "v_prediction" or "sample"; None: what the file says, else "epsilon" for
-        Stable Diffusion 1 and for inpainting, and "v_prediction" for 2, as in diffusers.
+        Stable Diffusion 1, XL and for inpainting, and "v_prediction" for 2, as in diffusers.
 
     Returns:
       What one should know: a line for each thing that was assumed, or not read.
 
     Raises:
-      UserError: the file is none of Stable Diffusion 1 or 2, or not whole; the tokenizer is another model's;
-        the folder exists, or would replace the file.
+      UserError: the file is none of Stable Diffusion 1, 2 or XL, or not whole; the tokenizer is another
+        model's; the folder exists, or would replace the file.
       OSError: no space left, or the place cannot be written.
     """
     file, folder = (Path(os.path.expanduser(path)) for path in (file, folder))
@@ -96,30 +123,33 @@ def to_folder(
         raise UserError(f"{folder} holds {file}, which it would replace: choose another folder")
     single = understand(file, prediction_type)
     if not tokenizer:
+        theirs = " and ".join(f"{TOKENIZERS[kind]}/" for kind in single.family.texts)
         raise UserError(
-            f"{file} has no tokenizer, as no single file has: write --tokenizer FOLDER, the tokenizer/ of a "
-            f"folder of {single.family.name}"
+            f"{file} has no tokenizer, as no single file has: write --tokenizer FOLDER, the one with "
+            f"{theirs} of a folder of {single.family.name}"
         )
-    words = _tokenizer(single, Path(os.path.expanduser(tokenizer)))
+    tokenizers = read_tokenizers(
+        Path(os.path.expanduser(tokenizer)), single.path, single.family, single.configs, single.by_convention
+    )
     kept = None if dtype is None else as_dtype(dtype)
     with new_folder(folder, FILE, overwrite) as new, open(file, "rb") as opened:
-        configs = _with_marks(single, words)
+        configs = with_marks(single.configs, tokenizers) if single.by_convention else single.configs
         for kind, config in configs.items():
             (new / kind).mkdir()
             write_config(new / kind, kind, config)
-            _write_weights(new / kind, kind, config, single.tensors[kind], opened, kept)
-        write_rest(new, {"text_encoder": words}, single.scheduler, configs)
+            _write_weights(new / kind, kind, config, single.pieces[kind], opened, kept)
+        write_rest(new, tokenizers, single.scheduler, configs, single.zeros)
     return single.notes
 
 
 def _write_weights(
-    folder: Path, kind: str, config: Any, tensors: dict[str, Tensor], file: BinaryIO, dtype: np.dtype | None
+    folder: Path, kind: str, config: Any, pieces: dict[str, Piece], file: BinaryIO, dtype: np.dtype | None
 ) -> None:
     _, shapes = abstract(kind, config)
-    dtypes = {key: dtype or DTYPES[tensor.code] for key, tensor in tensors.items()}
+    dtypes = {key: dtype or DTYPES[piece.tensor.code] for key, piece in pieces.items()}
 
     def tensor(key: str) -> np.ndarray:
-        return cast(read_tensor(file, key, tensors[key]), dtypes[key], f"{file.name}: {kind} {key}")
+        return cast(pieces[key].read(file, key), dtypes[key], f"{file.name}: {kind} {key}")
 
     write_weights(folder, kind, shapes, dtypes, tensor)
 
@@ -128,7 +158,7 @@ def understand(path: Path, prediction_type: str | None = None) -> Single:
     """Reads the header of a file, and finds every tensor of the model in it.
 
     Raises:
-      UserError: it is broken, something else than Stable Diffusion 1 or 2, or not whole; in the last case
+      UserError: it is broken, something else than Stable Diffusion 1, 2 or XL, or not whole; in the last case
         all keys that are missing, unexpected or wrongly shaped are in one line.
     """
     check_no_pickle(path)
@@ -136,36 +166,36 @@ def understand(path: Path, prediction_type: str | None = None) -> Single:
         raise UserError(f"no file {path}: write the path of a {SUFFIX} file")
     header = read_header(path)
     family = family_of(header, path)
-    notes = _read_notes(path)
+    notes = _read_notes(path, family)
     if notes is None:
         options = told_by_shapes(header, family, path)
         predicted = prediction_type or _predicted(header, family, options["unet"]["in_channels"])
-        size = V_PREDICTION_SIZE if _is_second(family) and predicted == "v_prediction" else EPSILON_SIZE
-        options["unet"]["sample_size"] = size
+        if family is SECOND:
+            size = V_PREDICTION_SIZE if predicted == "v_prediction" else EPSILON_SIZE
+            options["unet"]["sample_size"] = size
         options["vae"] |= _read_scale(path, header)
         configs = {kind: built(kind, option, path) for kind, option in options.items()}
         scheduler = SchedulerConfig.from_json(family.architecture.scheduler, family.name)
+        scheduler = dataclasses.replace(scheduler, rescale_betas_zero_snr=NO_SIGNAL_MARK in header)
+        zeros = family.zeros
     else:
-        configs, scheduler = notes
+        configs, scheduler, zeros = notes
         predicted = prediction_type or scheduler.prediction_type
     scheduler = dataclasses.replace(scheduler, prediction_type=predicted)
-    told = _told_of(path, header, configs["unet"].in_channels != configs["vae"].latent_channels)
-    if notes is None and prediction_type is None and _is_second(family) and V_MARK not in header:
+    told = _told_of(path, header, family, channels(configs["unet"], configs["vae"]))
+    if notes is None and prediction_type is None and family is SECOND and V_MARK not in header:
         other = "epsilon" if predicted == "v_prediction" else "v_prediction"
         told.append(
             f"{path} does not say what it predicts: taken for {predicted}, as most of {family.name}; if it "
             f"draws noise, convert it with --prediction_type {other}"
         )
-    return Single(path, family, notes is None, configs, scheduler, _find(path, header, configs), told)
-
-
-def _is_second(family: Family) -> bool:
-    return family.text == OPEN_CLIP
+    pieces = _find(path, header, family, configs)
+    return Single(path, family, notes is None, configs, scheduler, zeros, pieces, told)
 
 
 def _predicted(header: Header, family: Family, in_channels: int) -> str:
     """What the U-Net was trained to predict. Those of 2 that look at pictures as well predict eps."""
-    return "v_prediction" if V_MARK in header or (_is_second(family) and in_channels == 4) else "epsilon"
+    return "v_prediction" if V_MARK in header or (family is SECOND and in_channels == 4) else "epsilon"
 
 
 def _read_scale(path: Path, header: Header) -> dict[str, float]:
@@ -177,31 +207,34 @@ def _read_scale(path: Path, header: Header) -> dict[str, float]:
         return {"scaling_factor": float(read_tensor(file, SCALE, scale).reshape(()))}
 
 
-def _read_notes(path: Path) -> tuple[dict[str, Any], SchedulerConfig] | None:
-    """The configs in the metadata of a file that was written here; None in others."""
+def _read_notes(path: Path, family: Family) -> tuple[dict[str, Any], SchedulerConfig, bool] | None:
+    """What the metadata of a file that was written here says of the folder; None in others."""
     text = read_metadata(path).get(METADATA)
     if text is None:
         return None
     where = f"{path}: metadata {METADATA}"
     try:
         notes = json.loads(text)
-        options = {kind: dict(notes[kind]) for kind in (*KINDS, "scheduler")}
+        options = {kind: dict(notes[kind]) for kind in (*family.prefixes, "scheduler")}
+        zeros = notes.get(ZEROS, family.zeros) is True
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{where} are no configs of a model: write the file again") from None
-    configs = {kind: KINDS[kind].config.from_json(options[kind], f"{where}: {kind}") for kind in KINDS}
-    return configs, SchedulerConfig.from_json(options["scheduler"], f"{where}: scheduler")
+    configs = {
+        kind: KNOWN[kind].config.from_json(options[kind], f"{where}: {kind}") for kind in family.prefixes
+    }
+    return configs, SchedulerConfig.from_json(options["scheduler"], f"{where}: scheduler"), zeros
 
 
-def _told_of(path: Path, header: Header, edits: bool) -> list[str]:
-    """A line for each thing that is not read. edits: the U-Net looks at a picture, too."""
-    outside = [
-        key for key in header if not key.startswith((*PREFIXES, SCALE, V_MARK)) and not BUFFERS.match(key)
-    ]
+def _told_of(path: Path, header: Header, family: Family, takes: str | None) -> list[str]:
+    """A line for each thing that is not read, or to be known. takes: see `index.channels`."""
+    known = (*family.prefixes.values(), SCALE, V_MARK, NO_SIGNAL_MARK)
+    outside = [key for key in header if not key.startswith(known) and not BUFFERS.match(key)]
     averaged = [key for key in outside if key.startswith(AVERAGED)]
     others = [key for key in outside if not key.startswith(AVERAGED)]
     told = []
-    if edits:
-        told.append(f"{path} edits pictures, which this version does not: the folder does not draw by itself")
+    if takes in (INPAINTS, FOLLOWS):
+        flags = "--image FILE --mask FILE" if takes == INPAINTS else "--image FILE"
+        told.append(f"{path} changes pictures: what it becomes draws with {flags}")
     if averaged:
         told.append(f"not read: {len(averaged)} averaged weights ({AVERAGED}*); {UNET}* were")
     if others:
@@ -209,15 +242,17 @@ def _told_of(path: Path, header: Header, edits: bool) -> list[str]:
     return told
 
 
-def _find(path: Path, header: Header, configs: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+def _find(
+    path: Path, header: Header, family: Family, configs: Mapping[str, Any]
+) -> dict[str, dict[str, Piece]]:
     """Kind -> key in the diffusers layout -> its bytes in the file; UserError unless all fits exactly."""
-    stored = _weights(header, configs["text_encoder"].num_hidden_layers)
+    stored = _weights(header, family, configs)
     missing, misshapen, mistyped, used = {}, {}, {}, set()
-    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in configs}
+    found: dict[str, dict[str, Piece]] = {kind: {} for kind in configs}
     for kind, config in configs.items():
         _, shapes = abstract(kind, config)
         paths = names.keys(shapes)
-        for key, slot in slots_of(kind, config, paths, path).items():
+        for key, slot in slots_of(kind, config, paths, family, path).items():
             shape = names.torch_shape(paths[key], shapes[paths[key]].shape)
             if slot.key not in stored:
                 missing[slot.key] = slot.key
@@ -242,72 +277,39 @@ def _find(path: Path, header: Header, configs: Mapping[str, Any]) -> dict[str, d
     return found
 
 
-def slots_of(kind: str, config: Any, keys: Mapping[str, Any], where: Path) -> dict[str, Slot]:
+def slots_of(kind: str, config: Any, keys: Mapping[str, Any], family: Family, where: Path) -> dict[str, Slot]:
     """`slots`, with the place in its message."""
     try:
-        return slots(kind, config, keys)
+        return slots(kind, config, keys, family.prefixes[kind])
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _weights(header: Header, layers: int) -> dict[str, tuple[str, Tensor]]:
+def _weights(header: Header, family: Family, configs: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
     """Key in the original layout -> the file's own name for it, and the tensor, for all of the model's.
 
-    Args:
-      layers: of the text encoder; one more of 2's is left out (see `original_configs`).
+    Of the text encoder of 2, a layer more than in its config is left out (see `original_configs`).
     """
-    last = f"{OPEN_CLIP}transformer.resblocks.{layers}."
+    last = configs["text_encoder"].num_hidden_layers if family is SECOND else None
+    left_out = f"{OPEN_CLIP}transformer.resblocks.{last}."
+    prefixes = tuple(family.prefixes.values())
     found = {}
     for name, tensor in header.items():
         key = name
-        if name.startswith(CLIP):
-            own = names.canonical("text_encoder", name.removeprefix(CLIP))
-            key = own and CLIP + own
-        ours = key and key.startswith(PREFIXES)
-        if ours and not NO_WEIGHTS.match(key) and not key.startswith(last):
+        if prefix := next((each for each in AS_IN_TRANSFORMERS if name.startswith(each)), None):
+            own = names.canonical("text_encoder", name.removeprefix(prefix))
+            key = own and prefix + own
+        ours = key and key.startswith(prefixes)
+        if ours and not NO_WEIGHTS.match(key) and not key.startswith(left_out):
             found[key] = (name, tensor)
     return found
 
 
-def _part(tensor: Tensor, slot: Slot, shape: names.Shape) -> Tensor:
+def _part(tensor: Tensor, slot: Slot, shape: names.Shape) -> Piece:
     """Our tensor within one of the file: all of its bytes, or a third of them, which are rows."""
+    shape = shape[::-1] if slot.transposed else shape
     if slot.third is None:
-        return tensor._replace(shape=shape)
+        return Piece(tensor._replace(shape=shape), slot.transposed)
     size = (tensor.end - tensor.start) // THIRDS
     start = tensor.start + slot.third * size
-    return Tensor(tensor.code, shape, start, start + size)
-
-
-def _tokenizer(single: Single, folder: Path) -> Tokenizer:
-    """The tokenizer in a folder, or in its tokenizer/; UserError where it is another model's."""
-    folder = folder / "tokenizer" if (folder / FILE).is_file() else folder
-    tokenizer, text = Tokenizer.load(folder), single.configs["text_encoder"]
-    check_parts_fit(single.configs, {"text_encoder": tokenizer}, single.path)
-    if tokenizer.model_max_length > text.max_position_embeddings:
-        raise UserError(
-            f"{folder} has texts of {tokenizer.model_max_length} tokens, {single.path} of "
-            f"{text.max_position_embeddings}: take the tokenizer of this model"
-        )
-    if not single.by_convention:
-        return tokenizer
-    if tokenizer.vocab_size != text.vocab_size:
-        raise UserError(
-            f"{folder} has {tokenizer.vocab_size} ids, the text encoder of {single.path} {text.vocab_size}: "
-            f"take the tokenizer/ of a folder of {single.family.name}"
-        )
-    # The U-Net looks at what fills a prompt up, too. The two fill up with different tokens.
-    wanted = 0 if _is_second(single.family) else tokenizer.eos_id
-    if tokenizer.pad_id != wanted:
-        raise UserError(
-            f"{folder} fills prompts up with id {tokenizer.pad_id}, {single.family.name} with {wanted}: "
-            f"take the tokenizer/ of a folder of {single.family.name}"
-        )
-    return tokenizer
-
-
-def _with_marks(single: Single, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The configs; where they are by convention, with the tokenizer's ids of the special tokens."""
-    if not single.by_convention:
-        return single.configs
-    marks = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_id") for mark in ("bos", "eos", "pad")}
-    return single.configs | {"text_encoder": dataclasses.replace(single.configs["text_encoder"], **marks)}
+    return Piece(Tensor(tensor.code, shape, start, start + size), slot.transposed)

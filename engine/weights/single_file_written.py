@@ -1,4 +1,4 @@
-"""Folders of models made into single files, in the original layout of Stable Diffusion 1 and 2.
+"""Folders of models made into single files, in the original layout of Stable Diffusion 1, 2 and XL.
 
 This goes tensor by tensor, on the host, as the other way (engine.weights.single_file). The configs go into
 the file's metadata, so that the other way leads back to the same folder, whatever the convention; programs
@@ -22,11 +22,12 @@ from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.models.unet import UNetConfig
 from engine.types import UserError
 from engine.weights import names
-from engine.weights.component import KINDS, abstract, find_weights, listed, match, read_config, read_headers
+from engine.weights.component import KNOWN, abstract, find_weights, listed, match, read_config, read_headers
 from engine.weights.files import new_file
 from engine.weights.folder import read_scheduler
-from engine.weights.original_configs import FAMILIES, told_by_shapes
-from engine.weights.original_names import CLIP_ACT, Slot
+from engine.weights.index import ZEROS, read_index
+from engine.weights.original_configs import Family, family_with, told_by_shapes
+from engine.weights.original_names import Slot
 from engine.weights.safetensors_io import DTYPES, Tensor, as_dtype, cast, read_tensor, write
 from engine.weights.single_file import METADATA, slots_of
 
@@ -62,14 +63,16 @@ def to_file(
         raise UserError(f"{file} is a folder: choose another name for the file")
     if file.exists() and not overwrite:
         raise UserError(f"{file} already exists: choose another file, or say overwrite=True")
-    configs = {kind: read_config(folder / kind / "config.json", kind) for kind in KINDS}
+    index = read_index(folder)
+    configs = {kind: read_config(folder / kind / "config.json", kind) for kind in index.kinds}
+    family = family_with(configs)
     for kind, config in configs.items():
-        if (found := KINDS[kind].of(config)) is not KINDS[kind]:
+        if (found := KNOWN[kind].of(config)) is not KNOWN[kind]:
             raise UserError(
                 f"{folder}: {kind} is a {found.class_name}, which has no place in a single file; "
-                f"only {KINDS[kind].class_name} has"
+                f"only {KNOWN[kind].class_name} has"
             )
-    parts = _gather(folder, configs)
+    parts = _gather(folder, family, configs)
     if file.resolve() in {one.file.resolve() for stored in parts.values() for one in stored}:
         raise UserError(f"{file} is a part of {folder}, which would be lost: choose another file")
     shapes = {key: stored.slot.shape(stored.shape) for key, (stored, *_) in parts.items()}
@@ -78,9 +81,10 @@ def to_file(
         key: kept or np.dtype(jnp.result_type(*(DTYPES[one.tensor.code] for one in stored)))
         for key, stored in parts.items()
     }
-    notes = {kind: to_json(config, KINDS[kind].class_name) for kind, config in configs.items()}
+    notes = {kind: to_json(config, KNOWN[kind].class_name) for kind, config in configs.items()}
     notes["scheduler"] = scheduler.to_json()
-    told = _surprises(file, shapes, configs, scheduler)
+    notes |= {ZEROS: index.zeros} if "text_encoder_2" in configs else {}
+    told = _surprises(file, shapes, family, configs, scheduler, index.zeros)
     with contextlib.ExitStack() as stack, new_file(file) as new:
         files = {one.file for stored in parts.values() for one in stored}
         opened = {file: stack.enter_context(open(file, "rb")) for file in files}
@@ -88,6 +92,10 @@ def to_file(
         def tensor(key: str) -> np.ndarray:
             arrays = [read_tensor(opened[one.file], one.name, one.tensor) for one in parts[key]]
             arrays = [cast(array, dtypes[key], f"{folder}: {key}") for array in arrays]
+            arrays = [
+                array.T if one.slot.transposed else array
+                for array, one in zip(arrays, parts[key], strict=True)
+            ]
             return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays)).reshape(shapes[key])
 
         write(new, shapes, dtypes, tensor, {METADATA: json.dumps(notes)})
@@ -104,15 +112,15 @@ class _Stored(NamedTuple):
     slot: Slot
 
 
-def _gather(folder: Path, configs: Mapping[str, Any]) -> dict[str, list[_Stored]]:
+def _gather(folder: Path, family: Family, configs: Mapping[str, Any]) -> dict[str, list[_Stored]]:
     """Key in the original layout -> the tensor of the folder that becomes it, or the three of them."""
     parts: dict[str, list[_Stored]] = {}
     for kind, config in configs.items():
         _, shapes = abstract(kind, config)
-        weights = find_weights(folder / kind, KINDS[kind].stem, None)
+        weights = find_weights(folder / kind, KNOWN[kind].stem, None)
         misfit = f"{weights} does not fit {folder / kind / 'config.json'}"
         sources = match(kind, shapes, read_headers(weights), misfit)
-        places = slots_of(kind, config, names.keys(shapes), folder / kind / "config.json")
+        places = slots_of(kind, config, names.keys(shapes), family, folder / kind / "config.json")
         for file, tensors in sources.items():
             for path, (name, tensor) in tensors.items():
                 shape = names.torch_shape(path, shapes[path].shape)
@@ -124,14 +132,20 @@ def _gather(folder: Path, configs: Mapping[str, Any]) -> dict[str, list[_Stored]
 
 
 def _surprises(
-    file: Path, shapes: Mapping[str, names.Shape], configs: Mapping[str, Any], scheduler: SchedulerConfig
+    file: Path,
+    shapes: Mapping[str, names.Shape],
+    family: Family,
+    configs: Mapping[str, Any],
+    scheduler: SchedulerConfig,
+    zeros: bool,
 ) -> list[str]:
     """Where a program that goes by convention would take the model for another."""
-    family = FAMILIES[configs["text_encoder"].hidden_act != CLIP_ACT]
     header = {key: Tensor("F32", tuple(shape), 0, 0) for key, shape in shapes.items()}
     usual = told_by_shapes(header, family, file)
     usual["scheduler"] = _schedule(SchedulerConfig.from_json(family.architecture.scheduler, family.name))
-    ours = {kind: _spread(config) for kind, config in configs.items()} | {"scheduler": _schedule(scheduler)}
+    usual["index"] = {ZEROS: family.zeros}
+    ours = {kind: _spread(config) for kind, config in configs.items()}
+    ours |= {"scheduler": _schedule(scheduler), "index": {ZEROS: zeros}}
     usual["unet"] |= {name: _wide(usual["unet"][name], configs["unet"]) for name in PER_BLOCK}
     differing = [
         f"{kind} {name} {_narrow(value)}, not {_narrow(ours[kind][name])}"

@@ -10,7 +10,7 @@ import engine
 from engine.types import UserError
 from engine.weights.folder import load_folder
 from launch import cli, convert
-from tests.single import contents, foreign, like
+from tests.single import contents, foreign, like, like_xl
 from tests.tiny import tiny_folder
 
 
@@ -121,15 +121,17 @@ def test_the_commands_of_the_readme(run, tmp_path, monkeypatch):
     commands = [
         line.split()[3:] for line in page.splitlines() if line.startswith("    python -m launch.convert")
     ]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for number, name in enumerate(("v1-5-pruned-emaonly", "v2-base"), 1):
         foreign(like(number, tmp_path / f"like{number}"), tmp_path / f"{name}.safetensors")
-    for number, command in zip((1, 2, 1), commands, strict=True):
+    foreign(like_xl(tmp_path / "like3"), tmp_path / "sd_xl_base_1.0.safetensors")
+    for number, command in zip((1, 2, 3, 1), commands, strict=True):
         arguments = [f"like{number}/tokenizer" if arg == "path/to/tokenizer" else arg for arg in command]
         code, said, told = run(*arguments)
         assert (code, said, told) == (cli.DONE, f"{command[1]}\n", []), told
     assert contents(tmp_path / "sd15") == contents(tmp_path / "like1")
     assert {str(tensor.dtype) for tensor in load_file("sd15.safetensors").values()} == {"float16"}
+    assert contents(tmp_path / "sdxl") == contents(tmp_path / "like3")
     assert load_folder("sd2-base").scheduler.prediction_type == "epsilon"
 
 

@@ -53,7 +53,7 @@ def assert_same_words(folder, files, pipeline, prompts) -> None:
     with torch.no_grad():
         theirs = pipeline.text_encoder(ids).last_hidden_state
     ours = pipe.encode(prompts, len(prompts))
-    assert_same(np.stack([ours[prompt] for prompt in prompts]), theirs)
+    assert_same(np.stack([ours[prompt].words for prompt in prompts]), theirs)
 
 
 @pytest.mark.parametrize("count", [1, 3])

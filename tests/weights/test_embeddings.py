@@ -13,7 +13,7 @@ from engine.weights import embeddings, lora, lora_files
 from engine.weights.embeddings import TABLE, Embedding
 from engine.weights.folder import load_folder, save_folder
 from tests.compiled import COMPILED
-from tests.tiny import tiny_folder
+from tests.tiny import REFINER, XL, tiny_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -111,11 +111,64 @@ def test_another_prompt_compiles_nothing(folder, tmp_path):
     file = embeddings.save(tmp_path, Embedding("<three>", vectors(3)))
     pipe = engine.load(folder, embeddings=[file])
     COMPILED.clear()
-    contexts = [pipe.encode([prompt], 1)[prompt] for prompt in ("a fox", "a <three>", "a <three> fox")]
+    contexts = [pipe.encode([prompt], 1)[prompt].words for prompt in ("a fox", "a <three>", "a <three> fox")]
     assert COMPILED["jit(_encode)"] == 1
     plain = engine.load(folder).encode(["a fox", "a <three>"], 1)
-    np.testing.assert_allclose(contexts[0], plain["a fox"], atol=1e-6)
-    assert np.abs(contexts[1] - plain["a <three>"]).max() > 0.1
+    np.testing.assert_allclose(contexts[0], plain["a fox"].words, atol=1e-6)
+    assert np.abs(contexts[1] - plain["a <three>"].words).max() > 0.1
+
+
+# ---- of SDXL
+
+
+def xl_file(path, count=2, second=20):
+    save_file({"clip_l": vectors(count), "clip_g": vectors(count, second, seed=1)}, path)
+    return path
+
+
+def test_of_sdxl_both_text_encoders_learn(tmp_path):
+    """The refiner, which has the second alone, reads the same file."""
+    file = xl_file(tmp_path / "zzbad.safetensors")
+    wanted = {"text_encoder": vectors(2), "text_encoder_2": vectors(2, 20, seed=1)}
+    for name, overrides in (("base", XL), ("refiner", REFINER)):
+        folder = tiny_folder(tmp_path / name, **overrides)
+        before, after = load_folder(folder), load_folder(folder, words=[file])
+        for kind, (part, tokenizer) in after.readers.items():
+            own, _ = before.readers[kind]
+            count = own.config.vocab_size
+            old, new = (np.asarray(traverse_util.flatten_dict(each.params)[TABLE]) for each in (own, part))
+            np.testing.assert_array_equal(new, np.concatenate([old, wanted[kind]]))
+            assert part.config.vocab_size == len(new)
+            assert tokenizer.encode(["zzbad"])[0][1:3].tolist() == [count, count + 1]
+    save_folder(tmp_path / "saved", after)
+    assert jax.tree.all(
+        jax.tree.map(
+            np.array_equal, load_folder(tmp_path / "saved").parts["text_encoder_2"].params, part.params
+        )
+    )
+
+
+def test_mistakes_of_sdxl(tmp_path):
+    folder = tiny_folder(tmp_path / "model", **XL)
+
+    def refused(told, file):
+        with pytest.raises(UserError, match=told) as error:
+            load_folder(folder, words=[file])
+        assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+    one = embeddings.save(tmp_path / "one.safetensors", Embedding("<x>", vectors(1)))
+    refused(
+        "for another model: Stable Diffusion 1 or 2; this one is XL, and takes files with clip_l and", one
+    )
+    refused(
+        "have 32 numbers, those of this model's words 20", xl_file(tmp_path / "wide.safetensors", second=32)
+    )
+    uneven = {"clip_l": vectors(1), "clip_g": vectors(2, 20)}
+    save_file(uneven, tmp_path / "y.safetensors")
+    refused("has 1 vectors in clip_l and 2 in clip_g", tmp_path / "y.safetensors")
+    save_file(uneven | {"more": vectors(1)}, tmp_path / "z.safetensors")
+    refused(r"holds no embedding, .* it holds \(3\)", tmp_path / "z.safetensors")
+    refused("the token 'at' is in the tokenizer already: rename", xl_file(tmp_path / "at.safetensors"))
 
 
 # ---- mistakes

@@ -255,6 +255,20 @@ def test_a_file_of_kohya_is_read_as_that_of_diffusers(configs, tmp_path):
     assert read.alphas == ours.alphas
 
 
+def test_layers_under_either_name_of_kohya_are_read_once(configs, tensors, tmp_path):
+    """As in files that are to be read by any program."""
+    blocks = {"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": ORIGINAL}
+    plain, original = (as_kohya(tensors, 2.0, blocks=names) for names in ({}, blocks))
+    both = plain | {key: 2 * array for key, array in original.items() if key not in plain}
+    assert len(both) == len(plain) + 3
+    read, wanted = (
+        lora_files.read(written(tmp_path / "x.safetensors", each), configs) for each in (both, plain)
+    )
+    jax.tree.map(np.testing.assert_array_equal, read.layers, wanted.layers)
+    moved = lora_files.read(written(tmp_path / "x.safetensors", original), configs)
+    jax.tree.map(np.testing.assert_array_equal, moved.layers, wanted.layers)
+
+
 def without(tensors, *keys):
     return {key: array for key, array in tensors.items() if key not in keys}
 
@@ -263,6 +277,7 @@ def renamed(tensors, old, new):
     return {key.replace(old, new): array for key, array in tensors.items()}
 
 
+ORIGINAL = "middle_block.1.transformer_blocks.0.attn1.to_q"
 A, B = lora_files.EXAMPLE, lora_files.EXAMPLE.replace("lora_A", "lora_B")
 WRONG = {
     "no LoRA": (
@@ -273,6 +288,14 @@ WRONG = {
     "kohya, of SDXL": (
         lambda t: {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": t[A]},
         "does not have: .1. lora_unet_input_blocks_4_1_proj_in.lora_down.weight$",
+    ),
+    "of SDXL": (
+        lambda t: {f"text_encoder_2.{A.removeprefix('unet.')}": t[A]},
+        "does not have: .1. text_encoder_2.mid_block",
+    ),
+    "twice": (
+        lambda t: t | {A.replace("lora_A", "lora.down"): t[A]},
+        r"given twice: \(1\) unet.mid_block\S+to_q.lora",
     ),
     "kohya, of another kind": (
         lambda t: {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": t[A]},

@@ -86,19 +86,22 @@ def test_we_load_pytorchs_shards_and_variants(torch_pipeline, torch_folder, tmp_
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_full_size_architectures_are_pytorchs(architecture, tmp_path):
-    """Every key and shape of Stable Diffusion 1.5 and 2.1, against PyTorch's modules without memory."""
+    """Every key and shape of Stable Diffusion 1.5, 2.1 and XL, against PyTorch's modules without memory."""
     from engine.weights.component import write_config
 
     classes = {
         "unet": diffusers.UNet2DConditionModel,
         "vae": diffusers.AutoencoderKL,
         "text_encoder": transformers.CLIPTextModel,
+        "text_encoder_2": transformers.CLIPTextModelWithProjection,
     }
     for kind, original in classes.items():
         config = getattr(ARCHITECTURES[architecture], kind)
+        if config is None or (architecture == "sdxl-refiner" and kind != "unet"):  # the rest is that of sdxl
+            continue
         write_config(tmp_path, kind, config)
         with torch.device("meta"):
-            if kind == "text_encoder":
+            if kind.startswith("text_encoder"):
                 module = original(transformers.CLIPTextConfig.from_pretrained(tmp_path))
             else:
                 module = original.from_config(original.load_config(tmp_path))

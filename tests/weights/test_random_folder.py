@@ -65,7 +65,8 @@ def test_dtype_on_disk(tmp_path):
 
 def test_what_cannot_be_made(tmp_path):
     with pytest.raises(
-        UserError, match=r"unknown architecture 'ds15' \(did you mean sd15\?\); known: sd15, sd21"
+        UserError,
+        match=r"unknown architecture 'ds15' \(did you mean sd15\?\); known: sd15, sd21, sdxl, sdxl-r",
     ):
         random_folder(tmp_path / "model", "ds15")
     small = CLIPTextConfig(**TEXT | {"vocab_size": 100})

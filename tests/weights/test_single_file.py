@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from engine.types import UserError
 from engine.weights import single_file, single_file_written
-from engine.weights.component import KINDS
 from engine.weights.folder import load_folder, save_folder
+from engine.weights.index import PARTS
 from engine.weights.original_names import CLIP, OPEN_CLIP, UNET, VAE
 from engine.weights.random_folder import ARCHITECTURES
 from engine.weights.safetensors_io import read_header
@@ -100,11 +100,12 @@ def test_what_shapes_tell_of_a_file_without_notes(tmp_path):
     folder = like(1, tmp_path / "model", **wide, in_channels=8, out_channels=4)
     told = understand(foreign(folder, tmp_path / "model.safetensors"))
     assert told.configs["unet"] == load_folder(folder).unet.config
-    assert ["edits pictures" in line for line in told.notes] == [True]
+    assert ["draws with --image FILE" in line for line in told.notes] == [True]
 
 
 LAST = f"{OPEN_CLIP}transformer.resblocks.23."
-PUBLISHED = [("sd15", ()), ("sd21", ())]
+PUBLISHED = [("sd15", ()), ("sd21", ()), ("sdxl", ()), ("sdxl-refiner", ())]
+CHANGES = {"sdxl": ("2.2", "5.2"), "sdxl-refiner": ("2.1", "5.2", "8.2")}  # of size, on the way up
 PRUNED = [
     ("sd21", (LAST,)),
     ("sd21", (f"{OPEN_CLIP}text_projection",)),
@@ -117,10 +118,14 @@ def test_files_of_full_size_are_read_as_what_they_are(tmp_path, name, lost):
     """The configs are those of the published folders."""
     published(name, tmp_path / "model.safetensors", *lost)
     told = understand(tmp_path / "model.safetensors")
-    assert told.configs == {kind: getattr(ARCHITECTURES[name], kind) for kind in KINDS}
+    assert told.configs == {
+        kind: config for kind in PARTS if (config := getattr(ARCHITECTURES[name], kind)) is not None
+    }
     assert told.scheduler.to_json().items() >= ARCHITECTURES[name].scheduler.items()
     # diffusers' reader takes 1 for the 2, too; its writer (convert_diffusers_to_original_...) knows it
-    changes = {f"{UNET}output_blocks.{block}.conv.weight" for block in ("2.1", "5.2", "8.2")}
+    changes = {
+        f"{UNET}output_blocks.{block}.conv.weight" for block in CHANGES.get(name, ("2.1", "5.2", "8.2"))
+    }
     header = read_header(tmp_path / "model.safetensors")
     assert {key for key in header if re.search(r"output_blocks.+\.conv\.weight", key)} == changes
 
@@ -224,7 +229,7 @@ def test_inpainting_of_2_predicts_eps(at, tmp_path):
     wide = {f"{UNET}input_blocks.0.0.weight": np.ones((64, 9, 3, 3), np.float32)}
     found = understand(changed(at, 2, tmp_path / "model.safetensors", wide))
     assert found.scheduler.prediction_type == "epsilon" and found.configs["unet"].in_channels == 9
-    assert "edits pictures, which this version does not" in found.notes[0]
+    assert "what it becomes draws with --image FILE --mask FILE" in found.notes[0]
 
 
 def test_a_measured_scale(at, tmp_path):
@@ -240,9 +245,13 @@ def only(*keys: str):
 
 
 STRANGERS = {
-    "SDXL": (
+    "SDXL with one text encoder": (
         only("conditioner.embedders.0.transformer.x", f"{UNET}input_blocks.0.0.weight", f"{VAE}x"),
-        "SDXL single files are not read yet",
+        "has the text encoders conditioner.embedders.0.transformer.*: leave those of one model",
+    ),
+    "CosXL": (
+        only("edm_vpred.sigma_max", "conditioner.embedders.0.model.x", f"{UNET}x", f"{VAE}x"),
+        "is of Playground 2.5 or CosXL (edm_vpred.sigma_max), whose noise schedules are not read",
     ),
     "a LoRA of kohya": (only("lora_unet_down_blocks_0.lora_up.weight"), "it is a LoRA: give it to --lora"),
     "a LoRA of diffusers": (only("unet.down_blocks.0.attn1.to_q.lora_A.weight"), "it is a LoRA"),
@@ -256,9 +265,12 @@ STRANGERS = {
     "a bare autoencoder": (only("decoder.up.0.block.0.conv1.weight"), "is an autoencoder alone"),
     "no text encoder": (
         only(f"{UNET}out.2.weight", f"{VAE}x"),
-        f"is no whole model: it has no text encoder ({CLIP}* or {OPEN_CLIP}*)",
+        f"is no whole model: it has no text encoder ({CLIP}* or {OPEN_CLIP}* or conditioner.embedders.0",
     ),
-    "two text encoders": (only(f"{UNET}x", f"{VAE}x", f"{CLIP}x", f"{OPEN_CLIP}x"), "has two text encoders"),
+    "two text encoders": (
+        only(f"{UNET}x", f"{VAE}x", f"{CLIP}x", f"{OPEN_CLIP}x"),
+        "leave those of one model",
+    ),
     "something": (only("a", "b", "c", "d"), "it holds (4) a, b, c and 1 more"),
     "nothing": ({}, "it holds nothing"),
 }
