@@ -12,19 +12,9 @@ from tqdm import tqdm
 
 from engine.config import JobConfig
 from engine.diffusion.noise import fresh_seed
-from engine.jobs import folder, formats, given
+from engine.jobs import digests, folder, formats, given
 from engine.jobs.claims import Claims
-from engine.jobs.plan import (
-    Job,
-    Settle,
-    Shard,
-    decoder_digest,
-    embedding_digest,
-    lora_digest,
-    make_plan,
-    settle_with,
-    weights_digest,
-)
+from engine.jobs.plan import Job, Settle, Shard, make_plan, settle_with
 from engine.jobs.processes import Processes, find_processes
 from engine.jobs.store import Store, open_store
 from engine.jobs.work import Worker
@@ -88,14 +78,13 @@ def begin(config: JobConfig, rows: Rows, pipe: Pipeline, store: Store) -> tuple[
         config.height,
         config.width,
         strength=1.0 if config.strength is None else config.strength,
+        refiner_start=config.refiner_start,
     )
     config = dataclasses.replace(
         config, sampler=filled.sampler, height=config.height or height, width=config.width or width
     )
-    digests = lora_digest(config), embedding_digest(config), decoder_digest(config)
-    job = make_plan(
-        config, rows, settle, weights_digest(pipe.folder), *digests, progress=Planning(len(rows)).step
-    )
+    found = digests.of_files(config, pipe.folder)
+    job = make_plan(config, rows, settle, found, progress=Planning(len(rows)).step)
     for name in ("mask", "strength"):
         if (value := getattr(config, name)) not in (None, "") and not job.given:
             raise UserError(

@@ -12,8 +12,7 @@ they name (engine/jobs/given.py).
 
 import dataclasses
 import hashlib
-import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -28,16 +27,15 @@ from engine.pipeline import Pipeline
 from engine.requests import Request, Settings
 from engine.text.rows import Rejected, Row, Rows
 from engine.types import UserError
-from engine.weights import decoder, embeddings, lora_files
 
 # Options that say which pictures a job makes. Where and how fast it makes them is no part of it.
 FINGERPRINT = (
     *("negative_prompt", "num_images", "seed", "first_index", "sampler", "steps", "guidance_scale"),
     *("height", "width", "dtype", "upscale", "format", "shard_size"),
 )
+ADDED = ("tile", "refiner_start")  # the same, where they are given
 CHANGING = ("strength", "image_guidance_scale")  # the same, where there are pictures to change
 MAX_INDEX = 2**32
-EDGE = 2**20  # bytes at either end of a file of weights that tell it from others
 
 
 ROWS_AT_ONCE = 512  # whose pictures are looked at together,
@@ -108,10 +106,7 @@ class Job:
     config: JobConfig  # complete
     rows: Rows
     groups: tuple[Group, ...]
-    weights: str  # digest of the model's files
-    lora: str = ""  # scale and digest of each LoRA
-    embedding: str = ""  # name and digest of each embedding
-    decoder: str = ""  # digest of its files
+    digests: Mapping[str, str]  # of the model's files and all others, see engine.jobs.digests
     given: str = ""  # digest of the pictures to change, if there are any
 
     @property
@@ -158,9 +153,8 @@ class Job:
             for group in self.groups
         ]
         options = {name: getattr(self.config, name) for name in FINGERPRINT}
-        version = {"version": engine.__version__, "rows": self.rows.digest, "weights": self.weights}
-        version |= {name: told for name in ("lora", "embedding", "decoder") if (told := getattr(self, name))}
-        version |= {"tile": self.config.tile} if self.config.tile else {}
+        version = {"version": engine.__version__, "rows": self.rows.digest, **self.digests}
+        version |= {name: value for name in ADDED if (value := getattr(self.config, name))}
         if self.given:
             version |= {"given": self.given} | {name: getattr(self.config, name) for name in CHANGING}
         sizes = {"shards": self.shards, "pictures": self.pictures, "row_count": len(self.rows)}
@@ -253,7 +247,7 @@ def _of_equal_share(strength: float, steps: int) -> float:
 def _program(config: JobConfig, pipe: Pipeline, *options: Any) -> Program | str:
     *how, strength, masked = options
     try:
-        settings = pipe.settings(*how, strength=strength)
+        settings = pipe.settings(*how, strength=strength, refiner_start=config.refiner_start)
         shape = settings.height, settings.width
         stand_ins = None if masked is None else [given.stand_in(*shape, masked)]
         edits.checked(stand_ins, pipe.made_for, settings)
@@ -278,10 +272,7 @@ def make_plan(
     config: JobConfig,
     rows: Rows,
     settle: Settle,
-    weights: str,
-    lora: str = "",
-    embedding: str = "",
-    decoder: str = "",
+    digests: Mapping[str, str],
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Job:
     """Sorts every row into its group.
@@ -310,8 +301,7 @@ def make_plan(
         program = program and settle.fitted(program, count)
         groups.append(Group(program, members, count, first_shard))
         first_shard += shards_of(count, config.shard_size)
-    digests = weights, lora, embedding, decoder, pictures.hexdigest() if some else ""
-    return Job(config, rows, tuple(groups), *digests)
+    return Job(config, rows, tuple(groups), digests, pictures.hexdigest() if some else "")
 
 
 def _judged(
@@ -363,42 +353,3 @@ def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
         for name in names
     ]
     return ", ".join(said) or None
-
-
-def lora_digest(config: JobConfig) -> str:
-    """Tells the LoRAs of a job apart: their names, scales and contents. Where they lie is no part of it."""
-    found = ((lora_files.find(file), scale) for file, scale in config.loras())
-    return ", ".join(f"{path.name}={scale} ({_digest(path)})" for path, scale in found)
-
-
-def embedding_digest(config: JobConfig) -> str:
-    """The same of embeddings; the name of a file may be the word that it holds."""
-    return ", ".join(f"{path.name} ({_digest(path)})" for path in map(embeddings.find, config.embeddings()))
-
-
-def decoder_digest(config: JobConfig) -> str:
-    """Tells decoders apart by their contents; "" for the model's own."""
-    return weights_digest(decoder.find(config.decoder)) if config.decoder else ""
-
-
-def _digest(path: pathlib.Path) -> str:
-    with open(path, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-
-
-def weights_digest(folder: pathlib.Path) -> str:
-    """Tells models apart without reading gigabytes: names, sizes and both ends of all files.
-
-    Weights that were trained on differ everywhere, the last tensor in a file included.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(
-        path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")
-    ):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(EDGE))
-            file.seek(max(size - EDGE, 0))
-            digest.update(file.read(EDGE))
-    return digest.hexdigest()

@@ -1,0 +1,54 @@
+"""What tells the files that a job draws with from others: contents, not places."""
+
+import hashlib
+import pathlib
+
+from engine.config import JobConfig
+from engine.weights import decoder, embeddings, lora_files
+
+EDGE = 2**20  # bytes at either end of a file of weights that tell it from others
+
+
+def of_files(config: JobConfig, folder: pathlib.Path) -> dict[str, str]:
+    """A digest for the model and for all that is used beside it.
+
+    Args:
+      folder: of the model.
+    """
+    found = {
+        "weights": of_weights(folder),
+        "lora": ", ".join(
+            f"{path.name}={scale} ({_of(path)})"
+            for path, scale in ((lora_files.find(file), scale) for file, scale in config.loras())
+        ),
+        # the name of a file may be the word that it holds
+        "embedding": ", ".join(
+            f"{path.name} ({_of(path)})" for path in map(embeddings.find, config.embeddings())
+        ),
+        "decoder": of_weights(decoder.find(config.decoder)) if config.decoder else "",
+        "refiner": of_weights(pathlib.Path(config.refiner).expanduser()) if config.refiner else "",
+    }
+    return {name: told for name, told in found.items() if told}
+
+
+def _of(path: pathlib.Path) -> str:
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
+def of_weights(folder: pathlib.Path) -> str:
+    """Tells models apart without reading gigabytes: names, sizes and both ends of all files.
+
+    Weights that were trained on differ everywhere, the last tensor in a file included.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(
+        path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")
+    ):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(EDGE))
+            file.seek(max(size - EDGE, 0))
+            digest.update(file.read(EDGE))
+    return digest.hexdigest()
