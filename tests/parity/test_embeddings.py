@@ -10,7 +10,7 @@ from engine.weights import embeddings
 from engine.weights.folder import load_folder
 from tests.parity.common import assert_same
 from tests.parity.test_lora import GUIDANCE, LATENTS, drawn_by, in_pytorch
-from tests.parity.test_pipeline import PROMPTS, STEPS, psnr
+from tests.parity.pictures import PROMPTS, STEPS, psnr
 from tests.tiny import compiled_quickly, tiny_folder
 
 WIDTH = 24

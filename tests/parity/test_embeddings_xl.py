@@ -10,7 +10,7 @@ import engine
 from tests.parity.common import nchw
 from tests.parity.test_embeddings import their_ids
 from tests.parity.test_lora import GUIDANCE, LATENTS
-from tests.parity.test_pipeline import SCHEDULERS, psnr
+from tests.parity.pictures import SCHEDULERS, psnr
 from tests.tiny import XL, compiled_quickly, tiny_folder
 
 PROMPTS = ["a zzbad at night", "zzbad, a red fox"]
@@ -24,7 +24,7 @@ def quick_compiler():
 
 
 def test_same_ids_and_picture_as_in_pytorch(tmp_path):
-    folder = tiny_folder(tmp_path / "model", **XL, scheduler=SCHEDULERS["Euler"])
+    folder = tiny_folder(tmp_path / "model", **XL, scheduler=SCHEDULERS["euler"])
     rng = np.random.default_rng(0)
     tables = {
         name: rng.standard_normal((3, width), np.float32) for name, width in (("clip_l", 24), ("clip_g", 20))

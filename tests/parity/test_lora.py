@@ -18,7 +18,7 @@ from engine.weights.folder import load_folder
 from engine.weights.safetensors_io import read_header
 from tests.kohya import as_kohya
 from tests.parity.common import nchw
-from tests.parity.test_pipeline import PROMPTS, STEPS, psnr
+from tests.parity.pictures import PROMPTS, STEPS, psnr
 from tests.tiny import compiled_quickly, tiny_folder
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -17,7 +17,7 @@ from tests.kohya import XL_KINDS as KOHYA
 from tests.kohya import as_kohya
 from tests.parity.common import nchw
 from tests.parity.test_lora import ATTENTION, GUIDANCE, LATENTS, TEXT, random_lora
-from tests.parity.test_pipeline import PROMPTS, SCHEDULERS, psnr
+from tests.parity.pictures import PROMPTS, SCHEDULERS, psnr
 from tests.tiny import XL, compiled_quickly, tiny_folder
 
 STEPS = 6
@@ -33,7 +33,7 @@ def quick_compiler():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("lora") / "model", **XL, scheduler=SCHEDULERS["Euler"])
+    return tiny_folder(tmp_path_factory.mktemp("lora") / "model", **XL, scheduler=SCHEDULERS["euler"])
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import engine
 from engine import world
 from engine.pipeline import SHIPPED, SHIPPED_NAME
 from engine.text.prompts import unread
-from tests.parity.test_pipeline import NEGATIVES, PROMPTS, draw_in_pytorch, psnr
+from tests.parity.pictures import NEGATIVES, PROMPTS, draw_in_pytorch, psnr
 
 MOST_BYTES = 64 * 2**20
 STEPS = 30

@@ -18,7 +18,7 @@ import engine
 from engine.types import UserError
 from engine.weights import single_file, single_file_written
 from tests.parity.common import nchw
-from tests.parity.test_pipeline import psnr
+from tests.parity.pictures import psnr
 from tests.single import foreign, like, whole_open_clip
 from tests.tiny import compiled_quickly
 

@@ -12,7 +12,7 @@ import engine
 from engine.weights import single_file_written
 from engine.weights.original_names import REFINER_OPEN_CLIP, XL_OPEN_CLIP
 from tests.parity.common import nchw
-from tests.parity.test_pipeline import psnr
+from tests.parity.pictures import psnr
 from tests.parity.test_single_file import ORIGINAL_VAE, assert_equal, config, stored
 from tests.single import foreign, like_xl
 from tests.tiny import compiled_quickly

@@ -1,0 +1,175 @@
+"""One picture drawn here and in PyTorch diffusers: same folder, same start latents and noise."""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import diffusers
+import numpy as np
+import torch
+
+import engine
+from configs import scenes
+from engine.requests import Edit
+from tests.parity.common import nchw
+from tests.tiny import tiny_folder
+
+SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+LEADING = {"steps_offset": 1, "set_alpha_to_one": False}
+V = {"prediction_type": "v_prediction"}
+SCHEDULERS = {
+    "pndm": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **SCALED, **LEADING},
+    "ddim, v": {"_class_name": "DDIMScheduler", "clip_sample": False, **V, **SCALED, **LEADING},
+    "ddim, x0": {
+        "_class_name": "DDIMScheduler",
+        "clip_sample": False,
+        "prediction_type": "sample",
+        **SCALED,
+        **LEADING,
+    },
+    "euler": {"_class_name": "EulerDiscreteScheduler", **SCALED},
+    "euler, v": {"_class_name": "EulerDiscreteScheduler", **V, **SCALED},
+    "euler, trailing": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", **SCALED},
+    "heun": {"_class_name": "HeunDiscreteScheduler", **SCALED},
+    "dpm_2": {"_class_name": "KDPM2DiscreteScheduler", **SCALED},
+    "lms": {"_class_name": "LMSDiscreteScheduler", **SCALED},
+    "deis": {"_class_name": "DEISMultistepScheduler", **SCALED},
+    "unipc": {"_class_name": "UniPCMultistepScheduler", **SCALED},
+    "dpmpp_2m": scenes.get_config().scheduler,
+    "lcm": {"_class_name": "LCMScheduler", **SCALED, **LEADING},
+    "tcd": {"_class_name": "TCDScheduler", **SCALED, **LEADING},
+}
+PROMPTS = ["a red fox at night", "a cat above a dog"]
+NEGATIVES = ["a blue car", ""]
+STEPS, SCALE = 10, 4.0
+LATENTS = np.random.default_rng(0).standard_normal((2, 8, 8, 4), np.float32)
+MODULES = "diffusers.pipelines"
+
+
+class How(NamedTuple):
+    """How a picture is drawn."""
+
+    steps: int = STEPS
+    scale: float = SCALE
+    negatives: Any = NEGATIVES
+    image: bool = False
+    mask: bool = False
+    strength: float = 1.0
+    refiner: dict | None = None  # overrides of tiny_model
+    start: float = 0.4  # of the refiner
+    size: tuple[int, int] = (16, 16)
+    tile: int = 0
+    # (folder) -> what `engine.load` is given beside it, and what does the same to a pipeline of diffusers
+    beside: Callable[[pathlib.Path], tuple[dict, Callable]] | None = None
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """In dB, of uint8 pictures."""
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-12)))
+
+
+def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.ndarray, np.ndarray]:
+    """The two pictures (B H W 3) as they are drawn here and there."""
+    folder = tiny_folder(at / "model", **model, scheduler=SCHEDULERS[scheduler])
+    options, apply = how.beside(folder) if how.beside else ({}, lambda pipeline: None)
+    if how.refiner:
+        refiner = tiny_folder(at / "refiner", seed=1, **how.refiner, scheduler=SCHEDULERS[scheduler])
+        options["refiner"] = refiner
+    ours = engine.load(folder, tile=how.tile, **options)
+    here = ours.generate(
+        PROMPTS,
+        how.negatives,
+        steps=how.steps,
+        guidance_scale=how.scale,
+        height=how.size[0],
+        width=how.size[1],
+        latents=_noise(how),
+        given=[Edit(*each) for each in zip(*_given(how), strict=True)] if how.image else None,
+        strength=how.strength,
+        refiner_start=how.start if how.refiner else None,
+    )
+    theirs = _pipeline(folder, model, how)
+    apply(theirs)
+    if how.tile:
+        theirs.vae.enable_tiling()
+    with _certain(theirs, how):
+        there = _drawn_there(theirs, options.get("refiner"), how)
+    if how.mask:  # we put back what the mask keeps, which an autoencoder changes a little
+        images, masks = _given(how)
+        there = np.where(np.stack(masks)[..., None] == 1, there, np.stack(images))
+    return here, there
+
+
+def _noise(how: How) -> np.ndarray:
+    height, width = how.size
+    return np.random.default_rng(0).standard_normal((2, height // 2, width // 2, 4), np.float32)
+
+
+def _given(how: How) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+    """Two pictures, smooth enough to be told apart, and masks along the cells of latents."""
+    noise = np.random.default_rng(5).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    images = [*noise.repeat(4, axis=1).repeat(4, axis=2)]
+    if not how.mask:
+        return images, [None, None]
+    masks = np.zeros((2, 16, 16), np.float32)
+    masks[0, 4:12, 2:10] = masks[1, :, 8:] = 1
+    return images, [*masks]
+
+
+def _pipeline(folder: pathlib.Path, model: dict, how: How) -> Any:
+    """The class of diffusers that draws so."""
+    family = "StableDiffusionXL" if "text_encoder_2" in model else "StableDiffusion"
+    if model.get("unet", {}).get("in_channels") == 8:
+        end = "InstructPix2Pix"
+    else:
+        end = "Inpaint" if how.mask else "Img2Img" if how.image else ""
+    options = {} if "XL" in family else {"safety_checker": None}
+    pipeline = getattr(diffusers, f"{family}{end}Pipeline").from_pretrained(folder, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextlib.contextmanager
+def _certain(pipeline: Any, how: How) -> Iterator[None]:
+    """Latents are the means of their distributions; the noise on given pictures is that of `_noise`."""
+    gaussian = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
+    noise = torch.from_numpy(nchw(_noise(how)).copy())
+    with contextlib.ExitStack() as stack:
+        patch = mock.patch.object(gaussian, "sample", lambda self, generator=None: self.mean)
+        stack.enter_context(patch)
+        if how.image:
+            where = f"{type(pipeline).__module__}.randn_tensor"
+            stack.enter_context(mock.patch(where, lambda shape, **_: noise))
+        yield
+
+
+def _drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.ndarray:
+    words = {"num_inference_steps": how.steps, "guidance_scale": how.scale}
+    if how.negatives is not None:
+        many = isinstance(how.negatives, list) or "XL" not in type(pipeline).__name__
+        words["negative_prompt"] = how.negatives if many else [how.negatives] * 2
+    options: dict[str, Any] = {"output_type": "np"}
+    if how.image:
+        images, masks = _given(how)
+        options["image"] = torch.from_numpy(nchw(np.stack(images)).astype(np.float32) / 255)
+        if "Pix2Pix" in type(pipeline).__name__:
+            options["image_guidance_scale"] = 1.5
+        else:
+            options["strength"] = how.strength
+        if how.mask:
+            options |= {"mask_image": torch.from_numpy(np.stack(masks)[:, None])}
+            options |= dict(zip(("height", "width"), how.size, strict=True))
+    else:
+        options["latents"] = torch.from_numpy(nchw(_noise(how)).copy())
+        options |= dict(zip(("height", "width"), how.size, strict=True))
+    if refiner is None:
+        return np.round(pipeline(PROMPTS, **options, **words).images * 255).astype(np.uint8)
+    options |= {"denoising_end": how.start, "output_type": "latent"}
+    half = pipeline(PROMPTS, **options, **words).images
+    rest = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(refiner, vae=pipeline.vae)
+    rest.set_progress_bar_config(disable=True)
+    images = rest(PROMPTS, image=half, denoising_start=how.start, output_type="np", **words).images
+    return np.round(images * 255).astype(np.uint8)

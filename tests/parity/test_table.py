@@ -1,0 +1,136 @@
+"""What draws as in PyTorch diffusers: a row for each pair of a model and a feature, 45 dB or more.
+
+Random weights in float32, the same start latents and noise: tests/parity/pictures.py.
+"""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from engine.weights import embeddings, lora_files
+from engine.weights.folder import load_folder
+from engine.weights.lora import KINDS, XL_KINDS
+from tests.parity.pictures import PROMPTS, How, both, psnr
+from tests.tiny import REFINER, TINY_VAE, XL, compiled_quickly, tiny_folder
+
+SD, TAESD = {}, {"vae": TINY_VAE}
+INPAINTS, FOLLOWS = {"unet": {"in_channels": 9}}, {"unet": {"in_channels": 8}}
+LCM = {"unet": {"time_cond_proj_dim": 16}}
+PRUNED_SD = {"unet": {"mid_block_type": None}}
+XL_INPAINTS = {**XL, "unet": XL["unet"] | {"in_channels": 9}}
+XL_LCM = {**XL, "unet": XL["unet"] | {"time_cond_proj_dim": 16}}
+SSD = {
+    **XL,
+    "unet": XL["unet"]
+    | {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, (2,)),
+        "reverse_transformer_layers_per_block": ((2, 1), 1),
+        "mid_block_type": "UNetMidBlock2D",
+        "use_linear_projection": True,
+    },
+}
+WORDS, ALONE = How(), How(scale=1.0)
+ONE = "a blue car"  # negative prompt, of both
+XL_WORDS = How(negatives=ONE)
+
+
+def with_lora(scale: float = 1.0):
+    """A LoRA of everything that attends."""
+
+    def beside(folder: pathlib.Path):
+        from tests.parity.test_lora import ATTENTION, TEXT, random_lora
+
+        parts = load_folder(folder).parts
+        kinds = [kind for kind in (XL_KINDS if "text_encoder_2" in parts else KINDS) if kind in parts]
+        lora = random_lora({kind: parts[kind].config for kind in kinds}, [*ATTENTION, *TEXT])
+        file = lora_files.save(folder.parent / "lora.safetensors", lora)
+
+        def apply(pipeline):
+            pipeline.load_lora_weights(file)
+            pipeline.fuse_lora(components=kinds, lora_scale=scale)
+
+        return {"lora": [(file, scale)]}, apply
+
+    return beside
+
+
+def with_word(folder: pathlib.Path):
+    """Three vectors for what stands in the first prompt."""
+    vectors = np.random.default_rng(3).standard_normal((3, 24), np.float32)
+    file = embeddings.save(folder.parent, embeddings.Embedding("fox at", vectors))
+    return {"embeddings": [file]}, lambda pipeline: pipeline.load_textual_inversion(folder.parent)
+
+
+ROWS = {
+    # model, feature: (overrides of the tiny model, scheduler, how)
+    "SD, words": (SD, "euler", WORDS),
+    "SD, no guidance": (SD, "dpmpp_2m", ALONE),
+    "SD, pndm": (SD, "pndm", WORDS),
+    "SD, ddim of v": (SD, "ddim, v", WORDS),
+    "SD, ddim of x0": (SD, "ddim, x0", WORDS),
+    "SD, euler of v": (SD, "euler, v", WORDS),
+    "SD, dpmpp_2m of v": (SD, "dpmpp_2m", WORDS),
+    "SD, heun": (SD, "heun", WORDS),
+    "SD, lms": (SD, "lms", WORDS),
+    "SD, deis": (SD, "deis", WORDS),
+    "SD, unipc": (SD, "unipc", WORDS),
+    "SD, dpm_2": (SD, "dpm_2", WORDS),
+    "SD, img2img by ddim of v": (SD, "ddim, v", How(image=True, strength=0.7)),
+    "SD, img2img by euler": (SD, "euler", How(image=True, strength=0.5)),
+    "SD, img2img by dpmpp_2m": (SD, "dpmpp_2m", How(image=True, strength=0.8)),
+    "SD, a masked part by ddim of v": (SD, "ddim, v", How(image=True, mask=True, strength=0.7)),
+    "SD, a masked part by euler": (SD, "euler", How(image=True, mask=True, strength=0.6)),
+    "SD, a masked part by dpmpp_2m": (SD, "dpmpp_2m", How(image=True, mask=True, strength=0.9)),
+    "SD, LoRA": (SD, "euler", How(beside=with_lora())),
+    "SD, half a LoRA": (SD, "euler", How(beside=with_lora(0.5))),
+    "SD, a word of textual inversion": (SD, "euler", How(beside=with_word)),
+    "SD, tiles": (SD, "dpmpp_2m", How(scale=1.0, size=(24, 40), tile=16)),
+    "SD with TAESD, words": (TAESD, "euler", WORDS),
+    "SD without a mid block, words": (PRUNED_SD, "euler", WORDS),
+    "SD Turbo, one step": (SD, "euler, trailing", How(steps=1, scale=1.0)),
+    "SD Lightning, four steps": (SD, "euler, trailing", How(steps=4, scale=1.0)),
+    "SD Hyper, one step by tcd": (SD, "tcd", How(steps=1, scale=1.0)),
+    "LCM, guidance in its time": (LCM, "euler", WORDS),
+    "LCM, one step by lcm": (LCM, "lcm", How(steps=1)),
+    "SD inpainting": (INPAINTS, "ddim, v", How(image=True, mask=True)),
+    "SD inpainting, half way": (INPAINTS, "euler", How(image=True, mask=True, strength=0.5)),
+    "InstructPix2Pix": (FOLLOWS, "euler", How(image=True)),
+    "SDXL, words": (XL, "euler", XL_WORDS),
+    "SDXL, no negative prompt": (XL, "ddim, v", How(negatives=None)),
+    "SDXL, no guidance": (XL, "dpmpp_2m", ALONE),
+    "SDXL, img2img": (XL, "euler", How(negatives=ONE, image=True, strength=0.6)),
+    "SDXL, a masked part": (XL, "euler", How(negatives=ONE, image=True, mask=True, strength=0.6)),
+    "SDXL, a refiner by euler": (XL, "euler", How(negatives=ONE, refiner=REFINER)),
+    "SDXL, a refiner by dpmpp_2m": (XL, "dpmpp_2m", How(negatives=ONE, refiner=REFINER)),
+    "SDXL, LoRA": (XL, "euler", How(negatives=ONE, beside=with_lora())),
+    "SDXL with TAESDXL, words": ({**XL, **TAESD}, "euler", XL_WORDS),
+    "SDXL Turbo, one step": (XL, "euler, trailing", How(steps=1, scale=1.0)),
+    "SDXL Lightning, four steps": (XL, "euler, trailing", How(steps=4, scale=1.0)),
+    "SDXL LCM, guidance in its time": (XL_LCM, "euler", XL_WORDS),
+    "SDXL inpainting": (XL_INPAINTS, "euler", How(negatives=ONE, image=True, mask=True)),
+    "SDXL inpainting, half way": (
+        XL_INPAINTS,
+        "ddim, v",
+        How(negatives=ONE, image=True, mask=True, strength=0.5),
+    ),
+    "SSD-1B, words": (SSD, "euler", XL_WORDS),
+    "SDXL refiner alone, img2img": (REFINER, "euler", How(negatives=ONE, image=True, strength=0.6)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    with compiled_quickly():
+        yield
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_draws_as_in_diffusers(row, tmp_path):
+    ours, theirs = both(tmp_path, *ROWS[row])
+    assert theirs.std() > 20  # pictures, not one colour
+    assert psnr(ours, theirs) >= 45
+    assert psnr(ours[::-1], theirs) < 25  # another picture is told apart
+    assert len(ours) == len(PROMPTS)
