@@ -204,6 +204,7 @@ def test_pyarrow_reads_the_parquet(publish):
     for row, one in zip(rows, ENTRIES, strict=True):
         assert json.loads(row.pop("extra")) == one.facts["extra"]
         del row["image"]
+        assert row.pop("edit") is None, "it was made of words"
         assert row == {name: value for name, value in one.facts.items() if name != "extra"}
 
 
