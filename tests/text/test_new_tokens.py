@@ -31,6 +31,18 @@ def test_a_token_of_three_vectors_is_three_ids(prompt):
     assert words(BOTH, prompt) == [a, *IDS, fox]
 
 
+def test_padded_with_another_token_words_stay():
+    """As in Stable Diffusion 2 and the second tokenizer of XL; learned tokens, too."""
+    other = BOTH.padded_with("!")
+    assert (other.pad_id, other.vocab_size, other.padded_with("!")) == (0, BOTH.vocab_size, other)
+    prompts = [*CAPTIONS, "a <three-times> fox, <one>"]
+    ours, theirs = other.encode(prompts), BOTH.encode(prompts)
+    ends = (theirs == BOTH.eos_id).argmax(-1)[:, None]
+    np.testing.assert_array_equal(ours, np.where(np.arange(MAX_TOKENS) > ends, 0, theirs))
+    with pytest.raises(UserError, match="has no token '<none>' to fill prompts up with"):
+        BOTH.padded_with("<none>")
+
+
 def test_what_is_cut_begins_with_the_first_word_that_is_not_read_whole():
     fits = "fox " * (MAX_TOKENS - 5)
     assert BOTH.cut(f"{fits}<three-times>") is None
