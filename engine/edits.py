@@ -139,7 +139,7 @@ def seeing(apply: Callable, batched: Mapping[str, Any]) -> Callable:
     if (extra := batched.get("extra")) is None:
         return apply
 
-    def with_extra(x: Latents, t: Array, context: Array) -> Latents:
+    def with_extra(x: Latents, t: Array, context: Any) -> Latents:
         # x is a multiple of the batch where there is guidance; those of a picture stand side by side
         seen = jnp.repeat(extra, len(x) // len(extra), axis=0)
         return apply(jnp.concatenate([x, seen.astype(x.dtype)], -1), t, context)

@@ -44,8 +44,6 @@ SCHEDULERS = {
 PROMPTS = ["a red fox at night", "a cat above a dog"]
 NEGATIVES = ["a blue car", ""]
 STEPS, SCALE = 10, 4.0
-LATENTS = np.random.default_rng(0).standard_normal((2, 8, 8, 4), np.float32)
-MODULES = "diffusers.pipelines"
 
 
 class How(NamedTuple):
@@ -101,6 +99,14 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         images, masks = _given(how)
         there = np.where(np.stack(masks)[..., None] == 1, there, np.stack(images))
     return here, there
+
+
+def draw_in_pytorch(folder: pathlib.Path, latents: np.ndarray, **options: Any) -> np.ndarray:
+    """What diffusers draws with a folder of Stable Diffusion 1 or 2."""
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(PROMPTS, latents=torch.from_numpy(nchw(latents).copy()), output_type="np", **options)
+    return np.round(images.images * 255).astype(np.uint8)
 
 
 def _noise(how: How) -> np.ndarray:

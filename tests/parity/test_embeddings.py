@@ -9,8 +9,8 @@ import engine
 from engine.weights import embeddings
 from engine.weights.folder import load_folder
 from tests.parity.common import assert_same
-from tests.parity.test_lora import GUIDANCE, LATENTS, drawn_by, in_pytorch
 from tests.parity.pictures import PROMPTS, STEPS, psnr
+from tests.parity.test_lora import GUIDANCE, LATENTS, drawn_by, in_pytorch
 from tests.tiny import compiled_quickly, tiny_folder
 
 WIDTH = 24

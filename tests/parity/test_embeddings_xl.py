@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 import engine
 from tests.parity.common import nchw
+from tests.parity.pictures import SCHEDULERS, psnr
 from tests.parity.test_embeddings import their_ids
 from tests.parity.test_lora import GUIDANCE, LATENTS
-from tests.parity.pictures import SCHEDULERS, psnr
 from tests.tiny import XL, compiled_quickly, tiny_folder
 
 PROMPTS = ["a zzbad at night", "zzbad, a red fox"]

@@ -16,8 +16,8 @@ from engine.weights.original_names import UNET, slots
 from tests.kohya import XL_KINDS as KOHYA
 from tests.kohya import as_kohya
 from tests.parity.common import nchw
-from tests.parity.test_lora import ATTENTION, GUIDANCE, LATENTS, TEXT, random_lora
 from tests.parity.pictures import PROMPTS, SCHEDULERS, psnr
+from tests.parity.test_lora import ATTENTION, GUIDANCE, LATENTS, TEXT, random_lora
 from tests.tiny import XL, compiled_quickly, tiny_folder
 
 STEPS = 6

@@ -12,7 +12,7 @@ from engine.weights import embeddings, lora_files
 from engine.weights.folder import load_folder
 from engine.weights.lora import KINDS, XL_KINDS
 from tests.parity.pictures import PROMPTS, How, both, psnr
-from tests.tiny import REFINER, TINY_VAE, XL, compiled_quickly, tiny_folder
+from tests.tiny import REFINER, TINY_VAE, XL, compiled_quickly
 
 SD, TAESD = {}, {"vae": TINY_VAE}
 INPAINTS, FOLLOWS = {"unet": {"in_channels": 9}}, {"unet": {"in_channels": 8}}
