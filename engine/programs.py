@@ -57,7 +57,7 @@ class Programs:
         self.model, self.devices, self.tile = model, devices, tile
         self.distilled = model.unet.config.time_cond_proj_dim is not None  # it knows what guidance does
         self.made_for = edits.made_for(model, name)
-        self._text = devices.map(lambda params, ids: conditions.encoded(model, params, ids))
+        self._text = devices.map(self._encode)
         self._decoder = devices.map(self._decode)
         self._look = devices.map(self._looked_at)
         self._paste = devices.map(lambda _, batched: edits.pasted(*batched))
@@ -142,6 +142,9 @@ class Programs:
         return images, finite
 
     # ---- the programs; (shared, batched) -> batched
+
+    def _encode(self, params: Any, ids: Any) -> Context:
+        return conditions.encoded(self.model, params, ids)
 
     def _decode(self, params: Any, latents: Any) -> Any:
         config, decode = self.model.vae.config, module(self.model.vae, params).decode

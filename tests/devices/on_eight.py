@@ -11,12 +11,12 @@ from jax.sharding import PartitionSpec
 
 import engine
 from engine.config import AutoencoderStage, OptimConfig
-from engine.parallel import MODES, Devices
+from engine.parallel import MODES, SPLIT, Devices
 from engine.train import checkpoint, loop, optim, stages, step
 from engine.train.objectives import autoencoder_loss
 from engine.types import UserError
 from tests.compiled import COMPILED
-from tests.tiny import tiny_folder, tiny_tokenizer
+from tests.tiny import REFINER, XL, tiny_folder, tiny_tokenizer
 from tests.train.tiny_run import get_config
 
 PROMPTS = [f"{color} {thing}" for color in ("a red", "a blue") for thing in ("fox", "car", "cat", "dog")]
@@ -194,6 +194,18 @@ def test_split_params_draw_the_same_picture(folder, pipelines):
     assert kernel.addressable_shards[0].data.shape[-1] * 8 == kernel.shape[-1]
     assert largest_difference(draw(split), draw(pipelines["jit"])) <= 1
     assert COLLECTIVES.findall(split.devices.calls["segment"].compiled().as_text())
+
+
+def test_a_split_xl_and_its_refiner_draw_the_same_picture(tmp_path):
+    base, refiner = tiny_folder(tmp_path / "base", **XL), tiny_folder(tmp_path / "refiner", seed=1, **REFINER)
+    split = engine.load(base, parallel=Watched("jit", rules=SPLIT), refiner=refiner)
+    whole = engine.load(base, parallel=Watched(devices=jax.devices()[:1]), refiner=refiner)
+    for part in (*split.model.parts.values(), *split.refiner.model.parts.values()):
+        kernels = [leaf for leaf in jax.tree.leaves(part.params) if leaf.ndim > 1]
+        assert any(not kernel.is_fully_replicated for kernel in kernels), part.kind
+    images = draw(split, refiner_start=0.5)
+    assert largest_difference(images, draw(whole, refiner_start=0.5)) <= 1
+    assert largest_difference(images, draw(whole, refiner_start=0.9, steps=10)) > 8
 
 
 def test_a_parameter_without_a_rule_stops_the_loading(folder):

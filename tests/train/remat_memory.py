@@ -8,29 +8,16 @@ each remat; some minutes. Prints temporaries, arithmetic and bytes, and the rati
 """
 
 import argparse
-import importlib.util
-import os
-import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-spec = importlib.util.find_spec("libtpu")
-if spec is None or spec.origin is None:
-    raise SystemExit("libtpu is not installed: pip install libtpu")
-os.environ |= {  # before JAX is imported: a machine without a TPU compiles for one
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_LIBRARY_PATH": str(pathlib.Path(spec.origin).parent / "libtpu.so"),
-}
+from tests.tpu_compiler import shapes  # before JAX is imported
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
+import jax  # isort: skip
+import jax.numpy as jnp  # isort: skip
 
-from engine.config import FinetuneConfig, StageConfig  # noqa: E402
-from engine.config.training import REMATS  # noqa: E402
-from engine.train import finetune, objectives, optim, step  # noqa: E402
+from engine.config import FinetuneConfig, StageConfig
+from engine.config.training import REMATS
+from engine.train import finetune, objectives, optim, step
 
 
 class Cost(NamedTuple):
@@ -41,12 +28,6 @@ class Cost(NamedTuple):
 
 def cost(remat: str, batch_size: int) -> Cost:
     """Of one step; nothing is computed."""
-    chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-    place = jax.sharding.SingleDeviceSharding(chip)
-
-    def shapes(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
-
     config = FinetuneConfig()
     task = finetune.begin(config)
     model = task.model
