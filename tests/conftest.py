@@ -1,4 +1,14 @@
-"""Every test checks the jaxtyping annotations of the engine at run time."""
+"""Every test checks the jaxtyping annotations of the engine at run time, and is compiled quickly.
+
+The models of the tests are tiny: their time is the compiler's. FOGSCULPT_LONG=1 compiles as users do.
+"""
+
+import os
+
+from tests.compiling import quickly
+
+if not os.environ.get("FOGSCULPT_LONG"):
+    quickly(os.environ)  # before JAX looks, and for the processes that tests start, too
 
 from jaxtyping import install_import_hook
 
