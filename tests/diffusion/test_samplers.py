@@ -16,7 +16,7 @@ from engine.diffusion.samplers import SAMPLERS, Carry, sample, sample_segment, s
 from engine.diffusion.schedules import exponential, karras
 from engine.types import UserError
 from tests.compiled import COMPILED
-from tests.compiling import FUSING
+from tests.compiling import FUSING, LOOPING
 from tests.tiny import compiled_quickly
 
 
@@ -58,6 +58,8 @@ def run(sampler, x, sigmas, keys, options=()):
 
 # lcm writes the same sum in two places, which only a fusion of the two rounds alike
 fused = jax.jit(run.__wrapped__, static_argnames=("sampler", "options"), compiler_options=FUSING)
+
+looped = jax.jit(run.__wrapped__, static_argnames=("sampler", "options"), compiler_options=LOOPING)
 
 
 def noise(keys, shape=(4, 4, 2)):
@@ -147,7 +149,7 @@ def test_samples_have_the_known_mean_and_variance(sampler, options):
     """65,536 values: chance moves the mean by 0.002 and the deviation by 0.3 %. The rest of the tolerance is
     for the step: at 150 steps ddpm is 2.3 % short of the deviation, at 300 steps 1.1 %."""
     keys = image_keys(1, range(16))
-    last, _ = run(sampler, noise(keys, (32, 32, 4)), falling(150), keys, options)
+    last, _ = looped(sampler, noise(keys, (32, 32, 4)), falling(150), keys, options)
     assert float(last.mean()) == pytest.approx(MU, abs=0.01)
     assert float(last.std()) == pytest.approx(S, rel=0.03)
 
