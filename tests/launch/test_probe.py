@@ -12,10 +12,10 @@ from launch import cli, probe
 
 
 def test_its_training_learns_and_goes_on(tmp_path):
-    stage = dataclasses.replace(reader_training.stage(12), batch_size=8, ema=(0.5,), checkpoint_every=8)
+    stage = dataclasses.replace(reader_training.stage(12), batch_size=16, ema=(0.5,), checkpoint_every=8)
     stage.optim = dataclasses.replace(stage.optim, warmup_steps=2, decay_steps=2)
     params = probe.train(tmp_path / "first", stage)
-    batch = {name: jnp.asarray(each) for name, each in reader_training.batches(8)(0).items()}
+    batch = {name: jnp.asarray(each) for name, each in reader_training.batches(16)(0).items()}
     key = jax.random.key(0)
     before = reader_training.loss(reader.init(jax.random.key(0)), None, batch, key)
     assert reader_training.loss(params, None, batch, key)[0] < 0.9 * before[0]
