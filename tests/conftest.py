@@ -1,6 +1,20 @@
-"""Every test checks the jaxtyping annotations of the engine at run time."""
+"""Every test checks the jaxtyping annotations of the engine at run time, and is compiled quickly.
 
-from jaxtyping import install_import_hook
+The models of the tests are tiny: their time is the compiler's. FOGSCULPT_LONG=1 compiles as users do.
+"""
+
+import os
+
+from tests.compiling import quickly
+
+# The workers take the cores; more threads than cores wait for each other, which costs them as much again.
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
+if not os.environ.get("FOGSCULPT_LONG"):
+    quickly(os.environ)  # before JAX looks, and for the processes that tests start, too
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 # PEP 484: where a float is asked for, an int will do.
 install_import_hook("engine", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

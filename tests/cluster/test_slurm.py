@@ -1,5 +1,6 @@
 """Our batch script in a real SLURM of two nodes: lost nodes, preemption, mistakes, arrays."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def submit(cluster, log, *arguments, python=sys.executable, options=("--nodes=2"
         "FOGSCULPT_PYTHON": python,
         "PYTHONPATH": ROOT,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false",
     }
     export = ",".join(["ALL", *(f"{name}={value}" for name, value in settings.items())])
     where = (f"--output={log}", f"--chdir={log.parent}", f"--export={export}", "--time=10")

@@ -16,6 +16,6 @@ def test_on_eight_simulated_devices(tmp_path):
         "XDG_CACHE_HOME": str(tmp_path),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # the time of these tests is the compiler's
     }
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "on_eight.py")]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(HERE / "on_eight.py")]
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,6 +10,7 @@ import pytest
 import engine
 from engine import pipeline
 from launch import generate
+from tests.backgrounds import few
 from tests.tiny import tiny_folder
 
 ROWS = [
@@ -21,6 +22,12 @@ ROWS = [
     {"prompt": "a car", "guidance_scale": 3.5},
     {"prompt": "a cat above a dog", "sampler": "ddim"},
 ]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def few_backgrounds():
+    with few():
+        yield
 
 
 class Outcome(NamedTuple):

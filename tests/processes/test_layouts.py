@@ -45,7 +45,7 @@ def worker(folder, out, devices, *flags):
     own |= {"steps": 3, "seed": 7, "batch_size": 1, "shard_size": 5}
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "NPROC": "8",  # threads of a CPU, by which it cuts its sums; else it has as many as devices
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # the time of these tests is the compiler's
         "XDG_CACHE_HOME": str(folder / f"cache-{devices}"),

@@ -53,7 +53,7 @@ def launched(workdir, flags, devices, processes):
         coordinator = f"127.0.0.1:{found.getsockname()[1]}"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     with contextlib.ExitStack() as stack:

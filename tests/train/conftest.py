@@ -1,12 +1,10 @@
 """Training steps, as all that is tiny, are compiled quickly; and runs that are disturbed."""
 
-import functools
-
 import pytest
 
 from engine.pipeline import use_compilation_cache
 from engine.train import loop
-from engine.world import compose, drawing
+from tests.backgrounds import few
 from tests.tiny import compiled_quickly
 
 
@@ -19,10 +17,7 @@ def quick_compiler():
 
 @pytest.fixture(scope="package", autouse=True)
 def few_backgrounds():
-    """Each background is painted once, not eight times: seconds of every process of tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        table = functools.cache(lambda: compose.textures(drawing.sprites(), variants=1))
-        patch.setattr(drawing, "tables", table)
+    with few():
         yield
 
 
