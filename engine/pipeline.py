@@ -136,6 +136,7 @@ class Pipeline:
         strength: float | None = None,
         image_guidance_scale: float = GenerateConfig.image_guidance_scale,
         refiner_start: float | None = None,
+        grid: str | None = None,
     ) -> UInt8[np.ndarray, "B H W 3"]:
         """One picture for each prompt.
 
@@ -153,6 +154,7 @@ class Pipeline:
           image_guidance_scale: how strictly a model that changes pictures as it is told keeps to the given
             one, where guidance_scale is not 1.
           refiner_start: share of the way, 0 to 1, that the model goes before its refiner; None: 0.8.
+          grid: how noise levels are spread, one of schedules.GRIDS; None: as the model's folder says.
 
         Raises:
           UserError: an argument is wrong.
@@ -163,7 +165,7 @@ class Pipeline:
         if strength is None:
             strength = edits.default_strength(given[0] if given else None, self.made_for)
         settings = self.settings(
-            steps, sampler, guidance_scale, height, width, batch_size, strength, refiner_start
+            steps, sampler, guidance_scale, height, width, batch_size, strength, refiner_start, grid
         )
         seed = noise.fresh_seed() if seed is None else seed
         images = []
@@ -266,6 +268,7 @@ class Pipeline:
         batch_size: int = 1,
         strength: float = 1.0,
         refiner_start: float | None = None,
+        grid: str | None = None,
     ) -> Settings:
         """Checks settings, and fills in what the model knows; raises UserError before anything compiles."""
         default_height, default_width = self.default_size
@@ -277,10 +280,11 @@ class Pipeline:
             default_width if width is None else width,
             batch_size,
             strength,
+            grid,
             self._refiner_start(refiner_start),
         )
         samplers.find(settings.sampler)
-        schedules.sigmas_for(for_sampler(self.model.scheduler, settings.sampler), steps)
+        self._grid(settings)
         edits.check_strength(settings)
         if self.refiner:
             self._ways(settings)
@@ -352,7 +356,9 @@ class Pipeline:
     def _grid(self, settings: Settings) -> tuple[SchedulerConfig, np.ndarray]:
         """The scheduler of the sampler, and all sigmas of its grid."""
         config = for_sampler(self.programs.model.scheduler, settings.sampler)
-        return config, schedules.sigmas_for(config, settings.steps)
+        if settings.grid in schedules.SPACINGS:
+            config = dataclasses.replace(config, timestep_spacing=settings.grid)
+        return config, schedules.sigmas_for(config, settings.steps, settings.grid)
 
     def _ways(self, settings: Settings) -> list[Way]:
         """The way of the model, and behind it that of the refiner where there is one."""

@@ -26,6 +26,7 @@ class Settings:
     width: int
     batch_size: int  # pictures a device
     strength: float = 1.0  # of the steps, the share that a given picture takes: the last ones
+    grid: str | None = None  # how noise levels are spread; None: as the sampler and the model's folder say
     refiner_start: float | None = None  # share of the way that the model goes before its refiner
 
     @property

@@ -80,6 +80,11 @@ FLAGS: cli.Groups = {
             "dpmpp_3m_sde;\n"
             "without it the one that the model names",
         ),
+        "grid": (
+            "NAME",
+            "how noise levels are spread: linspace, leading, trailing, sgm_uniform, karras or\n"
+            "exponential; without it as the sampler and the model say. Turbo and Lightning want trailing",
+        ),
         "steps": ("N", "more is finer and slower"),
         "guidance_scale": (
             "G",

@@ -1,5 +1,6 @@
 """The contract of `load` and `generate`, on a tiny model."""
 
+import dataclasses
 import itertools
 import pathlib
 
@@ -168,6 +169,18 @@ def test_the_options_of_the_folders_scheduler_reach_its_sampler(folder, monkeypa
     assert seen == [{"solver_order": 2, "solver_type": "bh2"}]
 
 
+def test_a_grid_stands_in_for_that_of_the_folders_scheduler(folder, pipe):
+    options = {"steps": STEPS, "sampler": "euler"}
+    trailing = dataclasses.replace(pipe.model.scheduler, timestep_spacing="trailing")
+    other = pipelines.Pipeline(
+        dataclasses.replace(pipe.model, scheduler=trailing), pipe.devices, "other", "float32", folder
+    )
+    ours = draw(pipe, grid="trailing", **options)
+    np.testing.assert_array_equal(ours, draw(other, **options))
+    assert not np.array_equal(ours, draw(pipe, **options))
+    assert not np.array_equal(ours, draw(pipe, grid="karras", **options))
+
+
 def test_segment_length():
     for steps in range(1, 1001):
         length = segment_length(steps)
@@ -241,6 +254,8 @@ def test_nan_is_told_of_the_picture_that_it_struck(pipe):
         ({"width": 0}, "width=0.*write 2"),
         ({"height": 10**6}, "height=1000000.*write 16384"),
         ({"batch_size": 0}, "batch_size=0: write 1 or more"),
+        ({"grid": "karas"}, r"grid='karas' is not supported \(did you mean karras\?\)"),
+        ({"refiner_start": 0.5}, "refiner_start=0.5 without a refiner: write --refiner FOLDER"),
         ({"seed": -1}, "seed=-1 is out of range"),
         ({"first_index": -1}, "image index -1 is out of range"),
         ({"latents": np.zeros((3, 4, 4, 4), np.float32)}, r"shape \(3, 4, 4, 4\).*need \(3, 8, 8, 4\)"),

@@ -30,6 +30,7 @@ class GenerateConfig:
     refiner_start: float | None = None  # share of the way before that; None: 0.8
     tile: int = 0  # pixels; larger pictures are decoded in tiles of this side. 0: whole
     sampler: str | None = None  # None: the one that the model's folder names
+    grid: str | None = None  # how noise levels are spread; None: as the model's folder says
     steps: int = 30
     guidance_scale: float = 5.0
     image: str = ""  # a picture to change

@@ -16,6 +16,7 @@ import engine
 from engine import finish
 from engine.config import FORMATS, GenerateConfig, JobConfig
 from engine.diffusion.samplers import SAMPLERS
+from engine.diffusion.scheduler_config import GRIDS
 from engine.jobs import pictures
 from engine.parallel import MODES
 from engine.pipeline import DTYPES, Pipeline
@@ -48,6 +49,7 @@ def test_help_names_every_flag_with_its_default(run, capsys):
         assert (said and said[1]) == (None if default in (None, "", False) else str(default)), name
     for choices, flag in (
         (SAMPLERS, "sampler"),
+        (GRIDS, "grid"),
         (MODES, "parallel"),
         (DTYPES, "dtype"),
         (FORMATS, "format"),
