@@ -99,7 +99,8 @@ def main() -> None:
         own = sum(
             2 * math.prod(leaf.shape) for leaf in jax.tree.leaves(arguments[0]) if leaf.dtype == jnp.bfloat16
         )
-        beside = memory.argument_size_in_bytes - own + memory.output_size_in_bytes
+        given_too = max(memory.argument_size_in_bytes - own, 0)  # weights that it does not use are left out
+        beside = given_too + memory.output_size_in_bytes
         total = weights + beside + memory.temp_size_in_bytes
         cost = compiled.cost_analysis()
         print(

@@ -49,8 +49,8 @@ def load_once():
     """engine.load with a memory: what it has compiled serves all tests."""
     cached = functools.cache(pipeline.load)
 
-    def load(model, dtype, parallel, lora=(), embeddings=(), decoder=None, tile=0):
-        return cached(model, dtype, parallel, lora, embeddings, decoder, tile)
+    def load(model, dtype, parallel, lora=(), embeddings=(), *rest):
+        return cached(model, dtype, parallel, lora, embeddings, *rest)
 
     load.cache_clear = cached.cache_clear
     return load

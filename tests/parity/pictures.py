@@ -44,6 +44,7 @@ SCHEDULERS = {
 PROMPTS = ["a red fox at night", "a cat above a dog"]
 NEGATIVES = ["a blue car", ""]
 STEPS, SCALE = 10, 4.0
+IN_FLOAT32 = {"torch_dtype": torch.float32}
 
 
 class How(NamedTuple):
@@ -103,7 +104,7 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
 
 def draw_in_pytorch(folder: pathlib.Path, latents: np.ndarray, **options: Any) -> np.ndarray:
     """What diffusers draws with a folder of Stable Diffusion 1 or 2."""
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, **IN_FLOAT32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(PROMPTS, latents=torch.from_numpy(nchw(latents).copy()), output_type="np", **options)
     return np.round(images.images * 255).astype(np.uint8)

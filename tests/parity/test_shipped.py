@@ -1,11 +1,16 @@
 """The model in the package: its size, its words, and the same pictures in PyTorch diffusers."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 
 import engine
 from engine import world
 from engine.pipeline import SHIPPED, SHIPPED_NAME
 from engine.text.prompts import unread
+from tests import compiling
 from tests.parity.pictures import NEGATIVES, PROMPTS, draw_in_pytorch, psnr
 
 MOST_BYTES = 64 * 2**20
@@ -41,3 +46,14 @@ def test_words_change_the_picture():
     pipe = engine.load()
     night, snow = pipe.generate(["a fox at night", "a fox in the snow"], seed=0, steps=STEPS).mean((1, 2, 3))
     assert night < snow - 50
+
+
+def test_same_picture_as_pytorch_as_users_compile_it():
+    """The tests compile otherwise, for speed (tests/compiling.py): here once as XLA does for everyone."""
+    ours = (compiling.LEAST, "XLA_FLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    test = f"{__file__}::{test_same_picture_as_pytorch.__name__}"
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", test]
+    environment["FOGSCULPT_LONG"] = "1"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
