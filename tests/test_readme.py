@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch import generate
-from tests.tiny import tiny_folder
+from tests.tiny import REFINER, XL, tiny_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,7 +27,11 @@ def commands(*pages: str) -> list[str]:
 COMMANDS = commands(README)
 
 # What a reader fills in, and what would take hours or gigabytes: those commands have tests of their own.
-MODEL = "path/to/stable-diffusion-v1-5"
+MODELS = {  # overrides of a tiny one in its place
+    "path/to/stable-diffusion-v1-5": {},
+    "path/to/sdxl-base": XL,
+    "path/to/sdxl-refiner": REFINER,
+}
 USAGE = "PROMPT..."
 LONG = ("launch.train", "launch.evaluate", "launch.random_model", "launch.scenes", "launch.convert")
 
@@ -40,7 +44,9 @@ def test_the_readme_shows_commands():
 
 def test_commands_that_draw(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    tiny_folder(tmp_path / "tiny")
+    for path, overrides in MODELS.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        tiny_folder(tmp_path / path, **overrides)
     (csv,) = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
     (tmp_path / "prompts.csv").write_text(csv)
     (jsonl,) = re.findall(r"```jsonl\n(.*?)```", README, re.DOTALL)
@@ -51,7 +57,6 @@ def test_commands_that_draw(tmp_path, monkeypatch, capsys):
         module, *arguments = shlex.split(command)
         if module in LONG or USAGE in arguments:
             continue
-        arguments = [str(tmp_path / "tiny") if a == MODEL else a for a in arguments]
         assert generate.run(arguments) == 0, command
         said = capsys.readouterr().out.splitlines()
         for line in () if {"--status", "--verify"} & set(arguments) else said:
