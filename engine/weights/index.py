@@ -18,15 +18,10 @@ FILE = "model_index.json"
 WORDS, INPAINTS, FOLLOWS = "words", "inpaints", "follows"  # what a U-Net's channels are made for
 _FIRST = "StableDiffusion"  # 1 and 2
 _XL = "StableDiffusionXL"
-# Which class draws with a U-Net; the last one of each is for any.
-PIPELINES = {
-    _FIRST: {WORDS: "Pipeline", INPAINTS: "InpaintPipeline", FOLLOWS: "InstructPix2PixPipeline"},
-    _XL: {WORDS: "Pipeline", INPAINTS: "InpaintPipeline"},
-}
+# Which class draws with a U-Net, and which starts from pictures with any.
+ENDS = {WORDS: "Pipeline", INPAINTS: "InpaintPipeline", FOLLOWS: "InstructPix2PixPipeline"}
 IMG2IMG = "Img2ImgPipeline"
-NAMES = tuple(
-    family + end for family, ends in PIPELINES.items() for end in dict.fromkeys([*ends.values(), IMG2IMG])
-)
+NAMES = tuple(family + end for family in (_FIRST, _XL) for end in (*ENDS.values(), IMG2IMG))
 NOT_READ = (
     *("safety_checker", "feature_extractor", "image_encoder"),
     *("requires_safety_checker", "add_watermarker", "requires_aesthetics_score"),
@@ -79,6 +74,8 @@ def read_index(folder: Path) -> Index:
     index = read_json(where)
     if (name := index.get("_class_name")) not in NAMES:
         raise UserError(f"{where} describes a {name}; the engine reads {', '.join(NAMES)}")
+    if index.pop("is_cosxl_edit", False):
+        raise UserError(f"{where}: is_cosxl_edit: CosXL, which is trained in other noise levels, is not read")
     wanted, needed = _wanted(name.startswith(_XL))
     classes = {}
     for name, value in index.items():
@@ -116,8 +113,7 @@ def write_index(folder: Path, configs: Mapping[str, Any], scheduler: str, zeros:
     xl = "text_encoder_2" in configs
     made_for = channels(configs["unet"], configs["vae"])
     refines = xl and numbers_beside(configs["unet"], configs["text_encoder_2"], "unet/config.json") == SCORED
-    ends = PIPELINES[_XL if xl else _FIRST]
-    end = IMG2IMG if refines else ends.get(made_for or WORDS, ends[WORDS])
+    end = IMG2IMG if refines else ENDS[made_for or WORDS]
     index: dict[str, Any] = {
         "_class_name": (_XL if xl else _FIRST) + end,
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -126,7 +122,7 @@ def write_index(folder: Path, configs: Mapping[str, Any], scheduler: str, zeros:
     }
     if xl:
         index |= {ZEROS: zeros, "image_encoder": [None, None]}
-        index |= {"requires_aesthetics_score": refines} if end != PIPELINES[_XL][WORDS] else {}
+        index |= {"requires_aesthetics_score": refines} if end in (ENDS[INPAINTS], IMG2IMG) else {}
         index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
     else:
         index |= {"requires_safety_checker": False, "safety_checker": [None, None]}

@@ -19,6 +19,7 @@ INPAINTS, FOLLOWS = {"unet": {"in_channels": 9}}, {"unet": {"in_channels": 8}}
 LCM = {"unet": {"time_cond_proj_dim": 16}}
 PRUNED_SD = {"unet": {"mid_block_type": None}}
 XL_INPAINTS = {**XL, "unet": XL["unet"] | {"in_channels": 9}}
+XL_FOLLOWS = {**XL, "unet": XL["unet"] | {"in_channels": 8}}
 XL_LCM = {**XL, "unet": XL["unet"] | {"time_cond_proj_dim": 16}}
 SSD = {
     **XL,
@@ -116,6 +117,7 @@ ROWS = {
         "ddim, v",
         How(negatives=ONE, image=True, mask=True, strength=0.5),
     ),
+    "SDXL InstructPix2Pix": (XL_FOLLOWS, "euler", How(negatives=ONE, image=True)),
     "SSD-1B, words": (SSD, "euler", XL_WORDS),
     "SDXL refiner alone, img2img": (REFINER, "euler", How(negatives=ONE, image=True, strength=0.6)),
 }
