@@ -72,9 +72,7 @@ def main() -> None:
     print(f"{given.architecture}, {given.side} px")
     print(f"weights          {weights / GiB:5.2f} GiB, {most / GiB:.2f} of temporaries")
     print(f"before           {before / GiB:5.2f} GiB")
-    print(
-        f"loaded           {loaded / GiB:5.2f} GiB, {loaded / weights:.2f} of the weights, {ready - start:.0f} s"
-    )
+    print(f"loaded           {loaded / GiB:5.2f} GiB, {loaded / weights:.2f} of them, {ready - start:.0f} s")
     print(
         f"a picture drawn  {drawn / GiB:5.2f} GiB, {drawn / (weights + most):.2f} of both, "
         f"{done - ready:.0f} s with compilation"

@@ -49,8 +49,8 @@ def load_once():
     """engine.load with a memory: what it has compiled serves all tests."""
     cached = functools.cache(pipeline.load)
 
-    def load(model, dtype, parallel, lora=(), embeddings=(), *rest):
-        return cached(model, dtype, parallel, lora, embeddings, *rest)
+    def load(model, dtype, parallel, lora=(), embeddings=(), decoder=None, tile=0, refiner=None):
+        return cached(model, dtype, parallel, lora, embeddings, decoder, tile, refiner)
 
     load.cache_clear = cached.cache_clear
     return load
