@@ -111,11 +111,16 @@ class Pipeline:
         tile: int = 0,
         refiner: Model | None = None,
     ):
-        self.model, self.devices, self.name, self.dtype = model, devices, name, dtype
+        self.devices, self.name, self.dtype = devices, name, dtype
         self.folder = folder  # from which the model was loaded
         self.programs = Programs(model, devices, name, tile)
         self.refiner = Programs(refiner, devices, "the refiner", tile) if refiner else None
         self.made_for = self.programs.made_for
+
+    @property
+    def model(self) -> Model:
+        """What draws; that of `programs`, in which other params may take its place."""
+        return self.programs.model
 
     # ---- what people call
 

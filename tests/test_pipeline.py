@@ -11,6 +11,7 @@ import pytest
 
 import engine
 from engine import pipeline as pipelines
+from engine import programs
 from engine.diffusion import noise, samplers
 from engine.diffusion.segments import segment_length
 from engine.finish import to_uint8
@@ -153,7 +154,7 @@ def test_every_sampler_draws_a_picture_of_its_own(pipe, by_sampler):
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde", "pndm"])  # what there is to carry: all of it
 def test_segments_carry_on_where_the_last_one_ended(folder, by_sampler, sampler, monkeypatch):
-    monkeypatch.setattr(pipelines, "segment_length", lambda steps: steps)
+    monkeypatch.setattr(programs, "segment_length", lambda steps: steps)
     assert difference(draw(engine.load(folder), sampler=sampler), by_sampler[sampler]) <= 1
 
 

@@ -26,7 +26,7 @@ class Samples:
             kind: dataclasses.replace(getattr(model, kind), params=self._pipe.devices.place_tree(own))
             for kind, own in params.items()
         }
-        self._pipe.model = dataclasses.replace(model, **parts)
+        self._pipe.programs.model = dataclasses.replace(model, **parts)
         config, prompts = self._config, list(self._config.prompts)
         images = self._pipe.generate(
             prompts, seed=config.seed, steps=config.steps, guidance_scale=config.guidance_scale

@@ -15,7 +15,7 @@ from engine.diffusion.losses import check_terminal
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.models.autoencoder import AutoencoderConfig
 from engine.models.clip import CLIPTextConfig
-from engine.models.unet import UNetConfig
+from engine.models.unet_config import UNetConfig
 from engine.text.tokenizer import Tokenizer, train_tokenizer
 from engine.train import loop, objectives, optim
 from engine.train.data import BatchAt, captions_with_facts

@@ -180,7 +180,9 @@ def _on_default_device(name: str, array: np.ndarray) -> jax.Array:
 def read_config(path: Path, kind: str) -> Any:
     """The config of a model; UserError, with the file, where it is not one that the engine can build."""
     options = read_json(path)
-    written, known = options.get("_class_name", KNOWN[kind].class_name), KNOWN[kind].class_names
+    known, architectures = KNOWN[kind].class_names, options.get("architectures")
+    said = architectures[0] if isinstance(architectures, list) and architectures else known[0]
+    written = options.get("_class_name", said)  # that of diffusers, or of transformers
     if written not in known:
         raise UserError(f"{path} describes a {written}; the engine reads {' or '.join(known)}")
     try:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from engine.models.autoencoder import AutoencoderConfig
 from engine.models.clip import CLIPTextConfig
-from engine.models.unet import UNetConfig
+from engine.models.unet_config import UNetConfig
 from engine.types import UserError
 from engine.weights.component import listed
 from engine.weights.index import SCORED, SIZED

@@ -15,7 +15,7 @@ from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.models.autoencoder import AutoencoderConfig
 from engine.models.autoencoder_tiny import AutoencoderTinyConfig
 from engine.models.clip import CLIPTextConfig
-from engine.models.unet import UNetConfig
+from engine.models.unet_config import UNetConfig
 from engine.text.tokenizer import BOS, BYTES, END_OF_WORD, EOS, Merges, Tokenizer
 from engine.types import UserError
 from engine.weights import names

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from engine.config import to_json
 from engine.diffusion.scheduler_config import SchedulerConfig
-from engine.models.unet import UNetConfig
+from engine.models.unet_config import UNetConfig
 from engine.types import UserError
 from engine.weights import names
 from engine.weights.component import KNOWN, abstract, find_weights, listed, match, read_config, read_headers

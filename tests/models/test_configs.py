@@ -9,11 +9,12 @@ import pytest
 import transformers
 
 from engine.config import to_json
-from engine.models import autoencoder, clip, unet
+from engine.models import autoencoder, clip, unet_config
 from engine.models.autoencoder import AutoencoderConfig
 from engine.models.clip import CLIPTextConfig
-from engine.models.unet import UNetConfig
+from engine.models.unet_config import UNetConfig
 from engine.types import UserError
+from engine.weights.component import read_config
 
 BLOCKS_1 = {
     "down_block_types": [
@@ -109,7 +110,7 @@ TEXT_2_1 = TEXT_1_5 | {
 
 # name: (our config, its fixed options, a published file, the class that writes such files)
 KINDS = {
-    "unet": (UNetConfig, unet.FIXED, UNET_1_5, diffusers.UNet2DConditionModel),
+    "unet": (UNetConfig, unet_config.FIXED, UNET_1_5, diffusers.UNet2DConditionModel),
     "vae": (AutoencoderConfig, autoencoder.FIXED, VAE_1_5, diffusers.AutoencoderKL),
     "text_encoder": (CLIPTextConfig, clip.FIXED, TEXT_1_5, transformers.CLIPTextConfig),
 }
@@ -141,7 +142,7 @@ def test_published_files_load(config, file):
     """Every option arrives, and what is written back reads as the same config."""
     loaded = config.from_json(json.loads(json.dumps(file)), "config.json")
     written = json.loads(json.dumps(to_json(loaded, file.get("_class_name", "CLIPTextModel"))))
-    fixed = {*unet.FIXED, *autoencoder.FIXED, *clip.FIXED, *clip.UNREAD}
+    fixed = {*unet_config.FIXED, *autoencoder.FIXED, *clip.FIXED, *clip.UNREAD}
     expected = {k: v for k, v in file.items() if not k.startswith("_") and k not in fixed}
     assert expected.items() <= written.items()
     assert config.from_json(written, "config.json") == loaded
@@ -181,14 +182,20 @@ def test_unknown_options_are_refused_by_name(kind):
         assert f"'{name}x' (did you mean {name}?)" in refused(kind, file | {name + "x": 1})
 
 
-def test_options_of_another_model_are_refused():
+def test_options_of_another_model_are_refused(tmp_path):
     """Of SDXL, of an inpainting helper, of CLIP's generic keys that could change a forward pass."""
     for name, value in (("addition_embed_type", "image"), ("class_embed_type", "timestep")):
         assert name in refused("unet", UNET_1_5 | {name: value})
     assert "latents_mean" in refused("vae", VAE_1_5 | {"latents_mean": [0.0] * 4})
     assert "pruned_heads" in refused("text_encoder", TEXT_1_5 | {"pruned_heads": {"0": [1]}})
-    projected = TEXT_1_5 | {"architectures": ["CLIPTextModelWithProjection"]}
-    assert "architectures" in refused("text_encoder", projected)
+    file = tmp_path / "config.json"
+    for kind, name, wanted in (
+        ("text_encoder", "CLIPTextModelWithProjection", "CLIPTextModel"),
+        ("text_encoder_2", "CLIPTextModel", "CLIPTextModelWithProjection"),
+    ):
+        file.write_text(json.dumps(TEXT_1_5 | {"architectures": [name]}))
+        with pytest.raises(UserError, match=f"describes a {name}; the engine reads {wanted}$"):
+            read_config(file, kind)
 
 
 @pytest.mark.parametrize(("kind", "option"), FIXED, ids=str)
