@@ -37,7 +37,9 @@ def test_workers_that_come_and_go(shop, right, tmp_path):
 
 
 def test_a_training_that_is_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # nine tenths of each life are the compiler's
+    # Most of a life is the compiler's: only the first compiles.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     school = School(tmp_path, STEPS)
     faults.check(school.command("undisturbed"), None)
     kill_and_go_on(school, "killed", TRAINING_KILLS, random.Random(3), longest_life=1.0)
