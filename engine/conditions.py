@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
@@ -48,7 +49,7 @@ def encoded(model: Model, params: dict[str, Params], ids: dict[str, Array]) -> C
         return Context(build["text_encoder"].context(ids["text_encoder"]))
     outputs = [encoder(ids[kind]) for kind, encoder in build.items()]
     words = [output.hidden_states[-2] for output in outputs]
-    return Context(jax.numpy.concatenate(words, -1), outputs[-1].pooled)
+    return Context(jnp.concatenate(words, -1), outputs[-1].pooled)
 
 
 def told(model: Model, requests: Sequence[Request], contexts: Any, settings: Settings) -> tuple[Told, Told]:

@@ -61,9 +61,8 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = (
-        1  # or one for each residual block
-    )
+    # Of each block, or of each of its residual blocks.
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
     # The same on the way up, in its order; where it differs, as in the pruned U-Nets of Segmind.
     reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     attention_head_dim: int | tuple[int, ...] = 8
