@@ -68,6 +68,7 @@ setup(
             "diffusers>=0.35",
             "transformers>=4.50",
             "peft>=0.17",  # LoRAs in PyTorch diffusers
+            "torchsde>=0.2.6",  # diffusers' DPMSolverSDEScheduler
         ],
     },
 )

@@ -51,6 +51,7 @@ RULES = {
     "LMSDiscreteScheduler": Rules("lms", "linspace", "ve", SHAPES),
     "KDPM2DiscreteScheduler": Rules("dpm_2", "linspace", "ve", SHAPES),
     "KDPM2AncestralDiscreteScheduler": Rules("dpm_2_ancestral", "linspace", "ve", SHAPES),
+    "DPMSolverSDEScheduler": Rules("dpmpp_sde", "linspace", "ve", SHAPES),
     LCM: Rules("lcm", "leading", "vp", ("original_inference_steps", "timestep_scaling")),
     TCD: Rules("tcd", "leading", "vp", ("original_inference_steps",)),
     FLOW: Rules("euler", "linspace", "flow", ("shift",)),
@@ -59,7 +60,6 @@ CLASSES = {rules.sampler: name for name, rules in RULES.items() if name != FLOW}
     "dpmpp_2m_sde": DPM_SOLVER,
     # k-diffusion's: no class that does the same. On the grid that k-diffusion starts from
     "dpmpp_2s_ancestral": "EulerDiscreteScheduler",
-    "dpmpp_sde": "EulerDiscreteScheduler",
     "dpmpp_3m_sde": "EulerDiscreteScheduler",
 }
 
@@ -104,7 +104,7 @@ SOLVERS: dict[str, dict[str, tuple]] = {
 }
 INERT = (
     *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"),
-    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
+    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "noise_sampler_seed"),
 )
 
 
@@ -155,7 +155,7 @@ class SchedulerConfig:
             defaults["skip_prk_steps"] = False
         if name == FLOW:
             defaults["prediction_type"] = "flow_prediction"
-        if name.startswith(("Heun", "KDPM2", "LCM", "TCD")):
+        if name.startswith(("Heun", "KDPM2", "DPMSolverSDE", "LCM", "TCD")):
             defaults |= {"beta_start": 0.00085, "beta_end": 0.012}
         if name in (LCM, TCD):
             defaults["beta_schedule"] = "scaled_linear"

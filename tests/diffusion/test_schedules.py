@@ -156,7 +156,7 @@ def test_what_is_not_implemented_is_refused_with_its_name(class_name, options, m
         read(class_name, **options)
 
 
-K_DIFFUSION = ("dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_3m_sde")  # no class of diffusers is theirs
+K_DIFFUSION = ("dpmpp_2s_ancestral", "dpmpp_3m_sde")  # no class of diffusers is theirs
 
 
 def test_for_sampler_changes_the_grid_and_keeps_the_noise_schedule():

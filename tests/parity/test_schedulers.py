@@ -38,6 +38,7 @@ DPM, HEUN = "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 LMS, DEIS, UNIPC = "LMSDiscreteScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"
 DPM2, DPM2A = "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"
+DPM_SDE = "DPMSolverSDEScheduler"
 LCM, TCD = "LCMScheduler", "TCDScheduler"
 FLOW = "FlowMatchEulerDiscreteScheduler"
 MODULES = {DDIM: "ddim", DDPM: "ddpm", EULER: "euler_discrete", ANCESTRAL: "euler_ancestral_discrete"}
@@ -51,7 +52,7 @@ SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
 EPS, V, X0 = "epsilon", "v_prediction", "sample"
 
 
-TWO_STEPS = ("heun", "dpm_2", "dpm_2_ancestral")  # an interval
+TWO_STEPS = ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_sde")  # an interval
 
 
 def config_of(class_name: str, options: dict) -> SchedulerConfig:
@@ -114,6 +115,8 @@ def their_trajectory(config: SchedulerConfig, steps: int, noise: np.ndarray, z: 
         sigmas = np.append(scheduler.sigmas[:1], scheduler.sigmas[1:-1:2])[:steps]
         scheduler.timesteps = scheduler.timesteps.to(torch.float64)
         scheduler.timesteps[::2] = torch.tensor(scheduler._sigma_to_t(sigmas, scheduler.log_sigmas.numpy()))
+    if config.class_name == DPM_SDE:
+        scheduler.noise_sampler = brownian_path(z)
     timesteps = scheduler.timesteps.numpy()
     x = torch.tensor(noise) * getattr(scheduler, "init_noise_sigma", 1.0)
     samples, predictions = [], []
@@ -133,6 +136,22 @@ def their_trajectory(config: SchedulerConfig, steps: int, noise: np.ndarray, z: 
         if hasattr(out, "pred_original_sample"):
             predictions.append(out.pred_original_sample.numpy())
     return samples, predictions
+
+
+def brownian_path(z: list):
+    """Our noise as increments of a path over an interval: first to its middle, then over the whole of it."""
+    middles, noises = [], iter(z)
+
+    def noise_sampler(sigma, sigma_next):
+        new = torch.tensor(next(noises))
+        if not middles:
+            middles.append((sigma_next, new))
+            return new
+        middle, before = middles.pop()
+        path = (sigma - middle) ** 0.5 * before + (middle - sigma_next) ** 0.5 * new
+        return path / (sigma - sigma_next) ** 0.5
+
+    return noise_sampler
 
 
 def _as_eps(F, x, alpha_bar, prediction_type: str):
@@ -259,6 +278,10 @@ TRAJECTORIES = [
     (DPM2A, EPS, "linspace", 10, SD, None),
     (DPM2A, V, "trailing", 10, SD, None),
     (DPM2A, EPS, "leading", 10, SD | KARRAS, None),
+    (DPM_SDE, EPS, "linspace", 10, SD, None),
+    (DPM_SDE, V, "leading", 10, SD | {"steps_offset": 1}, None),
+    (DPM_SDE, V, "trailing", 10, SD | KARRAS, None),
+    (DPM_SDE, EPS, "linspace", 10, SD | EXPONENTIAL, None),
     (LCM, EPS, "leading", 4, SD, None),
     (LCM, V, "trailing", 8, SD | ZERO_SNR, None),
     (LCM, X0, "leading", 4, SD | {"timestep_scaling": 0.01, "original_inference_steps": 100}, None),
@@ -346,6 +369,7 @@ GRIDS = [
     (UNIPC, KARRAS | SIGMA_MIN | {"sigma_min": 0.1}),
     (DPM2, KARRAS),
     (DPM2A, {"steps_offset": 1}),
+    (DPM_SDE, KARRAS),
     (LCM, {}),
     (TCD, {"original_inference_steps": 100}),
 ]
@@ -370,7 +394,7 @@ def test_grid_equals_the_originals(class_name, options, spacing, betas):
             expected = np.append(expected, ((1 - final) / final).sqrt().item())
         else:
             expected = scheduler.sigmas.numpy()
-            if class_name in (HEUN, DPM2, DPM2A):  # all but the first twice
+            if class_name in (HEUN, DPM2, DPM2A, DPM_SDE):  # all but the first twice
                 expected = np.append(expected[:1], expected[1::2])[: steps + 1]
         np.testing.assert_allclose(sigmas, expected, rtol=2e-4, atol=2e-5)
         if class_name not in (DPM, DEIS, UNIPC) and hasattr(scheduler, "init_noise_sigma"):
