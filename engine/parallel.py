@@ -79,6 +79,11 @@ class Devices:
         return len(self.devices)
 
     @property
+    def platform(self) -> str:
+        """What they are: "cpu", "gpu", "tpu"."""
+        return self.devices[0].platform
+
+    @property
     def alone(self) -> bool:
         """Whether no other host has a part in what these devices do."""
         return self._whole.is_fully_addressable
@@ -169,6 +174,16 @@ class Devices:
             f, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False
         )
         return jax.jit(mapped)
+
+    def over_batch(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """Inside a program of `map`: `f` of arrays, applied to each device's own part of the batch.
+
+        For kernels, which the compiler cannot partition. In two of the modes a program sees no more.
+        """
+        if self.mode != "jit":
+            return f
+        split = PartitionSpec("data")
+        return jax.shard_map(f, mesh=self.mesh, in_specs=split, out_specs=split, check_vma=False)
 
 
 def meet(coordinator: str | None, processes: int, process_id: int) -> None:

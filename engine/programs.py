@@ -9,6 +9,7 @@ Params, contexts, keys, guidance scale and sigmas are arguments: another prompt,
 nothing. Sizes, the number of steps, the sampler and whether there is guidance at all are static.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from engine.diffusion.parameterization import denoiser
 from engine.diffusion.scheduler_config import for_sampler
 from engine.diffusion.segments import segment_length
 from engine.finish import to_uint8
+from engine.models.kernels import kernels
 from engine.models.tiles import decode_in_tiles
 from engine.parallel import Devices, pad
 from engine.requests import Context, Request, Settings
@@ -57,12 +59,12 @@ class Programs:
         self.model, self.devices, self.tile = model, devices, tile
         self.distilled = model.unet.config.time_cond_proj_dim is not None  # it knows what guidance does
         self.made_for = edits.made_for(model, name)
-        self._text = devices.map(self._encode)
-        self._decoder = devices.map(self._decode)
-        self._look = devices.map(self._looked_at)
-        self._paste = devices.map(lambda _, batched: edits.pasted(*batched))
-        self._begin = functools.cache(self._build_begin)
-        self._segment = functools.cache(self._build_segment)
+        self.text_program = devices.map(self._encode)
+        self.decoder_program = devices.map(self._decode)
+        self.look_program = devices.map(self._looked_at)
+        self.paste_program = devices.map(lambda _, batched: edits.pasted(*batched))
+        self.begin_program = functools.cache(self._build_begin)
+        self.segment_program = functools.cache(self._build_segment)
         self._noise = functools.cache(self._build_noise)
 
     # ---- run
@@ -73,7 +75,7 @@ class Programs:
         found = {}
         for first in range(0, len(prompts), size):
             rows = {kind: pad(each[first : first + size], size) for kind, each in ids.items()}
-            batch = self.devices.fetch(self._text(params, self.devices.shard_batch(rows)))
+            batch = self.devices.fetch(self.text_program(params, self.devices.shard_batch(rows)))
             for i, prompt in enumerate(prompts[first : first + size]):
                 found[prompt] = jax.tree.map(lambda array, i=i: array[i], batch)
         return found
@@ -96,7 +98,7 @@ class Programs:
             "keys": keys,
         }
         found = self.devices.shard_batch(arrays)
-        return found if given is None else found | self._look(self.model.vae.params, given)
+        return found if given is None else found | self.look_program(self.model.vae.params, given)
 
     def noise(self, batched: Mapping[str, Any], shape: tuple[int, ...]) -> jax.Array:
         """Unit noise (B, *shape) that the keys stand for."""
@@ -121,9 +123,9 @@ class Programs:
             "anew": jnp.float32(way.anew),
         }
         shared = self.devices.share(small) | {"unet": self.model.unet.params}
-        carry = self._begin(way.sampler, way.guided, way.fresh)(shared, {**batched, "x": x})
+        carry = self.begin_program(way.sampler, way.guided, way.fresh)(shared, {**batched, "x": x})
         length = segment_length(way.steps)
-        segment = self._segment(way.sampler, way.guided, length, traced)
+        segment = self.segment_program(way.sampler, way.guided, length, traced)
         traces = []
         for first in range(0, way.steps, length):
             shared["first"] = self.devices.share(jnp.int32(first))
@@ -136,9 +138,9 @@ class Programs:
 
     def decode(self, latents: jax.Array, given: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
         """Pictures (uint8), pasted into the given ones where a mask says so, and which of them are finite."""
-        images, finite = self._decoder(self.model.vae.params, latents)
+        images, finite = self.decoder_program(self.model.vae.params, latents)
         if given is not None and "mask" in given:
-            images = self._paste((), (images, given))
+            images = self.paste_program((), (images, given))
         return images, finite
 
     # ---- the programs; (shared, batched) -> batched
@@ -149,13 +151,18 @@ class Programs:
     def _decode(self, params: Any, latents: Any) -> Any:
         config, decode = self.model.vae.config, module(self.model.vae, params).decode
         scaled = latents / config.scaling_factor
-        image = decode_in_tiles(decode, scaled, self.tile // config.scale, config.scale)
+        with self._kernels():
+            image = decode_in_tiles(decode, scaled, self.tile // config.scale, config.scale)
         axes = (1, 2, 3)
         finite = jnp.isfinite(latents).all(axes) & jnp.isfinite(image).all(axes)
         return to_uint8(jnp.nan_to_num(image)), finite
 
     def _looked_at(self, params: Any, given: Any) -> Any:
-        return edits.looked_at(module(self.model.vae, params), given, self.made_for)
+        with self._kernels():
+            return edits.looked_at(module(self.model.vae, params), given, self.made_for)
+
+    def _kernels(self) -> contextlib.AbstractContextManager:
+        return kernels(self.devices.platform, self.devices.over_batch)
 
     def _build_noise(self, shape: tuple[int, ...]) -> Callable:
         return self.devices.map(lambda _, keys: noise.initial_noise(keys, shape))
@@ -164,7 +171,7 @@ class Programs:
         """The model as the samplers see it: D(x, sigma)."""
         config = for_sampler(self.model.scheduler, sampler)
         words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
-        unet = self._bound(shared["unet"], w - 1 if self.distilled else None)
+        unet = self.bound(shared["unet"], w - 1 if self.distilled else None)
         if guided and self.made_for == edits.FOLLOWS:
             w_picture = batched["image_guidance_scale"]
             apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture)
@@ -173,13 +180,14 @@ class Programs:
         denoise = denoiser(apply, config.prediction_type, schedules.schedule_for(config))
         return edits.keeping(denoise, batched)
 
-    def _bound(self, params: Any, guidance_scale: Any) -> guidance.ContextApply:
-        """The U-Net: (x, t, told) -> F."""
+    def bound(self, params: Any, guidance_scale: Any = None) -> guidance.ContextApply:
+        """The U-Net with (traced) params: (x, t, told) -> F. To be called inside of a program."""
         unet = module(self.model.unet, params)
 
         def apply(x, t, told):
             added = None if told.numbers is None else (told.context.pooled, told.numbers)
-            return unet(x, t, told.context.words, guidance_scale, added)
+            with self._kernels():
+                return unet(x, t, told.context.words, guidance_scale, added)
 
         return apply
 

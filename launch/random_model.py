@@ -13,7 +13,7 @@ from launch import cli
 
 FLAGS: cli.Groups = {
     "What to write": {
-        "architecture": ("NAME", "sd15 (Stable Diffusion 1.5), sd21 (2.1), sdxl or sdxl-refiner"),
+        "architecture": ("NAME", "sd15 (Stable Diffusion 1.5), sd21 (2.1), sdxl, sdxl-refiner or tiny"),
         "dtype": ("TYPE", "on disk: float32, float16 or bfloat16"),
         "seed": ("N", "the same seed writes the same bytes"),
         "out": ("FOLDER", "which must not exist"),

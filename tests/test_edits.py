@@ -48,8 +48,8 @@ def draw(pipe, given, prompts=PROMPTS, **options):
 def test_the_weaker_the_nearer(pipe):
     """To what the autoencoder makes of the given picture."""
     given = [Edit(picture(i)) for i in range(3)]
-    known = pipe.programs._look(pipe.model.vae.params, edits.pixels(given))["known"]
-    same = np.asarray(pipe.programs._decoder(pipe.model.vae.params, known)[0]).astype(int)
+    known = pipe.programs.look_program(pipe.model.vae.params, edits.pixels(given))["known"]
+    same = np.asarray(pipe.programs.decoder_program(pipe.model.vae.params, known)[0]).astype(int)
     away = [np.abs(draw(pipe, given, strength=s) - same).mean() for s in (0.25, 0.5, 1.0)]
     assert away[0] < away[1] < away[2]
     assert np.array_equal(draw(pipe, given, strength=1.0), draw(pipe, None))  # forgotten
@@ -84,7 +84,9 @@ def test_any_sampler_leaves_what_is_known_at_every_sigma(name):
 def test_a_latent_is_drawn_anew_where_any_of_its_pixels_is(pipe):
     mask = np.zeros((16, 16), np.float32)
     mask[5, 11], mask[0, 0] = 0.6, 0.4
-    found = pipe.programs._look(pipe.model.vae.params, edits.pixels([Edit(picture(0), mask)] * 3))["mask"]
+    found = pipe.programs.look_program(pipe.model.vae.params, edits.pixels([Edit(picture(0), mask)] * 3))[
+        "mask"
+    ]
     assert np.argwhere(np.asarray(found)[0, ..., 0]).tolist() == [[2, 5]]
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from engine.models import remat
+from engine.models import kernels, remat
 from engine.models.layers import GroupNorm, Identity, conv
 
 # How many scores a CPU has in memory at a time, 8 MB of them: more leave its caches, and with 32 MB and more
@@ -65,7 +65,9 @@ def attend(
     # Heads first: XLA's CPU matmul is several times slower with the head between batch and channels.
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
     B, N, T, _ = q.shape
-    if mask is not None or B * N * T * k.shape[2] <= CPU_SCORES:
+    if mask is None and (flash := kernels.flash(T)) is not None:
+        out = flash(q, k, v)
+    elif mask is not None or B * N * T * k.shape[2] <= CPU_SCORES:
         out = _attend(q, k, v, mask)
     else:
         out = jax.lax.platform_dependent(q, k, v, cpu=_attend_in_blocks, default=_attend)

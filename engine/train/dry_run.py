@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import optax
 
+from engine import flops
 from engine.config import StageConfig
-from engine.train import flops
 from engine.train import step as steps
 from engine.train.data import BatchAt
 from engine.train.loop import program

@@ -7,13 +7,14 @@ import itertools
 import pathlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from engine.config import StageConfig
+from engine.models.kernels import kernels
 from engine.parallel import SPLIT, Devices
 from engine.train import ema
 from engine.train import step as steps
@@ -39,16 +40,29 @@ class Program(NamedTuple):
 
 
 def program(
-    name: str, loss: steps.Loss, params: Params, optimizer: optax.GradientTransformation, config: StageConfig
+    name: str,
+    loss: steps.Loss,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    config: StageConfig,
+    chips: Sequence[jax.Device] | None = None,
 ) -> Program:
-    """Builds the step; compiles nothing. With config.shard_params each device keeps a part of the state."""
+    """Builds the step; compiles nothing. With config.shard_params each device keeps a part of the state.
+
+    chips: the devices to work on; None: all that there are.
+    """
     # Mode jit: the compiler adds the sum of the gradients over the devices.
     rules = SPLIT if config.shard_params else None
-    devices = Devices("jit", rules=rules, all_hosts=jax.process_count() > 1)
+    devices = Devices("jit", chips, rules, all_hosts=jax.process_count() > 1)
     _check_batch(name, config, devices.count)
     init = functools.partial(steps.init, optimizer=optimizer, config=config)
     places = devices.shardings(jax.eval_shape(init, params))
-    step = steps.train_step(loss, optimizer, config)
+
+    def with_kernels(*arguments: Any) -> Any:
+        with kernels(devices.platform, devices.over_batch):
+            return loss(*arguments)
+
+    step = steps.train_step(with_kernels, optimizer, config)
     return Program(
         devices,
         jax.jit(init, out_shardings=places),

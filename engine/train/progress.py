@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from PIL import Image
 
+from engine import chips, flops
 from engine.config import StageConfig
-from engine.train import flops
 from engine.train.step import Metrics
 
 REPORT_SECONDS = 10.0
@@ -126,4 +126,4 @@ def arithmetic(step, devices: list[jax.Device], *arguments) -> Arithmetic:
       arguments: of the step; a host's part of the batch among them, as large as that of any other host.
     """
     own = flops.count(step, *arguments) * jax.process_count()
-    return Arithmetic(own / len(devices), flops.peak(devices[0]))
+    return Arithmetic(own / len(devices), chips.peak(devices[0]))

@@ -71,7 +71,7 @@ def test_few_programs_are_compiled(job, tmp_path, model, load_once):
     assert outcome.code == cli.DONE
     assert any("2 programs to compile" in line for line in outcome.told)
     pipe = load_once(str(model), "float32", "shard_map")
-    assert pipe.programs._begin.cache_info().currsize == 1
+    assert pipe.programs.begin_program.cache_info().currsize == 1
     assert COMPILED["jit(segment)"] == 2
     assert COMPILED["jit(_encode)"] == 1
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import engine
+from engine import chips
 from engine.config import (
     DataConfig,
     FinetuneConfig,
@@ -21,7 +22,7 @@ from engine.config import (
     SamplesConfig,
 )
 from engine.finish import to_uint8
-from engine.train import dry_run, finetune, flops
+from engine.train import dry_run, finetune
 from engine.train.objectives import applier, to_float
 from engine.types import UserError
 from engine.weights.folder import load_folder
@@ -276,7 +277,7 @@ def test_the_configs_are_sound(name, tmp_path, model, pictures, capsys):
 
 
 def test_utilisation_where_the_peak_is_known(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(flops.PEAKS, "cpu", 1e12)
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e12, 1e11, 1))
     finetune.train(config(steps=2), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Arithmetic of a program, counted from its jaxpr; and what devices could do at best."""
+"""Arithmetic of a program, counted from its jaxpr."""
 
 import math
 from collections.abc import Callable
@@ -7,24 +7,6 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# Peak rate of a chip in bfloat16 with dense operands, FLOP/s, by its device_kind; from data sheets.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def peak(device: jax.Device) -> float | None:
-    """FLOP/s of a device at best; None for one that is not in the table, CPUs above all."""
-    return PEAKS.get(device.device_kind)
-
 
 def count(function: Callable, *arguments: Any) -> int:
     """Multiplications and additions of all matrix products and convolutions of a call.
@@ -32,8 +14,9 @@ def count(function: Callable, *arguments: Any) -> int:
     Args:
       arguments: arrays or jax.ShapeDtypeStruct; nothing is computed.
 
-    Scans count their body once for each step, and of a branch the costliest counts. All else (norms,
-    activations) is left out, as in the field's figures of utilisation.
+    Scans count their body once for each step, kernels theirs once for each block, and of a branch the
+    costliest counts. Where platforms have branches of their own, what counts is the one for all others, whose
+    padding is none. All else (norms, activations) is left out, as in the field's figures of utilisation.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -51,8 +34,10 @@ def _of_equation(equation: Any) -> int:
     inside = [_of_jaxpr(jaxpr) for jaxpr in _inner(equation.params.values())]
     if name == "scan":
         return equation.params["length"] * sum(inside)
+    if name == "pallas_call":
+        return math.prod(equation.params["grid_mapping"].grid) * sum(inside)
     if name == "cond":
-        return max(inside)
+        return inside[-1] if equation.params.get("branches_platforms") else max(inside)
     return sum(inside)
 
 

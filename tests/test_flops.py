@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from engine.train import flops
+from engine import chips, flops
 from tests.tiny import tiny_model
 
 
@@ -72,4 +72,4 @@ def test_a_whole_unet_agrees_with_the_compiler():
 
 
 def test_a_cpu_has_no_peak():
-    assert flops.peak(jax.devices("cpu")[0]) is None
+    assert chips.peak(jax.devices("cpu")[0]) is None

@@ -1,0 +1,82 @@
+"""What a compiled program takes: arithmetic, memory, what goes over links; and the time that is at least."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+
+from engine import chips, flops
+from engine.benchmark.outline import Program
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+_ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
+_BITS = re.compile(r"\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one device. A scan's body counts once."""
+
+    flops: float  # as the compiler counts them
+    accessed: float  # bytes read and written
+    temporaries: int  # bytes of memory beside arguments and results
+    arguments: int  # bytes
+    results: int  # bytes, those that reuse the memory of arguments left out
+    collectives: dict[str, int]  # kind -> how many
+    moved: int  # bytes of what the collectives give
+
+
+def least_seconds(cost: Cost, accessed: float, chip: chips.Chip) -> dict[str, float]:
+    """What arithmetic, memory and links would take alone, at their best.
+
+    The longest is the least that the whole takes (Williams et al. 2009, roofline).
+    """
+    return {
+        "arithmetic": cost.flops / chip.flops,
+        "memory": accessed / chip.bandwidth,
+        "links": cost.moved / chip.links if chip.links else 0.0,
+    }
+
+
+def compiled(program: Program) -> tuple[Cost, jax.stages.Compiled]:
+    """Compiles it, for the devices that its arguments are placed on."""
+    made = program.function.lower(*program.arguments).compile()
+    return cost(made), made
+
+
+def cost(made: jax.stages.Compiled) -> Cost:
+    counted: Any = made.cost_analysis()
+    memory, (kinds, moved) = made.memory_analysis(), collectives(made.as_text())
+    return Cost(
+        counted["flops"],
+        counted["bytes accessed"],
+        memory.temp_size_in_bytes,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        kinds,
+        moved,
+    )
+
+
+def collectives(text: str) -> tuple[dict[str, int], int]:
+    """The collectives in a program's text: how many of each kind, and the bytes that they give."""
+    found, moved = dict.fromkeys(COLLECTIVES, 0), 0
+    for shapes, kind in _COLLECTIVE.findall(text):
+        found[kind] += 1
+        moved += sum(_size(*array) for array in _ARRAY.findall(shapes))
+    return {kind: count for kind, count in found.items() if count}, moved
+
+
+def _size(dtype: str, axes: str) -> int:
+    bits = _BITS.search(dtype)
+    size = int(bits[0]) // 8 if bits else 1
+    for axis in filter(None, axes.split(",")):
+        size *= int(axis)
+    return size
+
+
+def arithmetic(program: Program) -> int:
+    """FLOP of all devices together, scans included, as the model has them (`engine.flops`)."""
+    return flops.count(program.function, *program.arguments)

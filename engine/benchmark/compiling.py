@@ -1,0 +1,70 @@
+"""What compilers for TPUs say of the programs of a model, and the least time that these take."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from engine import chips
+from engine.benchmark import compiled, kernel_traffic, outline, tpu_compiler
+from engine.benchmark.report import Row
+from engine.config import nearest
+from engine.parallel import SPLIT, Devices
+from engine.types import UserError
+
+DRAWING = ("text", "unet", "sampler", "decoder")
+PARTS = (*DRAWING, "train")
+GB, MILLISECOND = 1e9, 1e-3
+
+
+def rows(
+    name: str, topology: str, batch_sizes: Sequence[int], side: int | None, parts: Sequence[str], remat: str
+) -> Iterator[Row]:
+    """One for each program and batch size, as they are compiled; a training splits its state over the chips.
+
+    Raises:
+      UserError: a name is unknown, or the model cannot do it.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(
+                f"parts={part!r} is unknown{nearest(part, PARTS)}; write some of {','.join(PARTS)}"
+            )
+    model, found = outline.model(name), tpu_compiler.chips(topology)
+    side = side or model.default_size[0]
+    for batch in batch_sizes:
+        drawing = outline.drawing(model, Devices("shard_map", found), side, batch)
+        for part in parts:
+            if part == "train":
+                devices = Devices("jit", found, rules=SPLIT)
+                program = outline.training(model, devices, side, batch, remat)
+            else:
+                program = drawing[part]
+            yield {"model": name, "pixels": side, **row(part, batch, program, found[0])}
+
+
+def row(part: str, batch: int, program: outline.Program, chip: jax.Device) -> Row:
+    """Compiles a program. What kernels move is counted here, not as they tell the compiler."""
+    start = time.perf_counter()
+    cost, _ = compiled.compiled(program)
+    seconds = time.perf_counter() - start
+    moved, told = kernel_traffic.traffic(program.function, *program.arguments)
+    accessed = cost.accessed + moved - told
+    least = compiled.least_seconds(cost, accessed, chips.CHIPS[chip.device_kind])
+    limit = max(least, key=least.__getitem__)
+    return {
+        "program": part,
+        "batch a chip": batch,
+        "TFLOP": cost.flops / 1e12,
+        "GB accessed": accessed / GB,
+        "GB of kernels": moved / GB,
+        "GB temporaries": cost.temporaries / GB,
+        "GB arguments": cost.arguments / GB,
+        "collectives": " ".join(f"{count} {kind}" for kind, count in cost.collectives.items()) or "none",
+        "GB over links": cost.moved / GB,
+        **{f"{what} ms": value / MILLISECOND for what, value in least.items()},
+        "held by": limit,
+        "_chip": chip.device_kind,
+        "_compile seconds": seconds,
+        "_kernels tell": told,
+    }

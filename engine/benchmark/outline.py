@@ -1,0 +1,152 @@
+"""Models and the arguments of their programs as shapes: what a compiler needs, and no memory."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.typing import DTypeLike
+
+from engine.conditions import Told
+from engine.config import StageConfig, nearest
+from engine.config.finetuning import ObjectiveConfig
+from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.parallel import Devices
+from engine.programs import Programs
+from engine.requests import Context
+from engine.train import loop, objectives, optim
+from engine.types import UserError
+from engine.weights.component import Component, abstract
+from engine.weights.folder import TOKENIZERS, Model
+from engine.weights.index import PARTS, numbers_beside
+from engine.weights.random_folder import ARCHITECTURES
+
+TOKENS = 77
+SEGMENT = 4  # steps of a scan; compilers count its body once
+
+
+class Program(NamedTuple):
+    """Something to compile: `function.lower(*arguments)`."""
+
+    function: Any
+    arguments: tuple
+
+
+def model(name: str, dtype: DTypeLike = jnp.bfloat16) -> Model:
+    """A model of a known architecture, with shapes for weights.
+
+    Raises:
+      UserError: no such architecture.
+    """
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)}; known: {known}")
+    architecture, parts = ARCHITECTURES[name], dict.fromkeys(PARTS)
+    for kind in PARTS:
+        if config := getattr(architecture, kind):
+            graphdef, found = abstract(kind, config)
+            flat = {path: shape(*leaf.shape, dtype=dtype) for path, leaf in found.items()}
+            parts[kind] = Component(kind, config, graphdef, traverse_util.unflatten_dict(flat))
+    scheduler = SchedulerConfig.from_json(architecture.scheduler, "scheduler")
+    return Model(**parts, **dict.fromkeys(TOKENIZERS.values()), scheduler=scheduler)
+
+
+def shape(*axes: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(axes, dtype)
+
+
+def placed(tree: Any, place: Callable[[Any], Any]) -> Any:
+    """Shapes that know where they lie; `place` makes of a tree of shapes one of shardings."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, place(tree)
+    )
+
+
+def told(model: Model, batch: int, dtype: DTypeLike) -> Told:
+    """What the U-Net is told of a batch beside the latents."""
+    unet, pooled, numbers = model.unet.config, None, None
+    if model.text_encoder_2:
+        second = model.text_encoder_2.config
+        pooled = shape(batch, second.projection_dim, dtype=dtype)
+        numbers = shape(batch, numbers_beside(unet, second, "unet"))
+    words = shape(batch, TOKENS, unet.per_block("cross_attention_dim")[0], dtype=dtype)
+    return Told(Context(words, pooled), numbers)
+
+
+def drawing(
+    model: Model, devices: Devices, side: int, batch: int, sampler: str = "euler"
+) -> dict[str, Program]:
+    """The programs that draw `batch` pictures a device, with guidance, and one call of the U-Net without.
+
+    Those of the sampler are one step of it each.
+    """
+    made = Programs(model, devices, "the benchmark")
+    dtype = jax.tree.leaves(model.unet.params)[0].dtype
+    whole = batch * devices.count
+    params = {kind: placed(part.params, devices.shardings) for kind, part in model.parts.items()}
+    latents = shape(whole, *latent_shape(model, side))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl="threefry2x32"), whole))
+    words = told(model, whole, dtype)
+    batched = {"cond": words, "uncond": words, "keys": keys, "guidance_scale": shape(whole)}
+    shared = {"unet": params["unet"], "sigmas": shape(31), "initial_scale": shape(), "anew": shape()}
+
+    def split(tree: Any) -> Any:
+        return placed(tree, lambda tree: jax.tree.map(lambda _: devices.batch_sharding, tree))
+
+    carry = jax.eval_shape(made.begin_program(sampler, True, True), shared, {**batched, "x": latents})
+    texts = {kind: params[kind] for kind in model.parts if kind in TOKENIZERS}
+    ids = {kind: shape(whole, TOKENS, dtype=jnp.int32) for kind in texts}
+    first = {"first": shape(dtype=jnp.int32)}
+    call = devices.map(lambda params, batched: one_call(made, params, *batched))
+    step = made.segment_program(sampler, True, SEGMENT, False)
+    return {
+        "text": Program(made.text_program, (texts, split(ids))),
+        "unet": Program(call, (params["unet"], split((latents, shape(whole), words)))),
+        "sampler": Program(step, (shared | first, split({**batched, "carry": carry}))),
+        "decoder": Program(made.decoder_program, (params["vae"], split(latents))),
+    }
+
+
+def one_call(programs: Programs, params: Any, x: Any, t: Any, told: Told) -> jax.Array:
+    return programs.bound(params)(x, t, told)
+
+
+def training(
+    model: Model, devices: Devices, side: int, batch: int, remat: str = "none", dtype: str = "bfloat16"
+) -> Program:
+    """One step of training the U-Net on cached latents and contexts, `batch` pictures a device.
+
+    Where the devices have rules, each keeps its part of the state.
+
+    Raises:
+      UserError: SDXL, which cannot be trained.
+    """
+    if model.text_encoder_2:
+        raise UserError("the engine does not train SDXL yet: write --parts without train")
+    config = StageConfig(
+        steps=10,
+        batch_size=batch * devices.count,
+        remat=remat,
+        compute_dtype=dtype,
+        shard_params=devices.rules is not None,
+    )
+    loss = objectives.cached_loss(model.unet.graphdef, model.scheduler, ObjectiveConfig(), 1.0)
+    params = jax.tree.map(lambda leaf: shape(*leaf.shape), model.unet.params)  # trained in float32
+    optimizer = optim.optimizer(config.optim, config.steps)
+    devices, init, step = loop.program("benchmark", loss, params, optimizer, config, devices.devices)
+    words = told(model, config.batch_size, jnp.float32).context.words
+    batch_shapes = {
+        "mean": shape(config.batch_size, *latent_shape(model, side), dtype=jnp.float16),
+        "context": shape(*words.shape, dtype=jnp.float16),
+    }
+    state = placed(jax.eval_shape(init, params), devices.shardings)
+    rows = placed(batch_shapes, lambda tree: jax.tree.map(lambda _: devices.batch_sharding, tree))
+    frozen = placed({"empty_context": shape(*words.shape[1:])}, devices.shardings)
+    key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+    return Program(step, (state, frozen, rows, key))
+
+
+def latent_shape(model: Model, side: int) -> tuple[int, int, int]:
+    vae = model.vae.config
+    return side // vae.scale, side // vae.scale, vae.latent_channels

@@ -1,0 +1,94 @@
+"""Attention in a kernel that never writes the scores to memory: JAX's flash attention for TPUs.
+
+A kernel works on what one device has, so it is used only inside of `kernels`, by which a program says how its
+arrays are spread. Everywhere else the compiler makes its own of `engine.models.attention`.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+LANES = 128  # queries, keys, and channels beyond as many, come in multiples of this
+BLOCK = 1024  # queries, and keys, at work at a time: 4 MiB of scores, of the 16 that a kernel may have
+WIDE_BLOCK = 2048  # queries where channels are few: keys are fetched again for each block of queries
+MIN_QUERIES = 1024  # fewer have scores that the compiler keeps in its fast memory by itself
+HIDDEN = -1e30  # score of a key that only fills a block
+
+OverBatch = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_over_batch: contextvars.ContextVar[OverBatch | None] = contextvars.ContextVar("over_batch", default=None)
+
+
+@contextlib.contextmanager
+def kernels(platform: str, over_batch: OverBatch) -> Iterator[None]:
+    """What is traced inside uses the kernels that there are for the platform ("tpu", "cpu", ...).
+
+    Args:
+      over_batch: makes of a function of arrays, whose first axis is the batch, one that works on each
+        device's own part of them (`engine.parallel.Devices.over_batch`).
+    """
+    token = _over_batch.set(over_batch if platform == "tpu" else None)
+    try:
+        yield
+    finally:
+        _over_batch.reset(token)
+
+
+def flash(queries: int) -> Callable[[Array, Array, Array], Array] | None:
+    """softmax(q k^T) v of (B, N, T, K) and twice (B, N, S, K); None where the compiler does it as well."""
+    over_batch = _over_batch.get()
+    return None if over_batch is None or queries < MIN_QUERIES else over_batch(_flash)
+
+
+def _flash(
+    q: Float[Array, "B N T K"], k: Float[Array, "B N S K"], v: Float[Array, "B N S K"]
+) -> Float[Array, "B N T K"]:
+    from jax.experimental.pallas.ops.tpu import flash_attention  # a quarter of a second, of no use elsewhere
+
+    T, S, K = q.shape[2], k.shape[2], q.shape[3]
+    if S % LANES:
+        # One more channel hides the keys that fill the last block: 1 in queries, HIDDEN in such keys.
+        q = jnp.pad(q, _behind(3, 1), constant_values=1)
+        k, v = (jnp.pad(jnp.pad(a, _behind(3, 1)), _behind(2, -S % LANES)) for a in (k, v))
+        k = k.at[:, :, S:, K].set(HIDDEN)
+    if q.shape[3] > LANES:
+        q, k, v = (jnp.pad(a, _behind(3, -a.shape[3] % LANES)) for a in (q, k, v))
+    q = jnp.pad(q, _behind(2, -T % LANES))
+    sizes = block_sizes(q.shape[2], k.shape[2], narrow=q.shape[3] <= LANES)
+    return flash_attention.flash_attention(q, k, v, block_sizes=sizes)[:, :, :T, :K]
+
+
+def _behind(axis: int, count: int) -> list[tuple[int, int]]:
+    return [(0, count if i == axis else 0) for i in range(4)]
+
+
+@functools.cache
+def block_sizes(T: int, S: int, narrow: bool) -> Any:
+    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes
+
+    most = (WIDE_BLOCK, BLOCK // 2, BLOCK, BLOCK) if narrow else (BLOCK // 2,) * 4
+    q, k, back_q, back_k = map(_block, (T, S) * 2, most)
+    return BlockSizes(
+        block_q=q,
+        block_k_major=k,
+        block_k=k,
+        block_b=1,
+        block_q_major_dkv=back_q,
+        block_k_major_dkv=back_k,
+        block_k_dkv=back_k,
+        block_q_dkv=back_q,
+        block_k_major_dq=back_k,
+        block_k_dq=back_k,
+        block_q_dq=back_q,
+    )
+
+
+def _block(length: int, most: int) -> int:
+    """The largest part, in whole LANES, that divides a length."""
+    parts = length // LANES
+    return LANES * max(n for n in range(1, most // LANES + 1) if parts % n == 0)

@@ -1,0 +1,163 @@
+"""Measures how fast this is, and what holds it.
+
+  python -m launch.benchmark generate [--model sd15 --side 256 --batch_sizes 1,4] [--peer diffusers]
+  python -m launch.benchmark train    [--model sd15 --side 256] [--peer diffusers]
+  python -m launch.benchmark scale    [--devices 1,2,4,8]
+  python -m launch.benchmark compile  --model sd15 --batch_sizes 8 --topology v5e:2x4
+
+generate draws pictures: what the compiler takes, the first call, images/s and steps/s from then on, TFLOP/s,
+and the share of the device's peak (MFU) where that is known. train does steps of training the U-Net. scale
+draws with the same work for each of a growing number of devices. compile runs nothing: it compiles the
+programs for TPUs (pip install libtpu), and prints what they take and the least time that this takes, by
+arithmetic, memory and links. It is for sd15, sd21 and sdxl.
+
+A peer draws, or trains, with the same random weights from the same latents in turn, A B A B; its pictures
+must be the same. Ratios are the median over the rounds, and in brackets the least and the most.
+
+Exit code: 0 done; 1 the peer's pictures are others; 2 a mistake, explained in one line; 130 stopped.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from engine.errors import UserError
+from launch import cli
+
+FLAGS: cli.Groups = {
+    "What": {
+        "model": (
+            "NAME",
+            "sd15, sd21, sdxl or tiny, with random weights; or a folder.\n"
+            "Without it the model in the package",
+        ),
+        "side": ("N", "pixels of a side; without it the size that the model was made for"),
+        "batch_sizes": ("N,N", "pictures a device"),
+        "steps": ("N", "of the sampler"),
+        "sampler": ("NAME", "without it the one that the model names"),
+        "guidance_scale": ("X", "1: no guidance, half the work"),
+        "dtype": ("TYPE", "float32 or bfloat16"),
+        "parallel": ("MODE", "shard_map, jit or pmap"),
+    },
+    "How": {
+        "rounds": ("N", "how often each is timed"),
+        "peer": ("NAME", "diffusers: PyTorch's, eager; diffusers-compiled: with torch.compile, too"),
+        "devices": ("N,N", "for scale, on how many; CPUs count as many as XLA is told to"),
+    },
+    "For compile": {
+        "topology": ("NAME", "v5e:2x4, v6e:2x2, ..."),
+        "parts": (
+            "NAME,NAME",
+            "some of text, unet (one call), sampler (a step with guidance), decoder, train",
+        ),
+        "remat": ("NAME", "for train: none, dots or blocks"),
+    },
+    "Where": {
+        "out": ("FILE", "all of it as JSON, with the command, the day and the hardware"),
+        "plot": ("FILE", "a .png of the time against what changes"),
+    },
+}
+DEFAULTS: dict[str, Any] = {
+    "model": "shipped",
+    "batch_sizes": "1",
+    "steps": 20,
+    "guidance_scale": 5.0,
+    "dtype": "float32",
+    "parallel": "shard_map",
+    "rounds": 5,
+    "peer": "",
+    "devices": "1,2,4,8",
+    "topology": "v5e:2x2",
+    "parts": "unet,sampler,decoder",
+    "remat": "none",
+}
+KINDS = {name: type(value) for name, value in DEFAULTS.items()}
+KINDS |= {"side": int, "sampler": str, "out": str, "plot": str}
+PEERS = ("diffusers", "diffusers-compiled")
+MODES = ("generate", "train", "scale", "compile")
+
+
+def main(argv: Sequence[str]) -> int:
+    """From the command line to a table; returns the exit code."""
+    mode, *rest = argv if argv and not argv[0].startswith("-") else ("generate", *argv)
+    if mode not in MODES:
+        raise UserError(f"{mode!r} is nothing to measure: write {', '.join(MODES[:-1])} or {MODES[-1]}")
+    options = cli.options(rest, __doc__, FLAGS, KINDS, DEFAULTS, {}, "model")
+    if options is None:
+        return cli.DONE
+    return {"generate": generate, "compile": compile_programs}[mode](options, argv)
+
+
+def generate(options: dict[str, Any], argv: Sequence[str]) -> int:
+    sizes, peers = numbers(options["batch_sizes"], "batch_sizes"), peers_of(options["peer"])
+    from engine.benchmark import drawing, models
+
+    asked = drawing.Asked(
+        **{field.name: options.get(field.name) for field in dataclasses.fields(drawing.Asked)}
+    )
+    found = []
+    with models.folder_of(options["model"]) as folder:
+        for row in drawing.rows(folder, asked, sizes, peers):
+            found.append({"model": options["model"], **row})
+            cli.tell(f"batch {row['batch']}: {row['images/s']:.3g} images/s")
+    code = tell(found, options, argv)
+    for row in found:
+        for name in peers:
+            if asked.dtype == "float32" and row[f"dB to {name}"] < drawing.ALIKE:
+                cli.tell(f"batch {row['batch']}: {name} draws other pictures, {row[f'dB to {name}']:.1f} dB")
+                code = cli.FAILED
+    return code
+
+
+def peers_of(name: str) -> list[str]:
+    """A compiled peer comes with the plain one."""
+    if name not in ("", *PEERS):
+        raise UserError(f"peer={name!r} is unknown; write {' or '.join(PEERS)}")
+    return list(PEERS[: PEERS.index(name) + 1]) if name else []
+
+
+def numbers(text: str, flag: str) -> list[int]:
+    """ "1,4,16" as numbers from 1."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if min(found, default=0) < 1:
+        raise UserError(f"{flag}={text!r}: write whole numbers from 1 with commas between, such as 1,4,16")
+    return found
+
+
+def compile_programs(options: dict[str, Any], argv: Sequence[str]) -> int:
+    from engine.benchmark import tpu_compiler
+
+    sizes = numbers(options["batch_sizes"], "batch_sizes")
+    tpu_compiler.prepare()  # before JAX comes
+    from engine.benchmark import compiling
+
+    found = []
+    for row in compiling.rows(
+        options["model"],
+        options["topology"],
+        sizes,
+        options.get("side"),
+        options["parts"].split(","),
+        options["remat"],
+    ):
+        found.append(row)
+        cli.tell(f"{row['program']}: compiled in {row['_compile seconds']:.0f} s")
+    return tell(found, options, argv)
+
+
+def tell(rows: Sequence[Any], options: dict[str, Any], argv: Sequence[str]) -> int:
+    """The table, and the files that were asked for."""
+    from engine.benchmark import report
+
+    for line in report.table(rows).splitlines():
+        cli.say(line)
+    if options.get("out"):
+        report.write(options["out"], argv, rows)
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    cli.main(main)
