@@ -18,6 +18,7 @@ Exit code: 0 done; 1 the peer's pictures are others; 2 a mistake, explained in o
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,7 +86,8 @@ def main(argv: Sequence[str]) -> int:
     options = cli.options(rest, __doc__, FLAGS, KINDS, DEFAULTS, {}, "model")
     if options is None:
         return cli.DONE
-    return {"generate": generate, "compile": compile_programs}[mode](options, argv)
+    jobs = {"generate": generate, "train": train, "scale": scale, "compile": compile_programs}
+    return jobs[mode](options, argv)
 
 
 def generate(options: dict[str, Any], argv: Sequence[str]) -> int:
@@ -107,6 +109,37 @@ def generate(options: dict[str, Any], argv: Sequence[str]) -> int:
                 cli.tell(f"batch {row['batch']}: {name} draws other pictures, {row[f'dB to {name}']:.1f} dB")
                 code = cli.FAILED
     return code
+
+
+def train(options: dict[str, Any], argv: Sequence[str]) -> int:
+    sizes, peers = numbers(options["batch_sizes"], "batch_sizes"), peers_of(options["peer"])
+    from engine.benchmark import models, training
+
+    found, how = [], (options.get("side"), options["dtype"], options["remat"], options["rounds"])
+    with models.folder_of(options["model"]) as folder:
+        for row in training.rows(folder, sizes, *how, peers):
+            found.append({"model": options["model"], **row})
+            cli.tell(f"batch {row['batch']}: {row['images/s']:.3g} images/s")
+    return tell(found, options, argv)
+
+
+def scale(options: dict[str, Any], argv: Sequence[str]) -> int:
+    sizes, counts = numbers(options["batch_sizes"], "batch_sizes"), numbers(options["devices"], "devices")
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={max(counts)}"
+    from engine.benchmark import models, scaling
+
+    asked, found = asked_of(options), []
+    with models.folder_of(options["model"]) as folder:
+        for batch in sizes:
+            found += scaling.rows(folder, asked, batch, counts)
+    return tell([{"model": options["model"], **row} for row in found], options, argv)
+
+
+def asked_of(options: dict[str, Any]) -> Any:
+    from engine.benchmark.drawing import Asked
+
+    return Asked(**{field.name: options.get(field.name) for field in dataclasses.fields(Asked)})
 
 
 def peers_of(name: str) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from engine import chips, flops
+from engine.benchmark import memory_traffic
 from engine.benchmark.outline import Program
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -20,7 +21,8 @@ class Cost:
     """Of one device. A scan's body counts once."""
 
     flops: float  # as the compiler counts them
-    accessed: float  # bytes read and written
+    accessed: float  # bytes read and written, wherever they lie, as the compiler counts them
+    main_memory: int  # bytes of these in main memory, without those of kernels; for TPUs
     temporaries: int  # bytes of memory beside arguments and results
     arguments: int  # bytes
     results: int  # bytes, those that reuse the memory of arguments left out
@@ -28,14 +30,14 @@ class Cost:
     moved: int  # bytes of what the collectives give
 
 
-def least_seconds(cost: Cost, accessed: float, chip: chips.Chip) -> dict[str, float]:
+def least_seconds(cost: Cost, main_memory: float, chip: chips.Chip) -> dict[str, float]:
     """What arithmetic, memory and links would take alone, at their best.
 
     The longest is the least that the whole takes (Williams et al. 2009, roofline).
     """
     return {
         "arithmetic": cost.flops / chip.flops,
-        "memory": accessed / chip.bandwidth,
+        "memory": main_memory / chip.bandwidth,
         "links": cost.moved / chip.links if chip.links else 0.0,
     }
 
@@ -48,10 +50,12 @@ def compiled(program: Program) -> tuple[Cost, jax.stages.Compiled]:
 
 def cost(made: jax.stages.Compiled) -> Cost:
     counted: Any = made.cost_analysis()
-    memory, (kinds, moved) = made.memory_analysis(), collectives(made.as_text())
+    memory, text = made.memory_analysis(), made.as_text()
+    kinds, moved = collectives(text)
     return Cost(
         counted["flops"],
         counted["bytes accessed"],
+        memory_traffic.main_memory(text),
         memory.temp_size_in_bytes,
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,

@@ -49,15 +49,15 @@ def row(part: str, batch: int, program: outline.Program, chip: jax.Device) -> Ro
     cost, _ = compiled.compiled(program)
     seconds = time.perf_counter() - start
     moved, told = kernel_traffic.traffic(program.function, *program.arguments)
-    accessed = cost.accessed + moved - told
-    least = compiled.least_seconds(cost, accessed, chips.CHIPS[chip.device_kind])
+    main_memory = cost.main_memory + moved
+    least = compiled.least_seconds(cost, main_memory, chips.CHIPS[chip.device_kind])
     limit = max(least, key=least.__getitem__)
     return {
         "program": part,
         "batch a chip": batch,
         "TFLOP": cost.flops / 1e12,
-        "GB accessed": accessed / GB,
-        "GB of kernels": moved / GB,
+        "GB accessed": (cost.accessed + moved - told) / GB,
+        "GB main memory": main_memory / GB,
         "GB temporaries": cost.temporaries / GB,
         "GB arguments": cost.arguments / GB,
         "collectives": " ".join(f"{count} {kind}" for kind, count in cost.collectives.items()) or "none",
@@ -66,5 +66,6 @@ def row(part: str, batch: int, program: outline.Program, chip: jax.Device) -> Ro
         "held by": limit,
         "_chip": chip.device_kind,
         "_compile seconds": seconds,
+        "_kernels": moved,
         "_kernels tell": told,
     }

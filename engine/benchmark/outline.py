@@ -31,6 +31,7 @@ class Program(NamedTuple):
 
     function: Any
     arguments: tuple
+    init: Callable[[Any], Any] | None = None  # of a training: params -> its state
 
 
 def model(name: str, dtype: DTypeLike = jnp.bfloat16) -> Model:
@@ -117,22 +118,23 @@ def training(
 ) -> Program:
     """One step of training the U-Net on cached latents and contexts, `batch` pictures a device.
 
-    Where the devices have rules, each keeps its part of the state.
+    Where the devices have rules, each keeps its part of the state. The params are float32, without averages.
 
     Raises:
       UserError: SDXL, which cannot be trained.
     """
     if model.text_encoder_2:
-        raise UserError("the engine does not train SDXL yet: write --parts without train")
+        raise UserError("the engine does not train SDXL yet: write sd15, sd21 or tiny")
     config = StageConfig(
-        steps=10,
+        steps=1000,
         batch_size=batch * devices.count,
         remat=remat,
         compute_dtype=dtype,
         shard_params=devices.rules is not None,
+        ema=(),
     )
     loss = objectives.cached_loss(model.unet.graphdef, model.scheduler, ObjectiveConfig(), 1.0)
-    params = jax.tree.map(lambda leaf: shape(*leaf.shape), model.unet.params)  # trained in float32
+    params = jax.tree.map(lambda leaf: shape(*leaf.shape), model.unet.params)
     optimizer = optim.optimizer(config.optim, config.steps)
     devices, init, step = loop.program("benchmark", loss, params, optimizer, config, devices.devices)
     words = told(model, config.batch_size, jnp.float32).context.words
@@ -144,7 +146,7 @@ def training(
     rows = placed(batch_shapes, lambda tree: jax.tree.map(lambda _: devices.batch_sharding, tree))
     frozen = placed({"empty_context": shape(*words.shape[1:])}, devices.shardings)
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
-    return Program(step, (state, frozen, rows, key))
+    return Program(step, (state, frozen, rows, key), init)
 
 
 def latent_shape(model: Model, side: int) -> tuple[int, int, int]:

@@ -57,3 +57,50 @@ def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two uint8 arrays, in dB."""
     error = np.square(ours.astype(np.float64) - theirs.astype(np.float64)).mean()
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+class PeerTraining:
+    """Steps of AdamW on a U-Net of diffusers: squared error of eps at uniform timesteps, as in scripts."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        dtype: str,
+        compiled: bool,
+        latents: np.ndarray,
+        context: np.ndarray,
+        steps: int,
+    ):
+        """latents, context: (B, h, w, C) and (B, L, D); steps: of a call."""
+        self._steps = steps
+        try:
+            import diffusers
+            import torch
+        except ImportError as error:
+            raise UserError(f"no peer: pip install torch diffusers transformers ({error})") from None
+        self._torch = torch
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        unet = (
+            diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet").to(self.device).train()
+        )
+        self._optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
+        self._unet = torch.compile(unet) if compiled else unet
+        self._scheduler = diffusers.DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        self._latents = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()).to(self.device)
+        self._context = torch.from_numpy(context).to(self.device)
+        self._half = dtype == "bfloat16"
+
+    def __call__(self) -> None:
+        torch = self._torch
+        for _ in range(self._steps):
+            noise = torch.randn_like(self._latents)
+            t = torch.randint(0, 1000, (len(noise),), device=self.device)
+            noisy = self._scheduler.add_noise(self._latents, noise, t)
+            with torch.autocast(self.device, torch.bfloat16, enabled=self._half):
+                found = self._unet(noisy, t, encoder_hidden_states=self._context).sample
+            loss = torch.nn.functional.mse_loss(found.float(), noise)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self._unet.parameters(), 1.0)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        loss.item()  # waits
