@@ -7,13 +7,11 @@ from typing import Any
 import jax
 
 from engine import chips, flops
-from engine.benchmark import memory_traffic
+from engine.benchmark.memory_traffic import arrays, main_memory
 from engine.benchmark.outline import Program
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
-_ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
-_BITS = re.compile(r"\d+")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +53,7 @@ def cost(made: jax.stages.Compiled) -> Cost:
     return Cost(
         counted["flops"],
         counted["bytes accessed"],
-        memory_traffic.main_memory(text),
+        main_memory(text),
         memory.temp_size_in_bytes,
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -67,18 +65,14 @@ def cost(made: jax.stages.Compiled) -> Cost:
 def collectives(text: str) -> tuple[dict[str, int], int]:
     """The collectives in a program's text: how many of each kind, and the bytes that they give."""
     found, moved = dict.fromkeys(COLLECTIVES, 0), 0
-    for shapes, kind in _COLLECTIVE.findall(text):
+    for shapes, kind, start in _COLLECTIVE.findall(text):
         found[kind] += 1
-        moved += sum(_size(*array) for array in _ARRAY.findall(shapes))
+        sizes = [array.size for array in arrays(shapes)]
+        if start and kind != "all-reduce":  # (what is given, what comes, and numbers of their own)
+            sizes = [size for size in sizes if size > 4]
+            sizes = sizes[len(sizes) // 2 :]
+        moved += sum(sizes)
     return {kind: count for kind, count in found.items() if count}, moved
-
-
-def _size(dtype: str, axes: str) -> int:
-    bits = _BITS.search(dtype)
-    size = int(bits[0]) // 8 if bits else 1
-    for axis in filter(None, axes.split(",")):
-        size *= int(axis)
-    return size
 
 
 def arithmetic(program: Program) -> int:

@@ -22,7 +22,6 @@ from engine.weights.folder import TOKENIZERS, Model
 from engine.weights.index import PARTS, numbers_beside
 from engine.weights.random_folder import ARCHITECTURES
 
-TOKENS = 77
 SEGMENT = 4  # steps of a scan; compilers count its body once
 
 
@@ -71,7 +70,7 @@ def told(model: Model, batch: int, dtype: DTypeLike) -> Told:
         second = model.text_encoder_2.config
         pooled = shape(batch, second.projection_dim, dtype=dtype)
         numbers = shape(batch, numbers_beside(unet, second, "unet"))
-    words = shape(batch, TOKENS, unet.per_block("cross_attention_dim")[0], dtype=dtype)
+    words = shape(batch, tokens(model), unet.per_block("cross_attention_dim")[0], dtype=dtype)
     return Told(Context(words, pooled), numbers)
 
 
@@ -97,7 +96,7 @@ def drawing(
 
     carry = jax.eval_shape(made.begin_program(sampler, True, True), shared, {**batched, "x": latents})
     texts = {kind: params[kind] for kind in model.parts if kind in TOKENIZERS}
-    ids = {kind: shape(whole, TOKENS, dtype=jnp.int32) for kind in texts}
+    ids = {kind: shape(whole, tokens(model), dtype=jnp.int32) for kind in texts}
     first = {"first": shape(dtype=jnp.int32)}
     call = devices.map(lambda params, batched: one_call(made, params, *batched))
     step = made.segment_program(sampler, True, SEGMENT, False)
@@ -147,6 +146,12 @@ def training(
     frozen = placed({"empty_context": shape(*words.shape[1:])}, devices.shardings)
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     return Program(step, (state, frozen, rows, key), init)
+
+
+def tokens(model: Model) -> int:
+    """Of a text, as the encoders read it."""
+    kinds = [kind for kind in TOKENIZERS if kind in model.parts]
+    return model.parts[kinds[0]].config.max_position_embeddings
 
 
 def latent_shape(model: Model, side: int) -> tuple[int, int, int]:

@@ -16,7 +16,10 @@ def prepare() -> None:
       UserError: libtpu is not installed.
     """
     assert "jax" not in sys.modules
-    spec = importlib.util.find_spec("libtpu")
+    try:
+        spec = importlib.util.find_spec("libtpu")
+    except ValueError:  # an entry in sys.modules that stands for its absence
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError("no compiler for TPUs on this machine: pip install libtpu")
     (folder,) = spec.submodule_search_locations

@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 import engine
+from engine.benchmark import scaling
+from engine.benchmark.drawing import Asked
 from engine.config import AutoencoderStage, OptimConfig
+from engine.models import kernels
 from engine.parallel import MODES, SPLIT, Devices
 from engine.train import checkpoint, loop, optim, stages, step
 from engine.train.objectives import autoencoder_loss
@@ -132,6 +136,31 @@ def test_no_stage_communicates(pipeline):
         assert COLLECTIVES.findall(program) == [], name
         assert f"num_partitions={pipeline.devices.count}" in program or pipeline.devices.count == 1
     assert pipeline.devices.calls.keys() == {"_encode", "<lambda>", "begin", "segment", "_decode"}
+
+
+def test_kernels_work_on_each_devices_part_where_the_compiler_partitions(folder, monkeypatch):
+    """Interpreted as on TPUs: in mode jit a kernel sees one device's rows, in the others a program has no more."""
+    two = jax.devices()[:2]
+
+    def drawn(devices: Devices) -> np.ndarray:
+        return engine.load(folder, parallel=devices).generate(PROMPTS[:2], seed=7, steps=2)
+
+    expected = drawn(Devices("jit", two))
+    monkeypatch.setattr(kernels, "MIN_QUERIES", 1)
+    monkeypatch.setattr(Devices, "platform", "tpu")
+    with pltpu.force_tpu_interpret_mode():
+        found = drawn(Devices("jit", two))
+    assert largest_difference(found, expected) <= 1
+
+
+def test_growth_is_measured_with_the_same_work_for_each_device(folder):
+    asked = Asked(None, STEPS, None, 5.0, "float32", "shard_map", rounds=2)
+    rows = list(scaling.rows(folder, asked, 1, [2, 1]))
+    assert [row["devices"] for row in rows] == [1, 2]
+    assert rows[0]["a device"] == 1.0 and rows[0]["together"] == "1.00 (1.00 to 1.00)"
+    assert all(row["images/s"] > 0 and len(row["_seconds"]) == 2 for row in rows)
+    with pytest.raises(UserError, match="devices=9: there are 8"):
+        list(scaling.rows(folder, asked, 1, [9]))
 
 
 def test_a_stage_that_communicates_would_be_seen():

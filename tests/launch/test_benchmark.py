@@ -1,0 +1,86 @@
+"""launch.benchmark on a tiny model, beside PyTorch's."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from engine.errors import UserError
+from launch import benchmark, cli
+
+
+@pytest.fixture(autouse=True)
+def cache_as_it_was():
+    option = "jax_enable_compilation_cache"
+    before = jax.config.jax_enable_compilation_cache
+    yield
+    jax.config.update(option, before)
+
+
+def measured(tmp_path, capsys, *argv: str) -> tuple[list[dict], str]:
+    """The rows in the file, and what was printed."""
+    file = tmp_path / "found.json"
+    assert benchmark.main([*argv, "--rounds", "2", "--out", str(file)]) == cli.DONE
+    return json.loads(file.read_text())["rows"], capsys.readouterr().out
+
+
+def test_generate_beside_diffusers(model, tmp_path, capsys):
+    argv = ("generate", "--model", str(model), "--steps", "3", "--batch_sizes", "1,2", "--peer", "diffusers")
+    rows, table = measured(tmp_path, capsys, *argv)
+    assert [row["batch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["dB to diffusers"] > 45  # the same pictures
+        assert 0 < row["compile s"] < row["first call s"]
+        assert {name: len(each) for name, each in row["seconds"].items()} == dict.fromkeys(
+            ("ours", "diffusers", "text", "decoder"), 2
+        )
+        assert row["images/s"] == pytest.approx(row["batch"] / sum(row["seconds"]["ours"]) * 2)
+        assert row["MFU"] is None  # nobody knows what a CPU could do
+    # of a whole batch, which has one prompt more to read where it is smaller
+    assert 1 < rows[0]["TFLOP an image"] / rows[1]["TFLOP an image"] < 1.1
+    assert "times diffusers" in table.splitlines()[0]
+
+
+def test_guidance_doubles_the_work(model, tmp_path, capsys):
+    argv = ("generate", "--model", str(model), "--steps", "40")
+    (with_it,), _ = measured(tmp_path, capsys, *argv)
+    (without,), _ = measured(tmp_path, capsys, *argv, "--guidance_scale", "1")
+    assert 1.8 < with_it["TFLOP an image"] / without["TFLOP an image"] < 2
+
+
+def test_train_beside_diffusers(model, tmp_path, capsys):
+    (row,), _ = measured(tmp_path, capsys, "train", "--model", str(model), "--peer", "diffusers")
+    assert row["images/s"] == pytest.approx(row["steps/s"] * row["batch"] * jax.device_count())
+    assert 0 < row["loss"] < 10
+    assert "diffusers images/s" in row
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["draw"], "'draw' is nothing to measure: write generate, train, scale or compile"),
+        (["generate", "--batch_sizes", "1,x"], "batch_sizes='1,x': write whole numbers from 1"),
+        (["generate", "--peer", "comfy"], "peer='comfy' is unknown; write diffusers or diffusers-compiled"),
+        (["generate", "--model", "no/such"], "no folder no/such"),
+        (["scale", "--devices", "0"], "devices='0': write whole numbers from 1"),
+        (["generate", "--stepz", "3"], "unknown flag --stepz (did you mean --steps?)"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message):
+    with pytest.raises(UserError) as error:
+        benchmark.main(argv)
+    assert message in str(error.value)
+
+
+def test_compile_needs_its_compiler():
+    """Neither a stub nor a folder without libtpu in it is taken for it."""
+    code = (
+        "import runpy, sys; sys.modules['libtpu'] = None; sys.argv[1:] = ['compile', '--model', 'sd15']\n"
+        "runpy.run_module('launch.benchmark', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == cli.MISTAKE
+    assert done.stderr.strip() == "error: no compiler for TPUs on this machine: pip install libtpu"
