@@ -18,7 +18,14 @@ def count(function: Callable, *arguments: Any) -> int:
     costliest counts. Where platforms have branches of their own, what counts is the one for all others, whose
     padding is none. All else (norms, activations) is left out, as in the field's figures of utilisation.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _of_jaxpr(jaxpr_of(function, *arguments))
+
+
+def jaxpr_of(function: Callable, *arguments: Any) -> Any:
+    """Of a function, jitted or not. One that has compiler options cannot be traced inside of another."""
+    if hasattr(function, "trace"):
+        return function.trace(*arguments).jaxpr.jaxpr
+    return jax.make_jaxpr(function)(*arguments).jaxpr
 
 
 def _of_jaxpr(jaxpr: Any) -> int:

@@ -15,6 +15,7 @@ too large for one host do the devices of all hosts form one mesh (mode jit): the
 functions in the same order with the same values, and gets all results.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,6 +36,11 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 
 # Every matrix and kernel by its outputs; the rest is small. Devices gather what they need when they need it.
 SPLIT: Rules = ((r"\.(kernel|embedding)$", PartitionSpec("data")), (r"", PartitionSpec()))
+
+# On CPUs, convolutions are left to Eigen: those of YNNPACK, which XLA prefers, made drawing and training with
+# the model in the package 1.3 times as slow, and another no faster. Its matrix products stay.
+_YNN = "LIBRARY_FUSION_TYPE"
+ON_CPUS = {"xla_cpu_experimental_ynn_fusion_type": f"{_YNN}_DOT,{_YNN}_REDUCE"}
 
 # f(shared, batched) -> batched: every leaf of `batched` has the batch as its first axis
 Function = Callable[[Any, Any], Any]
@@ -72,6 +78,7 @@ class Devices:
         self.mesh = Mesh(np.array(self.devices), ("data",), axis_types=(AxisType.Auto,))
         self._whole = NamedSharding(self.mesh, PartitionSpec())
         self._split = NamedSharding(self.mesh, PartitionSpec("data"))
+        self.compiler_options = options_for(self.platform)
         self._gather = jax.jit(lambda tree: tree, out_shardings=self._whole)
 
     @property
@@ -165,15 +172,15 @@ class Devices:
         divides (see `pad`). Its `lower(shared, batched)` is that of jax.jit: the program, to look at.
         """
         if self.mode == "pmap":
-            return Pmapped(f, self.devices)
+            return Pmapped(f, self.devices, self.compiler_options)
         if self.mode == "jit":
-            return jax.jit(f, out_shardings=self._split)
+            return jax.jit(f, out_shardings=self._split, compiler_options=self.compiler_options)
         specs = (PartitionSpec(), PartitionSpec("data"))
         # Nothing is reduced over devices, so there is nothing for the varying-axes check to find.
         mapped = jax.shard_map(
             f, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False
         )
-        return jax.jit(mapped)
+        return jax.jit(mapped, compiler_options=self.compiler_options)
 
     def over_batch(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """Inside a program of `map`: `f` of arrays, applied to each device's own part of the batch.
@@ -184,6 +191,18 @@ class Devices:
             return f
         split = PartitionSpec("data")
         return jax.shard_map(f, mesh=self.mesh, in_specs=split, out_specs=split, check_vma=False)
+
+
+@functools.cache
+def options_for(platform: str) -> dict[str, str] | None:
+    """What the compiler is told for a platform, in the `compiler_options` of jax.jit."""
+    if platform != "cpu":
+        return None
+    try:
+        jax.jit(lambda: 0, compiler_options=ON_CPUS).lower().compile()
+    except jax.errors.JaxRuntimeError:  # this jaxlib has no such option
+        return None
+    return ON_CPUS
 
 
 def meet(coordinator: str | None, processes: int, process_id: int) -> None:
@@ -216,8 +235,10 @@ def _put(tree: Any, sharding: Sharding) -> Any:
 class Pmapped:
     """A pmapped function behind the face of a jitted one: its batches come and go with one batch axis."""
 
-    def __init__(self, f: Function, devices: Sequence[jax.Device]):
-        self._mapped = jax.pmap(f, in_axes=(None, 0), devices=devices)
+    def __init__(self, f: Function, devices: Sequence[jax.Device], compiler_options: dict[str, str] | None):
+        self._mapped: Any = jax.pmap(f, in_axes=(None, 0), devices=devices)
+        if compiler_options:
+            self._mapped = jax.jit(self._mapped, compiler_options=compiler_options)
         self._count = len(devices)
 
     def __call__(self, shared: Any, batched: Any) -> Any:

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from engine.flops import jaxpr_of
+
 LANES, ROW_BYTES = 128, 32  # arrays lie in tiles of 128 columns, and of as many rows as make 32 bytes of each
 
 
@@ -21,7 +23,7 @@ def traffic(function: Callable, *arguments: Any) -> tuple[int, int]:
       arguments: arrays or jax.ShapeDtypeStruct; nothing is computed with them.
     """
     moved = told = 0
-    for equation in _kernels(jax.make_jaxpr(function)(*arguments).jaxpr):
+    for equation in _kernels(jaxpr_of(function, *arguments)):
         grid = equation.params["grid_mapping"]
         moved += sum(_moved(block, grid.grid) for block in grid.block_mappings)
         if (estimate := equation.params["cost_estimate"]) is not None:

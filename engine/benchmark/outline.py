@@ -94,7 +94,8 @@ def drawing(
     def split(tree: Any) -> Any:
         return placed(tree, lambda tree: jax.tree.map(lambda _: devices.batch_sharding, tree))
 
-    carry = jax.eval_shape(made.begin_program(sampler, True, True), shared, {**batched, "x": latents})
+    begin = made.begin_program(sampler, True, True)
+    carry = begin.eval_shape(shared, {**batched, "x": latents})
     texts = {kind: params[kind] for kind in model.parts if kind in TOKENIZERS}
     ids = {kind: shape(whole, tokens(model), dtype=jnp.int32) for kind in texts}
     first = {"first": shape(dtype=jnp.int32)}

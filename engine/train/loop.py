@@ -66,7 +66,12 @@ def program(
     return Program(
         devices,
         jax.jit(init, out_shardings=places),
-        jax.jit(step, donate_argnums=0, out_shardings=(places, devices.whole_sharding)),
+        jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(places, devices.whole_sharding),
+            compiler_options=devices.compiler_options,
+        ),
     )
 
 

@@ -139,7 +139,7 @@ def test_no_stage_communicates(pipeline):
 
 
 def test_kernels_work_on_each_devices_part_where_the_compiler_partitions(folder, monkeypatch):
-    """Interpreted as on TPUs: in mode jit a kernel sees one device's rows, in the others a program has no more."""
+    """Interpreted, as on TPUs: in mode jit a kernel sees one device's rows; other modes have no more."""
     two = jax.devices()[:2]
 
     def drawn(devices: Devices) -> np.ndarray:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from engine import parallel
 from engine.parallel import MODES, Devices, pad, spec_for
 from engine.types import UserError
 
@@ -47,3 +48,12 @@ def test_map_hands_over_trees_and_lowers(mode):
     )
     np.testing.assert_array_equal(mapped(*arguments)["y"], [0, 3, 6, 9])
     assert "multiply" in mapped.lower(*arguments).as_text()
+
+
+def test_cpus_have_options_of_their_own_where_the_compiler_knows_them(monkeypatch):
+    assert Devices().compiler_options == parallel.ON_CPUS
+    program = Devices().map(lambda _, x: x + 1).lower((), np.ones(8, np.float32)).compile()
+    assert program is not None
+    assert parallel.options_for("tpu") is None
+    monkeypatch.setattr(parallel, "ON_CPUS", {"xla_cpu_no_such_option": "1"})
+    assert parallel.options_for.__wrapped__("cpu") is None
