@@ -9,7 +9,7 @@ generate draws pictures: what the compiler takes, the first call, images/s and s
 and the share of the device's peak (MFU) where that is known. train does steps of training the U-Net. scale
 draws with the same work for each of a growing number of devices. compile runs nothing: it compiles the
 programs for TPUs (pip install libtpu), and prints what they take and the least time that this takes, by
-arithmetic, memory and links. It is for sd15, sd21 and sdxl.
+arithmetic, memory and links.
 
 A peer draws, or trains, with the same random weights from the same latents in turn, A B A B; its pictures
 must be the same. Ratios are the median over the rounds, and in brackets the least and the most.

@@ -9,16 +9,17 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from engine.conditions import Told
-from engine.config import StageConfig, nearest
+from engine.config import StageConfig
 from engine.config.finetuning import ObjectiveConfig
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.parallel import Devices
+from engine.pipeline import SHIPPED, SHIPPED_NAME
 from engine.programs import Programs
 from engine.requests import Context
 from engine.train import loop, objectives, optim
 from engine.types import UserError
 from engine.weights.component import Component, abstract
-from engine.weights.folder import TOKENIZERS, Model
+from engine.weights.folder import TOKENIZERS, Model, load_folder
 from engine.weights.index import PARTS, numbers_beside
 from engine.weights.random_folder import ARCHITECTURES
 
@@ -34,14 +35,14 @@ class Program(NamedTuple):
 
 
 def model(name: str, dtype: DTypeLike = jnp.bfloat16) -> Model:
-    """A model of a known architecture, with shapes for weights.
+    """The shipped model, one of a known architecture, or that of a folder, with shapes for weights.
 
     Raises:
-      UserError: no such architecture.
+      UserError: no such architecture or folder.
     """
     if name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)}; known: {known}")
+        folder = SHIPPED if name == SHIPPED_NAME else name
+        return load_folder(folder, dtype, place=lambda _, array: shape(*array.shape, dtype=array.dtype))
     architecture, parts = ARCHITECTURES[name], dict.fromkeys(PARTS)
     for kind in PARTS:
         if config := getattr(architecture, kind):

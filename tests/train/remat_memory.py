@@ -8,22 +8,31 @@ each remat; some minutes. Prints temporaries, arithmetic and bytes, and the rati
 """
 
 import argparse
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tests.tpu_compiler import shapes  # before JAX is imported
+from engine.benchmark import tpu_compiler
 
-import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
+tpu_compiler.prepare()  # before JAX is imported
 
-from engine.config import FinetuneConfig, StageConfig
-from engine.config.training import REMATS
-from engine.train import finetune, objectives, optim, step
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+from engine.config import FinetuneConfig, StageConfig  # noqa: E402
+from engine.config.training import REMATS  # noqa: E402
+from engine.train import finetune, objectives, optim, step  # noqa: E402
+
+CHIP = jax.sharding.SingleDeviceSharding(tpu_compiler.chips("v5e:2x2")[0])
 
 
 class Cost(NamedTuple):
     temporaries: float  # bytes
     arithmetic: float  # FLOP
     accessed: float  # bytes
+
+
+def shapes(tree: Any) -> Any:
+    """Arrays or their shapes as shapes on one chip of a v5e."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=CHIP), tree)
 
 
 def cost(remat: str, batch_size: int) -> Cost:
