@@ -33,7 +33,8 @@ MODELS = {  # overrides of a tiny one in its place
     "path/to/sdxl-refiner": REFINER,
 }
 USAGE = "PROMPT..."
-LONG = ("launch.train", "launch.evaluate", "launch.random_model", "launch.scenes", "launch.convert")
+LONG = ("train", "evaluate", "random_model", "scenes", "convert", "benchmark")
+LONG = tuple(f"launch.{name}" for name in LONG)
 
 
 def test_the_readme_shows_commands():
