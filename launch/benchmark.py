@@ -18,6 +18,7 @@ Exit code: 0 done; 1 the peer's pictures are others; 2 a mistake, explained in o
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -32,9 +33,9 @@ FLAGS: cli.Groups = {
             "sd15, sd21, sdxl or tiny, with random weights; or a folder.\n"
             "Without it the model in the package",
         ),
-        "side": ("N", "pixels of a side; without it the size that the model was made for"),
+        "side": ("N,N", "pixels of a side; without it the size that the model was made for"),
         "batch_sizes": ("N,N", "pictures a device"),
-        "steps": ("N", "of the sampler"),
+        "steps": ("N,N", "of the sampler"),
         "sampler": ("NAME", "without it the one that the model names"),
         "guidance_scale": ("X", "1: no guidance, half the work"),
         "dtype": ("TYPE", "float32 or bfloat16"),
@@ -55,13 +56,13 @@ FLAGS: cli.Groups = {
     },
     "Where": {
         "out": ("FILE", "all of it as JSON, with the command, the day and the hardware"),
-        "plot": ("FILE", "a .png of the time against what changes"),
+        "plot": ("FILE", "a .png of seconds an image against batch size, pixels, steps or devices"),
     },
 }
 DEFAULTS: dict[str, Any] = {
     "model": "shipped",
     "batch_sizes": "1",
-    "steps": 20,
+    "steps": "20",
     "guidance_scale": 5.0,
     "dtype": "float32",
     "parallel": "shard_map",
@@ -73,7 +74,7 @@ DEFAULTS: dict[str, Any] = {
     "remat": "none",
 }
 KINDS = {name: type(value) for name, value in DEFAULTS.items()}
-KINDS |= {"side": int, "sampler": str, "out": str, "plot": str}
+KINDS |= {"side": str, "sampler": str, "out": str, "plot": str}
 PEERS = ("diffusers", "diffusers-compiled")
 MODES = ("generate", "train", "scale", "compile")
 
@@ -91,17 +92,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def generate(options: dict[str, Any], argv: Sequence[str]) -> int:
-    sizes, peers = numbers(options["batch_sizes"], "batch_sizes"), peers_of(options["peer"])
+    sizes, peers = sizes_of(options), peers_of(options["peer"])
     from engine.benchmark import drawing, models
 
-    asked = drawing.Asked(
-        **{field.name: options.get(field.name) for field in dataclasses.fields(drawing.Asked)}
-    )
-    found = []
+    asked, cases, found = asked_of(options), [drawing.Case(*each) for each in sizes], []
     with models.folder_of(options["model"]) as folder:
-        for row in drawing.rows(folder, asked, sizes, peers):
+        for row in drawing.rows(folder, asked, cases, peers):
             found.append({"model": options["model"], **row})
-            cli.tell(f"batch {row['batch']}: {row['images/s']:.3g} images/s")
+            size = f"batch {row['batch']}, {row['pixels']} px, {row['steps']} steps"
+            cli.tell(f"{size}: {row['images/s']:.3g} images/s")
     code = tell(found, options, argv)
     for row in found:
         for name in peers:
@@ -113,9 +112,10 @@ def generate(options: dict[str, Any], argv: Sequence[str]) -> int:
 
 def train(options: dict[str, Any], argv: Sequence[str]) -> int:
     sizes, peers = numbers(options["batch_sizes"], "batch_sizes"), peers_of(options["peer"])
+    (side,) = numbers(options["side"], "side", most=1) if options.get("side") else (None,)
     from engine.benchmark import models, training
 
-    found, how = [], (options.get("side"), options["dtype"], options["remat"], options["rounds"])
+    found, how = [], (side, options["dtype"], options["remat"], options["rounds"])
     with models.folder_of(options["model"]) as folder:
         for row in training.rows(folder, sizes, *how, peers):
             found.append({"model": options["model"], **row})
@@ -124,15 +124,15 @@ def train(options: dict[str, Any], argv: Sequence[str]) -> int:
 
 
 def scale(options: dict[str, Any], argv: Sequence[str]) -> int:
-    sizes, counts = numbers(options["batch_sizes"], "batch_sizes"), numbers(options["devices"], "devices")
+    sizes, counts = sizes_of(options), numbers(options["devices"], "devices")
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={max(counts)}"
-    from engine.benchmark import models, scaling
+    from engine.benchmark import drawing, models, scaling
 
     asked, found = asked_of(options), []
     with models.folder_of(options["model"]) as folder:
-        for batch in sizes:
-            found += scaling.rows(folder, asked, batch, counts)
+        for each in sizes:
+            found += scaling.rows(folder, asked, drawing.Case(*each), counts)
     return tell([{"model": options["model"], **row} for row in found], options, argv)
 
 
@@ -149,14 +149,25 @@ def peers_of(name: str) -> list[str]:
     return list(PEERS[: PEERS.index(name) + 1]) if name else []
 
 
-def numbers(text: str, flag: str) -> list[int]:
-    """ "1,4,16" as numbers from 1."""
+def sizes_of(options: dict[str, Any]) -> list[tuple[int, int | None, int]]:
+    """Every batch size with every side and number of steps."""
+    sides: list[int | None] = [None]
+    if options.get("side"):
+        sides = [*numbers(options["side"], "side")]
+    batches, steps = numbers(options["batch_sizes"], "batch_sizes"), numbers(options["steps"], "steps")
+    return list(itertools.product(batches, sides, steps))
+
+
+def numbers(text: str, flag: str, most: int | None = None) -> list[int]:
+    """Of "1,4,16": numbers from 1, at most `most` of them."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
         found = []
     if min(found, default=0) < 1:
         raise UserError(f"{flag}={text!r}: write whole numbers from 1 with commas between, such as 1,4,16")
+    if most and len(found) > most:
+        raise UserError(f"{flag}={text!r}: here write one number")
     return found
 
 
@@ -164,6 +175,7 @@ def compile_programs(options: dict[str, Any], argv: Sequence[str]) -> int:
     from engine.benchmark import tpu_compiler
 
     sizes = numbers(options["batch_sizes"], "batch_sizes")
+    (side,) = numbers(options["side"], "side", most=1) if options.get("side") else (None,)
     tpu_compiler.prepare()  # before JAX comes
     from engine.benchmark import compiling
 
@@ -172,7 +184,7 @@ def compile_programs(options: dict[str, Any], argv: Sequence[str]) -> int:
         options["model"],
         options["topology"],
         sizes,
-        options.get("side"),
+        side,
         options["parts"].split(","),
         options["remat"],
     ):
@@ -189,6 +201,10 @@ def tell(rows: Sequence[Any], options: dict[str, Any], argv: Sequence[str]) -> i
         cli.say(line)
     if options.get("out"):
         report.write(options["out"], argv, rows)
+    if options.get("plot"):
+        from engine.benchmark.plot import plot
+
+        plot(options["plot"], rows)
     return cli.DONE
 
 

@@ -35,15 +35,21 @@ ALIKE = 40.0  # dB, of pictures of a peer in float32
 
 @dataclasses.dataclass
 class Asked:
-    """What is measured."""
+    """What is measured, but for sizes."""
 
-    side: int | None
-    steps: int
     sampler: str | None
     guidance_scale: float
     dtype: str
     parallel: str
     rounds: int
+
+
+class Case(NamedTuple):
+    """Sizes of what is measured."""
+
+    batch: int  # pictures a device
+    side: int | None = None  # pixels; None: as the model was made for
+    steps: int = 20
 
 
 class Work(NamedTuple):
@@ -55,22 +61,22 @@ class Work(NamedTuple):
 
 
 def rows(
-    folder: pathlib.Path | None, asked: Asked, batch_sizes: Sequence[int], peers: Sequence[str]
+    folder: pathlib.Path | None, asked: Asked, cases: Sequence[Case], peers: Sequence[str]
 ) -> Iterator[Row]:
-    """One for each batch size, ours and, in the same rounds, the peers'."""
+    """One for each case, ours and, in the same rounds, the peers'."""
     jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is part of what is asked
     pipe = pipeline.load(folder, dtype=asked.dtype, parallel=asked.parallel)
     others = [Peer(pipe.folder, asked.dtype, compiled=name.endswith("compiled")) for name in peers]
-    for batch in batch_sizes:
-        work = work_for(pipe, asked, batch)
+    for case in cases:
+        work = work_for(pipe, asked, case)
         yield row(pipe, asked, work, dict(zip(peers, others, strict=True)))
 
 
-def work_for(pipe: Pipeline, asked: Asked, batch: int) -> Work:
+def work_for(pipe: Pipeline, asked: Asked, case: Case) -> Work:
     settings = pipe.settings(
-        asked.steps, asked.sampler, asked.guidance_scale, asked.side, asked.side, batch_size=batch
+        case.steps, asked.sampler, asked.guidance_scale, case.side, case.side, batch_size=case.batch
     )
-    whole = batch * pipe.devices.count
+    whole = case.batch * pipe.devices.count
     prompts = [" ".join((WORDS[i % 8], WORDS[i // 8 % 8], WORDS[i // 64 % 8])) for i in range(whole)]
     shape = outline.latent_shape(pipe.model, settings.height)
     latents = np.asarray(noise.initial_noise(noise.image_keys(0, range(whole)), shape))

@@ -8,13 +8,13 @@ import jax
 
 from engine import pipeline
 from engine.benchmark import timing
-from engine.benchmark.drawing import Asked, draw, work_for
+from engine.benchmark.drawing import Asked, Case, draw, work_for
 from engine.benchmark.report import Row
 from engine.parallel import Devices
 from engine.types import UserError
 
 
-def rows(folder: pathlib.Path | None, asked: Asked, batch: int, counts: Sequence[int]) -> Iterator[Row]:
+def rows(folder: pathlib.Path | None, asked: Asked, case: Case, counts: Sequence[int]) -> Iterator[Row]:
     """One for each number of devices, all timed in turn.
 
     "a device" is images/s of each against those of the fewest devices. Simulated devices share the cores of
@@ -30,7 +30,7 @@ def rows(folder: pathlib.Path | None, asked: Asked, batch: int, counts: Sequence
     calls, images = {}, {}
     for count in sorted(counts):
         pipe = pipeline.load(folder, dtype=asked.dtype, parallel=Devices(asked.parallel, found[:count]))
-        work = work_for(pipe, asked, batch)
+        work = work_for(pipe, asked, case)
         calls[str(count)] = lambda pipe=pipe, work=work: draw(pipe, work)
         images[str(count)] = len(work.prompts)
         calls[str(count)]()
@@ -41,7 +41,7 @@ def rows(folder: pathlib.Path | None, asked: Asked, batch: int, counts: Sequence
         together = timing.ratio([images[count] / images[fewest] * s for s in seconds[fewest]], seconds[count])
         yield {
             "devices": int(count),
-            "batch": batch,
+            "batch": case.batch,
             "images/s": rate,
             "together": str(together),
             "a device": together.median * int(fewest) / int(count),

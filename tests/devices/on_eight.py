@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 import engine
 from engine.benchmark import scaling
-from engine.benchmark.drawing import Asked
+from engine.benchmark.drawing import Asked, Case
 from engine.config import AutoencoderStage, OptimConfig
 from engine.models import kernels
 from engine.parallel import MODES, SPLIT, Devices
@@ -154,13 +154,13 @@ def test_kernels_work_on_each_devices_part_where_the_compiler_partitions(folder,
 
 
 def test_growth_is_measured_with_the_same_work_for_each_device(folder):
-    asked = Asked(None, STEPS, None, 5.0, "float32", "shard_map", rounds=2)
-    rows = list(scaling.rows(folder, asked, 1, [2, 1]))
+    asked = Asked(None, 5.0, "float32", "shard_map", rounds=2)
+    rows = list(scaling.rows(folder, asked, Case(1, steps=STEPS), [2, 1]))
     assert [row["devices"] for row in rows] == [1, 2]
     assert rows[0]["a device"] == 1.0 and rows[0]["together"] == "1.00 (1.00 to 1.00)"
     assert all(row["images/s"] > 0 and len(row["_seconds"]) == 2 for row in rows)
     with pytest.raises(UserError, match="devices=9: there are 8"):
-        list(scaling.rows(folder, asked, 1, [9]))
+        list(scaling.rows(folder, asked, Case(1), [9]))
 
 
 def test_a_stage_that_communicates_would_be_seen():

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+from PIL import Image
 
 from engine.errors import UserError
 from launch import benchmark, cli
@@ -43,6 +44,16 @@ def test_generate_beside_diffusers(model, tmp_path, capsys):
     assert "times diffusers" in table.splitlines()[0]
 
 
+def test_a_plot_of_what_changes(model, tmp_path, capsys):
+    file = tmp_path / "plot.png"
+    argv = ("generate", "--model", str(model), "--steps", "2,4", "--side", "16,24", "--plot", str(file))
+    rows, _ = measured(tmp_path, capsys, *argv)
+    assert [(row["pixels"], row["steps"]) for row in rows] == [(16, 2), (16, 4), (24, 2), (24, 4)]
+    assert rows[0]["TFLOP an image"] < rows[1]["TFLOP an image"] < rows[3]["TFLOP an image"]
+    with Image.open(file) as image:
+        assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**16)) > 10
+
+
 def test_guidance_doubles_the_work(model, tmp_path, capsys):
     argv = ("generate", "--model", str(model), "--steps", "40")
     (with_it,), _ = measured(tmp_path, capsys, *argv)
@@ -64,6 +75,8 @@ def test_train_beside_diffusers(model, tmp_path, capsys):
         (["generate", "--batch_sizes", "1,x"], "batch_sizes='1,x': write whole numbers from 1"),
         (["generate", "--peer", "comfy"], "peer='comfy' is unknown; write diffusers or diffusers-compiled"),
         (["generate", "--model", "no/such"], "no folder no/such"),
+        (["train", "--side", "16,32"], "side='16,32': here write one number"),
+        (["generate", "--steps", "2", "--plot", "x.png"], "plot: nothing changes"),
         (["scale", "--devices", "0"], "devices='0': write whole numbers from 1"),
         (["generate", "--stepz", "3"], "unknown flag --stepz (did you mean --steps?)"),
     ],
