@@ -76,34 +76,6 @@ _XL_EULER = {
 }
 
 ARCHITECTURES = {
-    "tiny": Architecture(  # 17 million parameters in the U-Net, for CPUs
-        UNetConfig(
-            sample_size=32,
-            block_out_channels=(96, 160, 192),
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=2,
-            attention_head_dim=4,
-            cross_attention_dim=256,
-        ),
-        dataclasses.replace(
-            _VAE,
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(32, 64, 128),
-            layers_per_block=1,
-            sample_size=128,
-        ),
-        CLIPTextConfig(
-            hidden_size=256,
-            intermediate_size=1024,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            projection_dim=256,
-            vocab_size=4096,
-        ),
-        {"_class_name": "DDIMScheduler", **_BETAS, **_SPACING},
-    ),
     "sd15": Architecture(
         UNetConfig(sample_size=64, cross_attention_dim=768),
         _VAE,
@@ -159,6 +131,34 @@ ARCHITECTURES = {
         None,
         _XL_EULER,
         _XL_TEXT,
+    ),
+    "tiny": Architecture(  # 17 million parameters in the U-Net, for CPUs
+        UNetConfig(
+            sample_size=32,
+            block_out_channels=(96, 160, 192),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=2,
+            attention_head_dim=4,
+            cross_attention_dim=256,
+        ),
+        dataclasses.replace(
+            _VAE,
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(32, 64, 128),
+            layers_per_block=1,
+            sample_size=128,
+        ),
+        CLIPTextConfig(
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            projection_dim=256,
+            vocab_size=4096,
+        ),
+        {"_class_name": "DDIMScheduler", **_BETAS, **_SPACING},
     ),
 }
 
