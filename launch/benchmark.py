@@ -87,6 +87,8 @@ def main(argv: Sequence[str]) -> int:
     options = cli.options(rest, __doc__, FLAGS, KINDS, DEFAULTS, {}, "model")
     if options is None:
         return cli.DONE
+    if options["rounds"] < 1:
+        raise UserError(f"rounds={options['rounds']}: write a number from 1")
     jobs = {"generate": generate, "train": train, "scale": scale, "compile": compile_programs}
     return jobs[mode](options, argv)
 
@@ -199,12 +201,15 @@ def tell(rows: Sequence[Any], options: dict[str, Any], argv: Sequence[str]) -> i
 
     for line in report.table(rows).splitlines():
         cli.say(line)
-    if options.get("out"):
-        report.write(options["out"], argv, rows)
-    if options.get("plot"):
-        from engine.benchmark.plot import plot
+    try:
+        if options.get("out"):
+            report.write(options["out"], argv, rows)
+        if options.get("plot"):
+            from engine.benchmark.plot import plot
 
-        plot(options["plot"], rows)
+            plot(options["plot"], rows)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written: {error.strerror or error}") from None
     return cli.DONE
 
 

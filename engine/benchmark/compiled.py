@@ -4,8 +4,6 @@ import dataclasses
 import re
 from typing import Any
 
-import jax
-
 from engine import chips, flops
 from engine.benchmark.memory_traffic import arrays, main_memory
 from engine.benchmark.outline import Program
@@ -40,13 +38,9 @@ def least_seconds(cost: Cost, main_memory: float, chip: chips.Chip) -> dict[str,
     }
 
 
-def compiled(program: Program) -> tuple[Cost, jax.stages.Compiled]:
+def cost(program: Program) -> Cost:
     """Compiles it, for the devices that its arguments are placed on."""
     made = program.function.lower(*program.arguments).compile()
-    return cost(made), made
-
-
-def cost(made: jax.stages.Compiled) -> Cost:
     counted: Any = made.cost_analysis()
     memory, text = made.memory_analysis(), made.as_text()
     kinds, moved = collectives(text)

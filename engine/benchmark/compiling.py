@@ -45,8 +45,10 @@ def rows(
 
 def row(part: str, batch: int, program: outline.Program, chip: jax.Device) -> Row:
     """Compiles a program. What kernels move is counted here, not as they tell the compiler."""
+    if chip.device_kind not in chips.CHIPS:
+        raise UserError(f"nothing is known of {chip.device_kind}: add it to engine/chips.py")
     start = time.perf_counter()
-    cost, _ = compiled.compiled(program)
+    cost = compiled.cost(program)
     seconds = time.perf_counter() - start
     moved, told = kernel_traffic.traffic(program.function, *program.arguments)
     main_memory = cost.main_memory + moved

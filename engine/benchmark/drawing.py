@@ -20,16 +20,8 @@ from engine.parallel import Devices
 from engine.pipeline import Pipeline
 from engine.requests import Settings
 
-WORDS = (
-    "fog",
-    "sea",
-    "red",
-    "oak",
-    "fox",
-    "sun",
-    "hat",
-    "ice",
-)  # of prompts; random tokenizers read them, too
+# Of prompts; random tokenizers read them, too.
+WORDS = ["fog", "sea", "red", "oak", "fox", "sun", "hat", "ice"]
 ALIKE = 40.0  # dB, of pictures of a peer in float32
 
 

@@ -9,14 +9,15 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from engine.conditions import Told
-from engine.config import StageConfig
-from engine.config.finetuning import ObjectiveConfig
+from engine.config import StageConfig, nearest
+from engine.config.training import REMATS, ObjectiveConfig
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.parallel import Devices
-from engine.pipeline import SHIPPED, SHIPPED_NAME
+from engine.pipeline import DTYPES, SHIPPED, SHIPPED_NAME
 from engine.programs import Programs
 from engine.requests import Context
 from engine.train import loop, objectives, optim
+from engine.train.dry_run import placed
 from engine.types import UserError
 from engine.weights.component import Component, abstract
 from engine.weights.folder import TOKENIZERS, Model, load_folder
@@ -57,11 +58,9 @@ def shape(*axes: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(axes, dtype)
 
 
-def placed(tree: Any, place: Callable[[Any], Any]) -> Any:
-    """Shapes that know where they lie; `place` makes of a tree of shapes one of shardings."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, place(tree)
-    )
+def split(tree: Any, devices: Devices) -> Any:
+    """Shapes of a batch over the devices."""
+    return placed(tree, lambda shapes: jax.tree.map(lambda _: devices.batch_sharding, shapes))
 
 
 def told(model: Model, batch: int, dtype: DTypeLike) -> Told:
@@ -92,26 +91,19 @@ def drawing(
     batched = {"cond": words, "uncond": words, "keys": keys, "guidance_scale": shape(whole)}
     shared = {"unet": params["unet"], "sigmas": shape(31), "initial_scale": shape(), "anew": shape()}
 
-    def split(tree: Any) -> Any:
-        return placed(tree, lambda tree: jax.tree.map(lambda _: devices.batch_sharding, tree))
-
     begin = made.begin_program(sampler, True, True)
     carry = begin.eval_shape(shared, {**batched, "x": latents})
     texts = {kind: params[kind] for kind in model.parts if kind in TOKENIZERS}
     ids = {kind: shape(whole, tokens(model), dtype=jnp.int32) for kind in texts}
     first = {"first": shape(dtype=jnp.int32)}
-    call = devices.map(lambda params, batched: one_call(made, params, *batched))
+    call = devices.map(lambda params, batched: made.bound(params)(*batched))
     step = made.segment_program(sampler, True, SEGMENT, False)
     return {
-        "text": Program(made.text_program, (texts, split(ids))),
-        "unet": Program(call, (params["unet"], split((latents, shape(whole), words)))),
-        "sampler": Program(step, (shared | first, split({**batched, "carry": carry}))),
-        "decoder": Program(made.decoder_program, (params["vae"], split(latents))),
+        "text": Program(made.text_program, (texts, split(ids, devices))),
+        "unet": Program(call, (params["unet"], split((latents, shape(whole), words), devices))),
+        "sampler": Program(step, (shared | first, split({**batched, "carry": carry}, devices))),
+        "decoder": Program(made.decoder_program, (params["vae"], split(latents, devices))),
     }
-
-
-def one_call(programs: Programs, params: Any, x: Any, t: Any, told: Told) -> jax.Array:
-    return programs.bound(params)(x, t, told)
 
 
 def training(
@@ -122,8 +114,11 @@ def training(
     Where the devices have rules, each keeps its part of the state. The params are float32, without averages.
 
     Raises:
-      UserError: SDXL, which cannot be trained.
+      UserError: SDXL, which cannot be trained; or an unknown dtype or remat.
     """
+    for name, value, known in (("dtype", dtype, DTYPES), ("remat", remat, REMATS)):
+        if value not in known:
+            raise UserError(f"{name}={value!r} is unknown{nearest(value, known)}; write {' or '.join(known)}")
     if model.text_encoder_2:
         raise UserError("the engine does not train SDXL yet: write sd15, sd21 or tiny")
     config = StageConfig(
@@ -144,7 +139,7 @@ def training(
         "context": shape(*words.shape, dtype=jnp.float16),
     }
     state = placed(jax.eval_shape(init, params), devices.shardings)
-    rows = placed(batch_shapes, lambda tree: jax.tree.map(lambda _: devices.batch_sharding, tree))
+    rows = split(batch_shapes, devices)
     frozen = placed({"empty_context": shape(*words.shape[1:])}, devices.shardings)
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     return Program(step, (state, frozen, rows, key), init)
@@ -157,5 +152,8 @@ def tokens(model: Model) -> int:
 
 
 def latent_shape(model: Model, side: int) -> tuple[int, int, int]:
+    """Of a picture with this side in pixels; UserError where there is none."""
     vae = model.vae.config
+    if side % vae.scale:
+        raise UserError(f"side={side}: this model makes multiples of {vae.scale}")
     return side // vae.scale, side // vae.scale, vae.latent_channels

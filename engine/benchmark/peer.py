@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from engine.benchmark.drawing import Work
 
 
+def installed() -> tuple[Any, Any]:
+    """PyTorch and diffusers; UserError where they are not."""
+    try:
+        import diffusers
+        import torch
+    except ImportError as error:
+        raise UserError(f"no peer: pip install torch diffusers transformers ({error})") from None
+    return torch, diffusers
+
+
 class Peer:
     """A pipeline of diffusers."""
 
@@ -20,11 +30,7 @@ class Peer:
         Raises:
           UserError: diffusers, transformers or PyTorch is not installed.
         """
-        try:
-            import diffusers
-            import torch
-        except ImportError as error:
-            raise UserError(f"no peer: pip install torch diffusers transformers ({error})") from None
+        torch, diffusers = installed()
         self._torch, self._schedulers = torch, diffusers
         diffusers.utils.logging.disable_progress_bar()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,11 +79,7 @@ class PeerTraining:
     ):
         """latents, context: (B, h, w, C) and (B, L, D); steps: of a call."""
         self._steps = steps
-        try:
-            import diffusers
-            import torch
-        except ImportError as error:
-            raise UserError(f"no peer: pip install torch diffusers transformers ({error})") from None
+        torch, diffusers = installed()
         self._torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         unet = (

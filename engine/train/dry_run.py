@@ -50,8 +50,8 @@ def table(
       params, frozen, batch: arrays or shapes; nothing is computed with them.
     """
     devices, init, step = program(name, loss, params, optimizer, config)
-    state = _placed(jax.eval_shape(init, params), devices.shardings)
-    kept = _placed(frozen, devices.shardings)
+    state = placed(jax.eval_shape(init, params), devices.shardings)
+    kept = placed(frozen, devices.shardings)
     rows = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.batch_sharding), dict(batch)
     )
@@ -72,8 +72,8 @@ def table(
     ]
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
-    """Shapes that know where they lie."""
+def placed(tree: Any, shardings: Any) -> Any:
+    """Arrays or their shapes as shapes that know where they lie; `shardings`: a tree of shapes -> where."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings(shapes)

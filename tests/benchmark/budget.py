@@ -39,7 +39,7 @@ def measured() -> dict:
     programs["train"] = outline.training(model, Devices("jit", rules=SPLIT), SIDE, BATCH)
     found = {}
     for name, program in programs.items():
-        cost, _ = compiled.compiled(program)
+        cost = compiled.cost(program)
         found[name] = {
             "flops": cost.flops,
             "accessed": cost.accessed,
