@@ -1,6 +1,7 @@
 """Checkpoints of a training run, by Orbax: whole or not at all, written beside the training."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, ArrayLike, UInt32
 
 from engine.train.step import Tally, TrainState
 from engine.types import Params, UserError
@@ -199,26 +201,45 @@ def _compare(position: dict[str, Any], items: dict[str, Any]) -> None:
 
 
 def _sums(items: dict[str, Any]) -> dict[str, int]:
-    """A sum of the bits of each item, the same on any number of devices."""
-    return {
-        name: sum((2 * i + 1) * int(each) for i, each in enumerate(found)) % 2**32
-        for name, found in jax.device_get(_bits_of_all(items)).items()
+    """A sum of the bits of each item, the same on any number of devices and hosts.
+
+    Each device sums what it holds, by one small program for each shape: one for all of the state takes long
+    to compile, and small ones that sum over devices make simulated devices wait for each other for ever.
+    """
+    started = {name: [_shards_bits(leaf) for leaf in jax.tree.leaves(item)] for name, item in items.items()}
+    sums = {
+        name: sum((2 * i + 1) * sum(map(int, each)) for i, each in enumerate(found)) % 2**32
+        for name, found in jax.device_get(started).items()
     }
+    if jax.process_count() == 1:
+        return sums
+    own = np.array(list(sums.values()), np.uint32)
+    return dict(zip(sums, multihost_utils.process_allgather(own).sum(0, dtype=np.uint32).tolist()))
 
 
-@jax.jit
-def _bits_of_all(items: dict[str, Any]) -> dict[str, list[Array]]:
-    """One program: in hundreds of small ones, simulated devices wait for each other for ever."""
-    return {name: [bits(leaf) for leaf in jax.tree.leaves(item)] for name, item in items.items()}
+def _shards_bits(x: Array) -> list[Array]:
+    """Of the parts of x that lie here, each once."""
+    return [
+        bits(shard.data, np.array([each.start or 0 for each in shard.index], np.uint32), x.shape)
+        for shard in x.addressable_shards
+        if shard.replica_id == 0
+    ]
 
 
-def bits(x: Array) -> UInt32[Array, ""]:
-    """sum_i (2i + 1) x_i modulo 2^32, x_i the bits of element i: any one bit changes it, as any odd factor
-    leaves it a power of two; so does a change of places, but for those 2^31 apart.
+@functools.partial(jax.jit, static_argnames="whole")
+def bits(x: Array, start: UInt32[ArrayLike, "axes"], whole: tuple[int, ...]) -> UInt32[Array, ""]:
+    """sum_i (2i + 1) x_i modulo 2^32, x_i the bits of element i of an array that x is a part of: any one bit
+    changes it, as any odd factor leaves it a power of two; so does a change of places, but for those 2^31
+    apart.
+
+    Args:
+      start: the indices in the whole array of the first element of x.
+      whole: the shape of the whole array.
     """
     index = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    for axis, size in enumerate(whole):
+        along = start[axis] + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        index = index * jnp.uint32(size) + along
     raw = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     return jnp.sum((2 * index + 1) * raw, dtype=jnp.uint32)
 

@@ -131,13 +131,12 @@ def fit(
                 contextlib.closing(progress),
                 contextlib.closing(batches(batch_at, first)) as data,
             ):
-                head = next(data)
-                # Traced here, the step is not traced again when it is called.
+                placed = map(devices.shard_own, data)
+                head = next(placed)
+                # Traced here, and with a batch that lies where it will, the step is not traced again.
                 progress.arithmetic = arithmetic(step, devices.devices, state, frozen, head, base_key)
-                rest = itertools.chain([head], data)
-                ended = run.to_end(
-                    state, lambda state: step(state, frozen, devices.shard_own(next(rest)), base_key), stop
-                )
+                rest = itertools.chain([head], placed)
+                ended = run.to_end(state, lambda state: step(state, frozen, next(rest), base_key), stop)
             if ended is None:
                 return None
             state = ended

@@ -120,10 +120,5 @@ class Progress:
 
 
 def arithmetic(step, devices: list[jax.Device], *arguments) -> Arithmetic:
-    """Of a training step over all `devices`.
-
-    Args:
-      arguments: of the step; a host's part of the batch among them, as large as that of any other host.
-    """
-    own = flops.count(step, *arguments) * jax.process_count()
-    return Arithmetic(own / len(devices), chips.peak(devices[0]))
+    """Of a training step over all `devices`, from its arguments."""
+    return Arithmetic(flops.count(step, *arguments) / len(devices), chips.peak(devices[0]))

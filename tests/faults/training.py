@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from tests.faults.kills import ROOT, check, ended, kill
-from tests.tiny import tiny_folder
+from tests.tiny import SHALLOW, tiny_folder
 
 STARTING = 8.0  # seconds or so before the first step
 LONGEST_LIFE = 3.0  # seconds after the first checkpoint of a life
@@ -24,7 +24,7 @@ class School:
 
     def __init__(self, folder: pathlib.Path, steps: int):
         self.folder = folder
-        tiny_folder(folder / "model")
+        tiny_folder(folder / "model", **SHALLOW)
         (folder / "pictures").mkdir()
         for i in range(8):
             image = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)

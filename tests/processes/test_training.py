@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from engine.weights.component import load_component
-from tests.tiny import tiny_folder
+from tests.tiny import SHALLOW, tiny_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
-    tiny_folder(folder / "model")
+    tiny_folder(folder / "model", **SHALLOW)
     (folder / "pictures").mkdir()
     for i in range(8):
         image = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)

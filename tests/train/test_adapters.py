@@ -13,7 +13,7 @@ from engine.types import UserError
 from engine.weights import lora_files
 from engine.weights.folder import load_folder, save_folder
 from engine.weights.lora import KINDS, Lora, merged
-from tests.tiny import CAPTIONS, tiny_model
+from tests.tiny import CAPTIONS, SHALLOW, tiny_model
 from tests.train.tiny_run import assert_same_arrays, saved
 
 KEY = jax.random.key(3)
@@ -29,19 +29,7 @@ STAGE = StageConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    unet = {
-        "block_out_channels": (16,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("UpBlock2D",),
-        "mid_block_type": None,
-    }
-    vae = {
-        "block_out_channels": (8,),
-        "down_block_types": ("DownEncoderBlock2D",),
-        "up_block_types": ("UpDecoderBlock2D",),
-        "mid_block_add_attention": False,
-    }
-    return tiny_model(unet=unet, vae=vae, text_encoder={"num_hidden_layers": 1})
+    return tiny_model(**SHALLOW)
 
 
 @pytest.fixture(scope="module")

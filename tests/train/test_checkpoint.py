@@ -206,8 +206,8 @@ def test_the_checkpoints_of_another_run_are_refused(folder, change, named):
 def test_bits_tell_any_one_bit_and_any_two_places():
     x = np.random.default_rng(0).standard_normal((3, 4, 5), np.float32)
 
-    def bits(array):
-        return int(checkpoint.bits(jnp.asarray(array)))
+    def bits(array, start=(0, 0, 0)):
+        return int(checkpoint.bits(jnp.asarray(array), np.array(start, np.uint32), x.shape))
 
     whole = bits(x)
     raw = x.view(np.uint32).reshape(-1)
@@ -218,6 +218,8 @@ def test_bits_tell_any_one_bit_and_any_two_places():
         other[17] ^= np.uint32(1 << bit)
         assert bits(other.view(np.float32).reshape(x.shape)) != whole
     assert bits(x[:, ::-1]) != whole
+    parts = bits(x[:, :1]) + bits(x[:2, 1:], (0, 1, 0)) + bits(x[2:, 1:], (2, 1, 0))
+    assert parts % 2**32 == whole, "wherever the parts of an array lie, the sum is the same"
 
 
 def test_a_run_with_a_damaged_checkpoint_ends_as_one_without(tmp_path):

@@ -30,14 +30,14 @@ from launch import cache as cache_command
 from launch import cli
 from launch import export as export_command
 from launch import train as train_command
-from tests.tiny import tiny_folder
+from tests.tiny import SHALLOW, tiny_folder
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 40, 220), "green": (30, 200, 60), "white": (250, 250, 250)}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny", **SHALLOW)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_model_exports_without_its_latents(config, cached, model, tmp_path):
 
 
 def test_latents_of_another_model_are_refused(config, cached, tmp_path):
-    other = tiny_folder(tmp_path / "other", seed=1)
+    other = tiny_folder(tmp_path / "other", seed=1, **SHALLOW)
     wrong = dataclasses.replace(config(), data=DataConfig(), latents=str(cached), model=str(other))
     with pytest.raises(UserError, match="made with another autoencoder or text encoder"):
         finetune.train(wrong, tmp_path / "run")

@@ -16,23 +16,17 @@ from engine.train.objectives import cached_loss, text_to_image_loss
 from engine.train.sources import PictureBatches, Skipped, training_batches
 from engine.weights.folder import Model
 from launch import cache
-from tests.tiny import tiny_folder, tiny_model
+from tests.tiny import SHALLOW, tiny_folder, tiny_model
 from tests.train.laid_out import LAYOUTS, listed, noisy, plain_png, write
 
 BATCH = 4
 CONFIG = DataConfig(buckets=3, multiple=8, size=16, workers=2, seed=1)
-SHALLOW = {
-    "block_out_channels": (16,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "mid_block_type": None,
-}
 OBJECTIVE = ObjectiveConfig(caption_dropout=0.5)
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return tiny_model(unet=SHALLOW)
+    return tiny_model(**SHALLOW)
 
 
 @pytest.fixture(scope="module")
