@@ -12,7 +12,7 @@ from tests.compiling import quickly
 for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
-# What the workers have imported lies in hundreds of thousands of objects: looked through at Python's own pace,
+# What the workers have imported is hundreds of thousands of objects: looked through as often as Python would,
 # they take a fifteenth of the time of all tests.
 gc.set_threshold(100_000, 50, 100)
 

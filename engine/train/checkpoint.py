@@ -213,8 +213,8 @@ def _sums(items: dict[str, Any]) -> dict[str, int]:
     }
     if jax.process_count() == 1:
         return sums
-    own = np.array(list(sums.values()), np.uint32)
-    return dict(zip(sums, multihost_utils.process_allgather(own).sum(0, dtype=np.uint32).tolist()))
+    parts = multihost_utils.process_allgather(np.array(list(sums.values()), np.uint32))
+    return dict(zip(sums, parts.sum(0, dtype=np.uint32).tolist(), strict=True))
 
 
 def _shards_bits(x: Array) -> list[Array]:
@@ -227,7 +227,7 @@ def _shards_bits(x: Array) -> list[Array]:
 
 
 @functools.partial(jax.jit, static_argnames="whole")
-def bits(x: Array, start: UInt32[ArrayLike, "axes"], whole: tuple[int, ...]) -> UInt32[Array, ""]:
+def bits(x: Array, start: UInt32[ArrayLike, " axes"], whole: tuple[int, ...]) -> UInt32[Array, ""]:
     """sum_i (2i + 1) x_i modulo 2^32, x_i the bits of element i of an array that x is a part of: any one bit
     changes it, as any odd factor leaves it a power of two; so does a change of places, but for those 2^31
     apart.

@@ -47,15 +47,19 @@ def pictures(tmp_path_factory):
     lines = []
     for colour, rgb in COLOURS.items():
         for place in ("above", "below"):
-            image = np.full((16, 16, 3), rgb, np.uint8)
-            rows = slice(0, 8) if place == "above" else slice(8, 16)
-            image[rows] //= 2
-            Image.fromarray(image).save(folder / f"{colour}-{place}.png")
+            paint(folder / f"{colour}-{place}.png", rgb, place)
             lines.append(
                 json.dumps({"file_name": f"{colour}-{place}.png", "text": f"a {colour} car {place}"})
             )
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
+
+
+def paint(file, rgb, place):
+    image = np.full((16, 16, 3), rgb, np.uint8)
+    rows = slice(0, 8) if place == "above" else slice(8, 16)
+    image[rows] //= 2
+    Image.fromarray(image).save(file)
 
 
 @pytest.fixture
@@ -186,24 +190,31 @@ def test_samples_show_the_way(config, tmp_path):
     assert sheets[0].tobytes() != sheets[1].tobytes()
 
 
-def test_eight_pictures_are_learned_by_heart(config, model, pictures, tmp_path):
-    """200 steps on 8 pictures reach a low loss and redraw them, each at its own words."""
-    optimizer = OptimConfig(learning_rate=2e-2, warmup_steps=20, decay_steps=100)
+def test_four_pictures_are_learned_by_heart(config, tmp_path):
+    """160 steps on 4 plain pictures reach a low loss and redraw them, each at its own words."""
+    # Two levels: what one level sees at once is no whole picture.
+    model = tiny_folder(tmp_path / "model", vae=SHALLOW["vae"], text_encoder=SHALLOW["text_encoder"])
+    prompts = [f"a {colour} car above" for colour in COLOURS]
+    (tmp_path / "pictures").mkdir()
+    for prompt, rgb in zip(prompts, COLOURS.values(), strict=True):
+        paint(tmp_path / "pictures" / f"{prompt}.png", rgb, "above")
+        (tmp_path / "pictures" / f"{prompt}.txt").write_text(prompt)
+    optimizer = OptimConfig(learning_rate=2e-2, warmup_steps=20, decay_steps=60)
     stage = {"optim": optimizer, "ema": (0.9,), "time_sampling": "uniform", "batch_size": 64}
-    folder = finetune.train(config(steps=200, stage=stage), tmp_path)
-    told = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert told[-1] < 0.1, "of about 1 at the start"
-    prompts = [f"a {colour} car {place}" for colour in COLOURS for place in ("above", "below")]
+    data = DataConfig(paths=(str(tmp_path / "pictures"),))
+    by_heart = dataclasses.replace(config(steps=160, stage=stage), model=str(model), data=data)
+    folder = finetune.train(by_heart, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["loss"] < 0.1, "of about 1 at the start"
     drawn = engine.load(folder).generate(prompts, seed=3, steps=10, guidance_scale=1.0).astype(float)
-    wanted = given_back(model, pictures, prompts)
+    wanted = given_back(model, [tmp_path / "pictures" / f"{prompt}.png" for prompt in prompts])
     distance = ((drawn[:, None] - wanted[None]) ** 2).mean((2, 3, 4))
-    assert (distance.argmin(1) == np.arange(8)).all(), distance.round(0)
+    assert (distance.argmin(1) == np.arange(4)).all(), distance.round(0)
 
 
-def given_back(model, pictures, prompts):
-    """The pictures of the prompts as the autoencoder, of random weights, gives them back."""
-    files = [prompt.removeprefix("a ").replace(" car ", "-") + ".png" for prompt in prompts]
-    images = np.stack([np.asarray(Image.open(pictures / file)) for file in files])
+def given_back(model, files):
+    """The pictures as the autoencoder, of random weights, gives them back."""
+    images = np.stack([np.asarray(Image.open(file)) for file in files])
     vae = load_folder(model).vae
     module = applier(vae.graphdef)(vae.params)
     latents = module.encode(to_float(jnp.asarray(images))).mean

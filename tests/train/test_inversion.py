@@ -33,6 +33,8 @@ from tests.train.tiny_run import assert_same_arrays, saved
 
 WIDTH = 24  # of the tiny text encoder
 WORD = {"placeholder": "<red>", "initializer": "at", "templates": ("a {}", "{} at night")}
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_folder(tmp_path_factory.mktemp("models") / "tiny", **SHALLOW)
