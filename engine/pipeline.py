@@ -19,14 +19,15 @@ from jaxtyping import Float, UInt8
 from engine import edits
 from engine.config import GenerateConfig, nearest
 from engine.diffusion import noise, samplers, schedules
-from engine.diffusion.scheduler_config import SchedulerConfig, for_sampler, sampler_name
+from engine.diffusion.scheduler_config import sampler_name
 from engine.diffusion.segments import chosen_stages
 from engine.models.tiles import check_tile
 from engine.parallel import Devices, pad
-from engine.programs import Programs, Way
+from engine.programs import Programs
 from engine.requests import Batch, Context, Edit, Frames, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.types import UserError
+from engine.ways import check_refiner_start, grid_of, ways_of
 from engine.weights.decoder import with_decoder
 from engine.weights.folder import Model, load_folder
 from engine.weights.refiner import load_refiner
@@ -37,7 +38,6 @@ DTYPES = ("float32", "bfloat16")
 MAX_SIDE = 16384
 DEFAULT_STEPS = GenerateConfig.steps
 DEFAULT_GUIDANCE = GenerateConfig.guidance_scale
-REFINER_START = 0.8  # of the way; as in its original
 
 
 def load(
@@ -142,6 +142,8 @@ class Pipeline:
         image_guidance_scale: float = GenerateConfig.image_guidance_scale,
         refiner_start: float | None = None,
         grid: str | None = None,
+        guidance_start: float | None = None,
+        guidance_end: float | None = None,
     ) -> UInt8[np.ndarray, "B H W 3"]:
         """One picture for each prompt.
 
@@ -160,6 +162,8 @@ class Pipeline:
             one, where guidance_scale is not 1.
           refiner_start: share of the way, 0 to 1, that the model goes before its refiner; None: 0.8.
           grid: how noise levels are spread, one of schedules.GRIDS; None: as the model's folder says.
+          guidance_start, guidance_end: shares of the steps between which there is guidance, 0 to 1; outside,
+            a step costs half. None: 0 and 1.
 
         Raises:
           UserError: an argument is wrong.
@@ -170,7 +174,8 @@ class Pipeline:
         if strength is None:
             strength = edits.default_strength(given[0] if given else None, self.made_for)
         settings = self.settings(
-            steps, sampler, guidance_scale, height, width, batch_size, strength, refiner_start, grid
+            *(steps, sampler, guidance_scale, height, width, batch_size, strength, refiner_start, grid),
+            *(guidance_start, guidance_end),
         )
         seed = noise.fresh_seed() if seed is None else seed
         images = []
@@ -274,6 +279,8 @@ class Pipeline:
         strength: float = 1.0,
         refiner_start: float | None = None,
         grid: str | None = None,
+        guidance_start: float | None = None,
+        guidance_end: float | None = None,
     ) -> Settings:
         """Checks settings, and fills in what the model knows; raises UserError before anything compiles."""
         default_height, default_width = self.default_size
@@ -286,13 +293,14 @@ class Pipeline:
             batch_size,
             strength,
             grid,
-            self._refiner_start(refiner_start),
+            check_refiner_start(refiner_start, self.refiner is not None),
+            guidance_start,
+            guidance_end,
         )
         samplers.find(settings.sampler)
-        self._grid(settings)
+        grid_of(settings, self.model)
         edits.check_strength(settings)
-        if self.refiner:
-            self._ways(settings)
+        ways_of(settings, self.programs, self.refiner)
         if not np.isfinite(settings.guidance_scale):
             raise UserError(f"guidance_scale={guidance_scale} is no number; 1 is none, 5 to 8 are usual")
         if batch_size < 1:
@@ -304,19 +312,9 @@ class Pipeline:
                 raise UserError(f"{name}={side}: this model makes multiples of {scale}; write {good}")
         return settings
 
-    def _refiner_start(self, given: float | None) -> float | None:
-        if self.refiner is None:
-            if given is not None:
-                raise UserError(f"refiner_start={given} without a refiner: write --refiner FOLDER, too")
-            return None
-        start = REFINER_START if given is None else given
-        if not 0 < start < 1:
-            raise UserError(f"refiner_start={start}: write a share of the way, above 0 and below 1")
-        return start
-
     def steps_of(self, settings: Settings) -> int:
         """Steps of the sampler that a picture takes, in which the U-Net runs once."""
-        return sum(way.steps for way in self._ways(settings))
+        return sum(way.steps for way in ways_of(settings, self.programs, self.refiner))
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -342,14 +340,14 @@ class Pipeline:
             start = self.programs.noise(batched, self._latent_shape(settings))
         else:
             start = self.devices.shard_batch(pad(latents, size))
-        config, sigmas = self._grid(settings)
-        ways = self._ways(settings)
-        x, traces = self.programs.sample(ways[0], start, batched, frames > 0, progress)
+        config, sigmas = grid_of(settings, self.model)
+        way, *more_ways = ways_of(settings, self.programs, self.refiner)
+        x, traces = self.programs.sample(way, start, batched, frames > 0, progress)
         if self.refiner:
             contexts = {prompt: context.refiner for prompt, context in contexts.items()}
             further = noise.further_keys(keys)
             batched = self.refiner.batched(requests, contexts, settings, further, given)
-            x, more = self.refiner.sample(ways[1], x, batched, frames > 0, progress)
+            x, more = self.refiner.sample(*more_ways, x, batched, frames > 0, progress)
             traces += more
         final = x * schedules.final_scale(config, sigmas)
         images, finite = self.devices.gather(self.programs.decode(final, given))
@@ -357,45 +355,6 @@ class Pipeline:
             return images, finite, None
         stages = chosen_stages(traces, start, final, frames)
         return images, finite, Frames(*map(self._decode_stages, stages))
-
-    def _grid(self, settings: Settings) -> tuple[SchedulerConfig, np.ndarray]:
-        """The scheduler of the sampler, and all sigmas of its grid."""
-        config = for_sampler(self.programs.model.scheduler, settings.sampler)
-        if settings.grid in schedules.SPACINGS:
-            config = dataclasses.replace(config, timestep_spacing=settings.grid)
-        return config, schedules.sigmas_for(config, settings.steps, settings.grid)
-
-    def _ways(self, settings: Settings) -> list[Way]:
-        """The way of the model, and behind it that of the refiner where there is one."""
-        config, whole = self._grid(settings)
-        sampler, guided = samplers.find(settings.sampler), settings.guidance_scale != 1.0
-        sigmas = whole[settings.steps - settings.intervals :]
-        way = Way(
-            settings.sampler,
-            sigmas,
-            sampler.steps(settings.intervals),
-            guided and not self.programs.distilled,
-            initial_scale=schedules.initial_scale(config, whole),
-            anew=settings.strength == 1,
-        )
-        if not self.refiner:
-            return [way]
-        assert settings.refiner_start is not None
-        own = schedules.intervals_above(config, sigmas, settings.refiner_start)
-        if not 0 < own < settings.intervals:
-            idle = "refiner" if own else "model"
-            raise UserError(
-                f"refiner_start={settings.refiner_start} leaves none of {settings.intervals} steps to the "
-                f"{idle}: write another share, or more steps"
-            )
-        rest = Way(
-            settings.sampler,
-            sigmas[own:],
-            sampler.steps(settings.intervals - own),
-            guided and not self.refiner.distilled,
-            fresh=False,
-        )
-        return [way._replace(steps=sampler.steps_before(own)), rest]
 
     def _decode_stages(self, stages: np.ndarray) -> np.ndarray:
         places = [self.devices.shard_batch(x) for x in stages.swapaxes(0, 1)]

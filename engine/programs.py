@@ -44,6 +44,14 @@ class Way(NamedTuple):
     fresh: bool = True  # it begins with noise, not where another model stopped
     initial_scale: float = 1.0  # of the noise
     anew: bool = True  # nothing of a given picture is left at its beginning
+    within: tuple[float, float] | None = None  # (low, high): noise levels with guidance; None: all
+
+
+class Guided(NamedTuple):
+    """Whether there is guidance; what is compiled depends on it."""
+
+    anywhere: bool
+    in_part: bool  # at some noise levels only, which are arguments
 
 
 def module(part: Component, params: Any) -> nnx.Module:
@@ -122,10 +130,13 @@ class Programs:
             "initial_scale": jnp.float32(way.initial_scale),
             "anew": jnp.float32(way.anew),
         }
+        if way.within is not None:
+            small["within"] = jnp.float32(way.within)
         shared = self.devices.share(small) | {"unet": self.model.unet.params}
-        carry = self.begin_program(way.sampler, way.guided, way.fresh)(shared, {**batched, "x": x})
+        guided = Guided(way.guided, way.within is not None)
+        carry = self.begin_program(way.sampler, guided, way.fresh)(shared, {**batched, "x": x})
         length = segment_length(way.steps)
-        segment = self.segment_program(way.sampler, way.guided, length, traced)
+        segment = self.segment_program(way.sampler, guided, length, traced)
         traces = []
         for first in range(0, way.steps, length):
             shared["first"] = self.devices.share(jnp.int32(first))
@@ -167,8 +178,16 @@ class Programs:
     def _build_noise(self, shape: tuple[int, ...]) -> Callable:
         return self.devices.map(lambda _, keys: noise.initial_noise(keys, shape))
 
-    def _denoise(self, sampler: str, guided: bool, shared: Any, batched: Any) -> Denoise:
+    def _denoise(self, sampler: str, guided: Guided, shared: Any, batched: Any) -> Denoise:
         """The model as the samplers see it: D(x, sigma)."""
+        denoise = self._steered(sampler, guided.anywhere, shared, batched)
+        if guided.anywhere and guided.in_part:
+            plain = self._steered(sampler, False, shared, batched)
+            denoise = guidance.within(denoise, plain, *shared["within"])
+        return edits.keeping(denoise, batched)
+
+    def _steered(self, sampler: str, guided: bool, shared: Any, batched: Any) -> Denoise:
+        """D(x, sigma), with guidance or without."""
         config = for_sampler(self.model.scheduler, sampler)
         words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
         unet = self.bound(shared["unet"], w - 1 if self.distilled else None)
@@ -177,8 +196,7 @@ class Programs:
             apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture)
         else:
             apply = guidance.guided(edits.seeing(unet, batched), *words, w, run_uncond=guided)
-        denoise = denoiser(apply, config.prediction_type, schedules.schedule_for(config))
-        return edits.keeping(denoise, batched)
+        return denoiser(apply, config.prediction_type, schedules.schedule_for(config))
 
     def bound(self, params: Any, guidance_scale: Any = None) -> guidance.ContextApply:
         """The U-Net with (traced) params: (x, t, told) -> F. To be called inside of a program."""
@@ -194,7 +212,7 @@ class Programs:
     def _options(self, sampler: str) -> dict[str, Any]:
         return schedules.sampler_options(for_sampler(self.model.scheduler, sampler))
 
-    def _build_begin(self, sampler: str, guided: bool, fresh: bool) -> Callable:
+    def _build_begin(self, sampler: str, guided: Guided, fresh: bool) -> Callable:
         def begin(shared, batched):
             x = batched["x"]
             if fresh:
@@ -206,7 +224,7 @@ class Programs:
 
         return self.devices.map(begin)
 
-    def _build_segment(self, sampler: str, guided: bool, steps: int, traced: bool) -> Callable:
+    def _build_segment(self, sampler: str, guided: Guided, steps: int, traced: bool) -> Callable:
         def segment(shared, batched):
             carry, trace = samplers.sample_segment(
                 sampler,

@@ -28,11 +28,19 @@ class Settings:
     strength: float = 1.0  # of the steps, the share that a given picture takes: the last ones
     grid: str | None = None  # how noise levels are spread; None: as the sampler and the model's folder say
     refiner_start: float | None = None  # share of the way that the model goes before its refiner
+    guidance_start: float | None = None  # share of the steps before which there is no guidance; None: 0
+    guidance_end: float | None = None  # share of the steps behind which there is none; None: 1
 
     @property
     def intervals(self) -> int:
         """The steps that are taken, as diffusers counts them."""
         return min(int(self.steps * self.strength), self.steps)
+
+    @property
+    def guided_steps(self) -> range:
+        """Those with guidance, where there is any."""
+        start, end = self.guidance_start or 0.0, 1.0 if self.guidance_end is None else self.guidance_end
+        return range(round(start * self.steps), round(end * self.steps))
 
 
 class Edit(NamedTuple):

@@ -78,8 +78,7 @@ def begin(config: JobConfig, rows: Rows, pipe: Pipeline, store: Store) -> tuple[
         config.height,
         config.width,
         strength=1.0 if config.strength is None else config.strength,
-        refiner_start=config.refiner_start,
-        grid=config.grid,
+        **config.of_the_way(),
     )
     config = dataclasses.replace(
         config, sampler=filled.sampler, height=config.height or height, width=config.width or width

@@ -90,6 +90,8 @@ FLAGS: cli.Groups = {
             "G",
             "how strictly to follow the prompt; 1 is no guidance, and twice as fast",
         ),
+        "guidance_start": ("S", "share of the steps before which there is no guidance; without it 0"),
+        "guidance_end": ("S", "share of the steps behind which there is none, so that they cost half"),
         "height": ("PIXELS", "without it the size that the model was trained for"),
         "width": ("PIXELS", "likewise"),
     },

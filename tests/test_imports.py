@@ -26,6 +26,7 @@ LAYERS = [
     ["engine.weights"],
     ["engine.conditions", "engine.edits"],
     ["engine.programs"],
+    ["engine.ways"],
     ["engine.pipeline"],
     ["engine"],  # engine/__init__.py, the public API
     ["engine.jobs", "engine.train", "engine.evaluate"],

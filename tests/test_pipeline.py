@@ -94,6 +94,18 @@ def test_without_a_seed_every_call_is_fresh(pipe):
     assert difference(draw(pipe, seed=None), draw(pipe, seed=None)) > 8
 
 
+def test_guidance_in_part_of_the_steps(pipe):
+    """In all of them, it is as if nothing was said; in no others, as with no guidance from there on."""
+    whole, plain = draw(pipe), draw(pipe, guidance_scale=1.0)
+    np.testing.assert_array_equal(draw(pipe, guidance_start=0.0, guidance_end=1.0), whole)
+    parts = [draw(pipe, **part) for part in ({"guidance_end": 0.7}, {"guidance_start": 0.3})]
+    for image in (whole, plain, parts[1]):
+        assert difference(parts[0], image) > 2
+    two = {"steps": 2, "sampler": "euler"}
+    steps = pipe.settings(**two, guidance_end=0.5).guided_steps, pipe.settings(**two).guided_steps
+    assert steps == (range(1), range(2))
+
+
 def test_first_index_addresses_the_noise(pipe):
     images = draw(pipe, ["a cat"] * 3)
     np.testing.assert_array_equal(draw(pipe, ["a cat"] * 2, first_index=1), images[1:])
@@ -256,6 +268,9 @@ def test_nan_is_told_of_the_picture_that_it_struck(pipe):
         ({"height": 10**6}, "height=1000000.*write 16384"),
         ({"batch_size": 0}, "batch_size=0: write 1 or more"),
         ({"grid": "karas"}, r"grid='karas' is not supported \(did you mean karras\?\)"),
+        ({"guidance_start": -0.5}, "guidance_start=-0.5: write a share of the steps, from 0 to 1"),
+        ({"guidance_end": 1.5}, "guidance_end=1.5: write a share"),
+        ({"guidance_end": 0.1}, "guidance_start=0.0 and guidance_end=0.1 leave none of 3 steps between"),
         ({"refiner_start": 0.5}, "refiner_start=0.5 without a refiner: write --refiner FOLDER"),
         ({"seed": -1}, "seed=-1 is out of range"),
         ({"first_index": -1}, "image index -1 is out of range"),

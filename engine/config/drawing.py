@@ -33,6 +33,8 @@ class GenerateConfig:
     grid: str | None = None  # how noise levels are spread; None: as the model's folder says
     steps: int = 30
     guidance_scale: float = 5.0
+    guidance_start: float | None = None  # share of the steps before which there is no guidance; None: 0
+    guidance_end: float | None = None  # share of the steps behind which there is none; None: 1
     image: str = ""  # a picture to change
     mask: str = ""  # a picture, as large: what is white is drawn anew, what is black stays
     strength: float | None = None  # how much of the picture is forgotten; None: 0.8, and 1 with a mask
@@ -91,6 +93,11 @@ class GenerateConfig:
             )
         return files
 
+    def of_the_way(self) -> dict[str, float | str | None]:
+        """Options of `Pipeline.settings`: what is special on the way from noise to picture."""
+        names = ("refiner_start", "grid", "guidance_start", "guidance_end")
+        return {name: getattr(self, name) for name in names}
+
     def _check_given(self) -> None:
         """What goes with a picture to change."""
         if not math.isfinite(self.image_guidance_scale):
@@ -103,6 +110,7 @@ class GenerateConfig:
             raise UserError(f"refiner_start={self.refiner_start} without one: write --refiner FOLDER, too")
         self.loras()
         self.embeddings()
+        self.check_ranges({"guidance_start": (0, 1), "guidance_end": (0, 1)})
         if self.split_params and self.parallel != "jit":
             raise UserError(f"split_params with parallel={self.parallel!r}: write --parallel jit")
         if self.seed is not None and not 0 <= self.seed < 2**64:

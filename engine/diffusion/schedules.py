@@ -198,6 +198,16 @@ def intervals_above(config: SchedulerConfig, sigmas: np.ndarray, share: float) -
     return int(np.sum(sigmas[:-1] >= float(cut) * (1 - 1e-5)))
 
 
+def levels(sigmas: np.ndarray, steps: range) -> tuple[float, float]:
+    """(low, high) such that low < sigma <= high are the noise levels of some steps of a grid.
+
+    A little above each step's sigma, which samplers may know to some bits less.
+    """
+    high = np.inf if steps.start == 0 else float(sigmas[steps.start]) * (1 + 1e-4)
+    low = -1.0 if steps.stop == len(sigmas) - 1 else float(sigmas[steps.stop]) * (1 + 1e-4)
+    return low, high
+
+
 def _shape(config: SchedulerConfig, grid: str | None) -> Callable | None:
     """The formula that spreads the sigmas between their ends, where the timesteps do not."""
     if grid == "karras" or (grid is None and config.option("use_karras_sigmas", False)):

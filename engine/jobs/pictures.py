@@ -29,7 +29,10 @@ REMEMBERED = (
     *("model", "dtype", "parallel", "batch_size", "upscale"),
 )
 # Remembered where there are any.
-ADDED = ("lora", "embedding", "decoder", "refiner", "refiner_start", "grid", "tile", "image", "mask")
+ADDED = (
+    *("lora", "embedding", "decoder", "refiner", "tile", "image", "mask"),
+    *("refiner_start", "grid", "guidance_start", "guidance_end"),
+)
 CHANGING = ("strength", "image_guidance_scale")  # remembered of a picture that was made of another
 
 
@@ -69,7 +72,7 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     if paths.image:
         height, width = given.size(given.looked(paths)[0], pipe, height, width)
     options = (config.steps, config.sampler, config.guidance_scale, height, width)
-    settings = pipe.settings(*options, refiner_start=config.refiner_start, grid=config.grid)
+    settings = pipe.settings(*options, **config.of_the_way())
     edit = given.read(paths, settings.height, settings.width) if paths.image else None
     strength = edits.default_strength(edit, pipe.made_for) if config.strength is None else config.strength
     room = max(1, BATCH_PIXELS // (settings.height * settings.width))

@@ -33,7 +33,7 @@ FINGERPRINT = (
     *("negative_prompt", "num_images", "seed", "first_index", "sampler", "steps", "guidance_scale"),
     *("height", "width", "dtype", "upscale", "format", "shard_size"),
 )
-ADDED = ("tile", "refiner_start", "grid")  # the same, where they are given
+ADDED = ("tile", "refiner_start", "grid", "guidance_start", "guidance_end")  # the same, where they are given
 CHANGING = ("strength", "image_guidance_scale")  # the same, where there are pictures to change
 MAX_INDEX = 2**32
 
@@ -247,9 +247,7 @@ def _of_equal_share(strength: float, steps: int) -> float:
 def _program(config: JobConfig, pipe: Pipeline, *options: Any) -> Program | str:
     *how, strength, masked = options
     try:
-        settings = pipe.settings(
-            *how, strength=strength, refiner_start=config.refiner_start, grid=config.grid
-        )
+        settings = pipe.settings(*how, strength=strength, **config.of_the_way())
         shape = settings.height, settings.width
         stand_ins = None if masked is None else [given.stand_in(*shape, masked)]
         edits.checked(stand_ins, pipe.made_for, settings)

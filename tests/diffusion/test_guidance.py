@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from engine.diffusion.guidance import guided
+from engine.diffusion import samplers, schedules
+from engine.diffusion.guidance import guided, within
+from engine.diffusion.noise import image_keys
 from engine.diffusion.parameterization import PREDICTION_TYPES, denoiser
 from engine.diffusion.schedules import SchedulerConfig, schedule_for
 
@@ -88,3 +90,29 @@ def test_half_precision_predictions_are_combined_in_float32():
         guided(half, COND, UNCOND, 7.5)(X, T), uncond + 7.5 * (cond - uncond), rtol=1e-5, atol=1e-5
     )
     assert guided(half, COND, UNCOND, 1.0, run_uncond=False)(X, T).dtype == jnp.float32
+
+
+def test_guidance_within_some_noise_levels_runs_where_it_is_and_nowhere_else():
+    """Known answer: Euler's steps by hand; and only one of the two networks runs at a step."""
+    ran = []
+
+    def told(name, share):
+        def denoise(x, sigma):
+            jax.debug.callback(lambda: ran.append(name))
+            return share * x
+
+        return denoise
+
+    sigmas = np.array([8.0, 4.0, 2.0, 1.0, 0.5, 0.0], np.float32)
+    for steps in (range(0, 5), range(1, 3), range(0, 2), range(3, 5), range(4, 5)):
+        ran.clear()
+        limits = schedules.levels(sigmas, steps)
+        mixed = within(told("guided", 0.5), told("plain", 0.1), *map(jnp.float32, limits))
+        found = samplers.sample("euler", mixed, X, jnp.asarray(sigmas), image_keys(0, range(len(X))))[0]
+        jax.effects_barrier()
+        assert sorted(ran) == ["guided"] * len(steps) + ["plain"] * (5 - len(steps))
+        expected = X
+        for i in range(5):
+            slope = (1 - (0.5 if i in steps else 0.1)) / sigmas[i]
+            expected = expected + expected * slope * (sigmas[i + 1] - sigmas[i])
+        np.testing.assert_allclose(found, expected, rtol=1e-5)

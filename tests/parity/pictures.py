@@ -60,6 +60,7 @@ class How(NamedTuple):
     start: float = 0.4  # of the refiner
     size: tuple[int, int] = (16, 16)
     tile: int = 0
+    guidance_end: float | None = None
     # (folder) -> what `engine.load` is given beside it, and what does the same to a pipeline of diffusers
     beside: Callable[[pathlib.Path], tuple[dict, Callable]] | None = None
 
@@ -89,6 +90,7 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         given=[Edit(*each) for each in zip(*_given(how), strict=True)] if how.image else None,
         strength=how.strength,
         refiner_start=how.start if how.refiner else None,
+        guidance_end=how.guidance_end,
     )
     theirs = _pipeline(folder, model, how)
     apply(theirs)
@@ -159,6 +161,9 @@ def _drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.nd
         many = isinstance(how.negatives, list) or "XL" not in type(pipeline).__name__
         words["negative_prompt"] = how.negatives if many else [how.negatives] * 2
     options: dict[str, Any] = {"output_type": "np"}
+    if how.guidance_end is not None:
+        options["callback_on_step_end"] = _unguided_after(round(how.guidance_end * how.steps))
+        options["callback_on_step_end_tensor_inputs"] = ["prompt_embeds"]
     if how.image:
         images, masks = _given(how)
         options["image"] = torch.from_numpy(nchw(np.stack(images)).astype(np.float32) / 255)
@@ -180,3 +185,15 @@ def _drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.nd
     rest.set_progress_bar_config(disable=True)
     images = rest(PROMPTS, image=half, denoising_start=how.start, output_type="np", **words).images
     return np.round(images * 255).astype(np.uint8)
+
+
+def _unguided_after(steps: int) -> Callable:
+    """As the documentation of diffusers has it, for dynamic guidance."""
+
+    def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        if step + 1 != steps:
+            return {}
+        pipeline._guidance_scale = 1.0
+        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
+
+    return after_step

@@ -68,6 +68,8 @@ def with_word(folder: pathlib.Path):
 ROWS = {
     # model, feature: (overrides of the tiny model, scheduler, how)
     "SD, words": (SD, "euler", WORDS),
+    "SD, guidance in the first steps": (SD, "euler", How(guidance_end=0.6)),
+    "SD, guidance in the first steps of pndm": (SD, "pndm", How(guidance_end=0.6)),
     "SD, no guidance": (SD, "dpmpp_2m", ALONE),
     "SD, pndm": (SD, "pndm", WORDS),
     "SD, ddim of v": (SD, "ddim, v", WORDS),

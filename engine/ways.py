@@ -1,0 +1,89 @@
+"""The way from noise to latents: its noise levels, and which model goes which part of it, how."""
+
+import dataclasses
+
+import numpy as np
+
+from engine.diffusion import samplers, schedules
+from engine.diffusion.scheduler_config import SchedulerConfig, for_sampler
+from engine.programs import Programs, Way
+from engine.requests import Settings
+from engine.types import UserError
+from engine.weights.folder import Model
+
+REFINER_START = 0.8  # of the way; as in its original
+
+
+def grid_of(settings: Settings, model: Model) -> tuple[SchedulerConfig, np.ndarray]:
+    """The scheduler of the sampler, and all sigmas of its grid."""
+    config = for_sampler(model.scheduler, settings.sampler)
+    if settings.grid in schedules.SPACINGS:
+        config = dataclasses.replace(config, timestep_spacing=settings.grid)
+    return config, schedules.sigmas_for(config, settings.steps, settings.grid)
+
+
+def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) -> list[Way]:
+    """The way of the model, and behind it that of the refiner where there is one.
+
+    Raises:
+      UserError: the settings leave a model without a step, or are not for this one.
+    """
+    config, whole = grid_of(settings, programs.model)
+    sampler, guided = samplers.find(settings.sampler), settings.guidance_scale != 1.0
+    sigmas = whole[settings.steps - settings.intervals :]
+    way = Way(
+        settings.sampler,
+        sigmas,
+        sampler.steps(settings.intervals),
+        guided and not programs.distilled,
+        initial_scale=schedules.initial_scale(config, whole),
+        anew=settings.strength == 1,
+        within=_within(settings, whole, programs.distilled),
+    )
+    if refiner is None:
+        return [way]
+    assert settings.refiner_start is not None
+    own = schedules.intervals_above(config, sigmas, settings.refiner_start)
+    if not 0 < own < settings.intervals:
+        idle = "refiner" if own else "model"
+        raise UserError(
+            f"refiner_start={settings.refiner_start} leaves none of {settings.intervals} steps to the "
+            f"{idle}: write another share, or more steps"
+        )
+    rest = Way(
+        settings.sampler,
+        sigmas[own:],
+        sampler.steps(settings.intervals - own),
+        guided and not refiner.distilled,
+        fresh=False,
+        within=_within(settings, whole, refiner.distilled),
+    )
+    return [way._replace(steps=sampler.steps_before(own)), rest]
+
+
+def check_refiner_start(given: float | None, refined: bool) -> float | None:
+    """Share of the way before the refiner, if there is one; UserError where it is wrong."""
+    if not refined:
+        if given is not None:
+            raise UserError(f"refiner_start={given} without a refiner: write --refiner FOLDER, too")
+        return None
+    start = REFINER_START if given is None else given
+    if not 0 < start < 1:
+        raise UserError(f"refiner_start={start}: write a share of the way, above 0 and below 1")
+    return start
+
+
+def _within(settings: Settings, sigmas: np.ndarray, distilled: bool) -> tuple[float, float] | None:
+    """The noise levels with guidance; None: all."""
+    start, end, guided = settings.guidance_start, settings.guidance_end, settings.guided_steps
+    for name, share in (("guidance_start", start), ("guidance_end", end)):
+        if share is not None and not 0 <= share <= 1:
+            raise UserError(f"{name}={share}: write a share of the steps, from 0 to 1")
+        if share is not None and distilled:
+            raise UserError(f"{name}={share}: this model learned guidance, and takes it in all steps")
+    if not guided:
+        raise UserError(
+            f"guidance_start={start or 0.0} and guidance_end={1.0 if end is None else end} leave none of "
+            f"{settings.steps} steps between them: write shares further apart, or guidance_scale=1"
+        )
+    return None if guided == range(settings.steps) else schedules.levels(sigmas, guided)
