@@ -8,7 +8,7 @@ from engine.benchmark.report import Row
 from engine.types import UserError
 from engine.weights.files import new_file
 
-CHANGES = ("batch", "pixels", "steps", "devices")
+CHANGES = ("batch", "pixels", "steps", "devices", "what")
 RATE = "images/s"
 
 
@@ -34,7 +34,8 @@ def plot(file: str | os.PathLike, rows: Sequence[Row]) -> None:
         for rest in dict.fromkeys(tuple(row[name] for name in others) for row in rows):
             chosen = [row for row in rows if tuple(row[name] for name in others) == rest]
             label = [rate.removesuffix(RATE).strip() or "ours"]
-            label += [f"{name} {value}" for name, value in zip(others, rest, strict=True)]
+            told = zip(others, rest, strict=True)
+            label += [str(value) if name == "what" else f"{name} {value}" for name, value in told]
             xs, ys = [row[across] for row in chosen], [1 / row[rate] for row in chosen]
             axes.plot(xs, ys, marker="o", label=", ".join(label))
     axes.set(xlabel=across, ylabel="seconds an image", ylim=(0, None))

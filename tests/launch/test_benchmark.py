@@ -61,6 +61,18 @@ def test_guidance_doubles_the_work(model, tmp_path, capsys):
     assert 1.8 < with_it["TFLOP an image"] / without["TFLOP an image"] < 2
 
 
+def test_what_less_work_gains(model, tmp_path, capsys):
+    rows, _ = measured(tmp_path, capsys, "spare", "--model", str(model), "--steps", "5")
+    found = {row["what"]: row for row in rows}
+    assert found["all of it"]["dB to all of it"] is None
+    for name, row in found.items():
+        assert row["images/s"] == pytest.approx(
+            2 * row["batch"] * jax.device_count() / sum(row["seconds"][name])
+        )
+        assert name == "all of it" or 5 < row["dB to all of it"] < 80
+    assert found["bfloat16"]["dB to all of it"] > found["no guidance"]["dB to all of it"]
+
+
 def test_train_beside_diffusers(model, tmp_path, capsys):
     (row,), _ = measured(tmp_path, capsys, "train", "--model", str(model), "--peer", "diffusers")
     assert row["images/s"] == pytest.approx(row["steps/s"] * row["batch"] * jax.device_count())
@@ -71,7 +83,7 @@ def test_train_beside_diffusers(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["draw"], "'draw' is nothing to measure: write generate, train, scale or compile"),
+        (["draw"], "'draw' is nothing to measure: write generate, train, spare, scale or compile"),
         (["generate", "--batch_sizes", "1,x"], "batch_sizes='1,x': write whole numbers from 1"),
         (["generate", "--peer", "comfy"], "peer='comfy' is unknown; write diffusers or diffusers-compiled"),
         (["generate", "--model", "no/such"], "no folder no/such"),

@@ -1,0 +1,79 @@
+"""What drawing with less work gains, and what it does to the pictures."""
+
+import pathlib
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from engine import pipeline
+from engine.benchmark import timing
+from engine.benchmark.drawing import Asked, Case
+from engine.benchmark.peer import psnr
+from engine.benchmark.report import Row
+from engine.pipeline import Pipeline
+
+PROMPTS = [
+    "a fox on a skateboard at sunset",
+    "a red car next to a tree",
+    "two cats on a beach",
+    "a blue boat on the sea at night",
+    "a dog above a house in the snow",
+    "a green apple on a table",
+    "an owl in a forest",
+    "a yellow bus in a city",
+]
+WHOLE = "all of it"
+
+
+def ways(asked: Asked, steps: int) -> dict[str, dict[str, Any]]:
+    """name -> options of a call that is spared some of the work."""
+    found = {
+        WHOLE: {},
+        "guidance to 0.8 of the steps": {"guidance_end": 0.8},
+        "guidance to 0.6": {"guidance_end": 0.6},
+        "guidance from 0.2 to 0.8": {"guidance_start": 0.2, "guidance_end": 0.8},
+        "no guidance": {"guidance_scale": 1.0},
+        "0.8 of the steps": {"steps": round(0.8 * steps)},
+        "0.6 of the steps": {"steps": round(0.6 * steps)},
+    }
+    return {
+        name: {"steps": steps, "guidance_scale": asked.guidance_scale, **own} for name, own in found.items()
+    }
+
+
+def rows(folder: pathlib.Path | None, asked: Asked, cases: Sequence[Case]) -> Iterator[Row]:
+    """Of each case one for each way, in the same rounds and from the same noise."""
+    pipes = {"": pipeline.load(folder, dtype=asked.dtype, parallel=asked.parallel)}
+    if asked.dtype == "float32":
+        pipes["bfloat16"] = pipeline.load(folder, dtype="bfloat16", parallel=asked.parallel)
+    for case in cases:
+        calls = {name: (pipes[""], own) for name, own in ways(asked, case.steps).items()}
+        if "bfloat16" in pipes:
+            calls["bfloat16"] = (pipes["bfloat16"], calls[WHOLE][1])
+        yield from _of_case(asked, case, calls)
+
+
+def _of_case(asked: Asked, case: Case, calls: dict[str, tuple[Pipeline, dict[str, Any]]]) -> Iterator[Row]:
+    count = case.batch * calls[WHOLE][0].devices.count
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+
+    def draw(name: str) -> np.ndarray:
+        pipe, options = calls[name]
+        sizes = {"height": case.side, "width": case.side, "batch_size": case.batch}
+        return pipe.generate(prompts, seed=0, sampler=asked.sampler, **sizes, **options)
+
+    drawn = {name: draw(name) for name in calls}
+    seconds = timing.in_turn({name: lambda name=name: draw(name) for name in calls}, asked.rounds)
+    for name, images in drawn.items():
+        yield {
+            "what": name,
+            "batch": case.batch,
+            "pixels": images.shape[1],
+            "steps": case.steps,
+            "images/s": count / statistics.median(seconds[name]),
+            "times all of it": str(timing.ratio(seconds[WHOLE], seconds[name])),
+            "dB to all of it": psnr(images, drawn[WHOLE]) if name != WHOLE else None,
+            "_seconds": {name: seconds[name], WHOLE: seconds[WHOLE]},
+        }
