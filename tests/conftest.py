@@ -6,14 +6,17 @@ The models of the tests are tiny: their time is the compiler's. FOGSCULPT_LONG=1
 import gc
 import os
 
+import pytest
+
 from tests.compiling import quickly
 
 # The workers take the cores; more threads than cores wait for each other, which costs them as much again.
 for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
-# What the workers have imported is hundreds of thousands of objects: looked through as often as Python would,
-# they take a fifteenth of the time of all tests.
+# What the workers have imported is hundreds of thousands of objects: looked through as often as Python
+# would, they take a fifteenth of the time of all tests. Once a file suffices (`swept`), and it must be: with
+# thousands of dead programs in memory, an exception in C++ takes milliseconds to find its way past them.
 gc.set_threshold(100_000, 50, 100)
 
 if not os.environ.get("FOGSCULPT_LONG"):
@@ -23,3 +26,9 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # PEP 484: where a float is asked for, an int will do.
 install_import_hook("engine", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def swept():
+    yield
+    gc.collect()

@@ -9,6 +9,7 @@ Where the original takes a wrong step, it is told the right one, and the helper 
 
 import functools
 import importlib
+from unittest import mock
 
 import diffusers
 import jax
@@ -61,7 +62,13 @@ def config_of(class_name: str, options: dict) -> SchedulerConfig:
 
 
 def original(config: SchedulerConfig):
-    return getattr(diffusers, config.class_name).from_config(config.to_json())
+    made = getattr(diffusers, config.class_name)
+    if config.class_name not in (DPM2, DPM2A):
+        return made.from_config(config.to_json())
+    # New, these have a grid of 1,000 steps, with exceptions in PyTorch at each; the tests set their own.
+    fill = made.set_timesteps
+    with mock.patch.object(made, "set_timesteps", lambda scheduler, *_: fill(scheduler, 2)):
+        return made.from_config(config.to_json())
 
 
 def network(x, t, sin):
