@@ -75,12 +75,13 @@ def check_refiner_start(given: float | None, refined: bool) -> float | None:
 
 def _within(settings: Settings, sigmas: np.ndarray, distilled: bool) -> tuple[float, float] | None:
     """The noise levels with guidance; None: all."""
-    start, end, guided = settings.guidance_start, settings.guidance_end, settings.guided_steps
+    start, end = settings.guidance_start, settings.guidance_end
     for name, share in (("guidance_start", start), ("guidance_end", end)):
         if share is not None and not 0 <= share <= 1:
             raise UserError(f"{name}={share}: write a share of the steps, from 0 to 1")
         if share is not None and distilled:
             raise UserError(f"{name}={share}: this model learned guidance, and takes it in all steps")
+    guided = settings.guided_steps
     if not guided:
         raise UserError(
             f"guidance_start={start or 0.0} and guidance_end={1.0 if end is None else end} leave none of "

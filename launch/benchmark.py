@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     if options["rounds"] < 1:
         raise UserError(f"rounds={options['rounds']}: write a number from 1")
     several = any("," in str(options.get(name) or "") for name in ("batch_sizes", "side", "steps"))
-    if options.get("plot") and (mode == "compile" or (mode in ("generate", "train") and not several)):
+    if options.get("plot") and (mode == "compile" or (mode != "scale" and not several)):
         raise UserError("plot: nothing changes; write several batch_sizes, sides, steps or devices")
     jobs = {"generate": generate, "train": train, "spare": spare, "scale": scale, "compile": compile_programs}
     return jobs[mode](options, argv)

@@ -95,7 +95,7 @@ def test_without_a_seed_every_call_is_fresh(pipe):
 
 
 def test_guidance_in_part_of_the_steps(pipe):
-    """In all of them, it is as if nothing was said; in no others, as with no guidance from there on."""
+    """In all of them, it is as if nothing was said; in the first, another picture than in the last."""
     whole, plain = draw(pipe), draw(pipe, guidance_scale=1.0)
     np.testing.assert_array_equal(draw(pipe, guidance_start=0.0, guidance_end=1.0), whole)
     parts = [draw(pipe, **part) for part in ({"guidance_end": 0.7}, {"guidance_start": 0.3})]
@@ -270,6 +270,7 @@ def test_nan_is_told_of_the_picture_that_it_struck(pipe):
         ({"grid": "karas"}, r"grid='karas' is not supported \(did you mean karras\?\)"),
         ({"guidance_start": -0.5}, "guidance_start=-0.5: write a share of the steps, from 0 to 1"),
         ({"guidance_end": 1.5}, "guidance_end=1.5: write a share"),
+        ({"guidance_end": float("nan")}, "guidance_end=nan: write a share"),
         ({"guidance_end": 0.1}, "guidance_start=0.0 and guidance_end=0.1 leave none of 3 steps between"),
         ({"refiner_start": 0.5}, "refiner_start=0.5 without a refiner: write --refiner FOLDER"),
         ({"seed": -1}, "seed=-1 is out of range"),

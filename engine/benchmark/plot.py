@@ -8,7 +8,7 @@ from engine.benchmark.report import Row
 from engine.types import UserError
 from engine.weights.files import new_file
 
-CHANGES = ("batch", "pixels", "steps", "devices", "what")
+CHANGES = ("batch", "pixels", "steps", "devices")
 RATE = "images/s"
 
 
@@ -28,6 +28,8 @@ def plot(file: str | os.PathLike, rows: Sequence[Row]) -> None:
     except ImportError:
         raise UserError("plot: pip install matplotlib") from None
     across, *others = varied
+    if "what" in rows[0]:
+        others.append("what")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for rate in [name for name in rows[0] if name.endswith(RATE)]:

@@ -45,13 +45,13 @@ def ways(asked: Asked, steps: int) -> dict[str, dict[str, Any]]:
 
 def rows(folder: pathlib.Path | None, asked: Asked, cases: Sequence[Case]) -> Iterator[Row]:
     """Of each case one for each way, in the same rounds and from the same noise."""
-    pipes = {"": pipeline.load(folder, dtype=asked.dtype, parallel=asked.parallel)}
-    if asked.dtype == "float32":
-        pipes["bfloat16"] = pipeline.load(folder, dtype="bfloat16", parallel=asked.parallel)
+    pipe = pipeline.load(folder, dtype=asked.dtype, parallel=asked.parallel)
+    half = pipeline.load(folder, dtype="bfloat16", parallel=asked.parallel)
     for case in cases:
-        calls = {name: (pipes[""], own) for name, own in ways(asked, case.steps).items()}
-        if "bfloat16" in pipes:
-            calls["bfloat16"] = (pipes["bfloat16"], calls[WHOLE][1])
+        options = ways(asked, case.steps)
+        calls = {name: (pipe, own) for name, own in options.items()}
+        if pipe.dtype != half.dtype:
+            calls[half.dtype] = (half, options[WHOLE])
         yield from _of_case(asked, case, calls)
 
 

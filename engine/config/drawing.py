@@ -12,6 +12,9 @@ MAX_BATCH_SIZE = 4096
 MAX_UPSCALE = 16
 MAX_TILE = 16384
 
+# Options of `Pipeline.settings` that say what is special on the way from noise to picture; None: nothing.
+OF_THE_WAY = ("refiner_start", "grid", "guidance_start", "guidance_end")
+
 
 @dataclasses.dataclass
 class GenerateConfig:
@@ -94,9 +97,8 @@ class GenerateConfig:
         return files
 
     def of_the_way(self) -> dict[str, float | str | None]:
-        """Options of `Pipeline.settings`: what is special on the way from noise to picture."""
-        names = ("refiner_start", "grid", "guidance_start", "guidance_end")
-        return {name: getattr(self, name) for name in names}
+        """Those of OF_THE_WAY."""
+        return {name: getattr(self, name) for name in OF_THE_WAY}
 
     def _check_given(self) -> None:
         """What goes with a picture to change."""

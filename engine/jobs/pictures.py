@@ -11,7 +11,7 @@ import numpy as np
 
 import engine
 from engine import edits, finish
-from engine.config import GenerateConfig, from_json
+from engine.config import OF_THE_WAY, GenerateConfig, from_json
 from engine.diffusion.noise import fresh_seed
 from engine.jobs import given
 from engine.pipeline import Pipeline
@@ -29,10 +29,7 @@ REMEMBERED = (
     *("model", "dtype", "parallel", "batch_size", "upscale"),
 )
 # Remembered where there are any.
-ADDED = (
-    *("lora", "embedding", "decoder", "refiner", "tile", "image", "mask"),
-    *("refiner_start", "grid", "guidance_start", "guidance_end"),
-)
+ADDED = ("lora", "embedding", "decoder", "refiner", *OF_THE_WAY, "tile", "image", "mask")
 CHANGING = ("strength", "image_guidance_scale")  # remembered of a picture that was made of another
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 import engine
 from engine import edits
-from engine.config import JobConfig
+from engine.config import OF_THE_WAY, JobConfig
 from engine.jobs import given
 from engine.jobs.pictures import BATCH_IMAGES, BATCH_PIXELS
 from engine.pipeline import Pipeline
@@ -33,7 +33,7 @@ FINGERPRINT = (
     *("negative_prompt", "num_images", "seed", "first_index", "sampler", "steps", "guidance_scale"),
     *("height", "width", "dtype", "upscale", "format", "shard_size"),
 )
-ADDED = ("tile", "refiner_start", "grid", "guidance_start", "guidance_end")  # the same, where they are given
+ADDED = ("tile", *OF_THE_WAY)  # the same, where they are given
 CHANGING = ("strength", "image_guidance_scale")  # the same, where there are pictures to change
 MAX_INDEX = 2**32
 

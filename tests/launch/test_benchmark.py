@@ -93,6 +93,7 @@ def test_train_beside_diffusers(model, tmp_path, capsys):
         (["train", "--side", "30"], "side=30: this model makes multiples of 4"),
         (["train", "--side", "16,32"], "side='16,32': here write one number"),
         (["generate", "--steps", "2", "--plot", "x.png"], "plot: nothing changes"),
+        (["spare", "--plot", "x.png"], "plot: nothing changes"),
         (["scale", "--devices", "0"], "devices='0': write whole numbers from 1"),
         (["generate", "--stepz", "3"], "unknown flag --stepz (did you mean --steps?)"),
     ],
