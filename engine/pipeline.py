@@ -144,6 +144,7 @@ class Pipeline:
         grid: str | None = None,
         guidance_start: float | None = None,
         guidance_end: float | None = None,
+        cache_interval: int | None = None,
     ) -> UInt8[np.ndarray, "B H W 3"]:
         """One picture for each prompt.
 
@@ -164,6 +165,8 @@ class Pipeline:
           grid: how noise levels are spread, one of schedules.GRIDS; None: as the model's folder says.
           guidance_start, guidance_end: shares of the steps between which there is guidance, 0 to 1; outside,
             a step costs half. None: 0 and 1.
+          cache_interval: steps from one that computes all of the U-Net to the next; those between compute its
+            first level alone (engine.diffusion.caching). None: 1.
 
         Raises:
           UserError: an argument is wrong.
@@ -175,7 +178,7 @@ class Pipeline:
             strength = edits.default_strength(given[0] if given else None, self.made_for)
         settings = self.settings(
             *(steps, sampler, guidance_scale, height, width, batch_size, strength, refiner_start, grid),
-            *(guidance_start, guidance_end),
+            *(guidance_start, guidance_end, cache_interval),
         )
         seed = noise.fresh_seed() if seed is None else seed
         images = []
@@ -281,6 +284,7 @@ class Pipeline:
         grid: str | None = None,
         guidance_start: float | None = None,
         guidance_end: float | None = None,
+        cache_interval: int | None = None,
     ) -> Settings:
         """Checks settings, and fills in what the model knows; raises UserError before anything compiles."""
         default_height, default_width = self.default_size
@@ -296,6 +300,7 @@ class Pipeline:
             check_refiner_start(refiner_start, self.refiner is not None),
             guidance_start,
             guidance_end,
+            cache_interval,
         )
         samplers.find(settings.sampler)
         grid_of(settings, self.model)

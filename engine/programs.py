@@ -20,16 +20,17 @@ import numpy as np
 from flax import nnx
 
 from engine import conditions, edits
-from engine.diffusion import guidance, noise, samplers, schedules
+from engine.diffusion import caching, guidance, noise, samplers, schedules
 from engine.diffusion.parameterization import denoiser
 from engine.diffusion.scheduler_config import for_sampler
 from engine.diffusion.segments import segment_length
+from engine.diffusion.steps import InitStep
 from engine.finish import to_uint8
 from engine.models.kernels import kernels
 from engine.models.tiles import decode_in_tiles
 from engine.parallel import Devices, pad
 from engine.requests import Context, Request, Settings
-from engine.types import Denoise
+from engine.types import Denoise, Latents
 from engine.weights.component import Component
 from engine.weights.folder import Model
 
@@ -41,17 +42,26 @@ class Way(NamedTuple):
     sigmas: np.ndarray  # from where it begins to the end of the grid
     steps: int  # of the sampler, that it takes
     guided: bool
-    fresh: bool = True  # it begins with noise, not where another model stopped
+    from_noise: bool = True  # not from where another model stopped
     initial_scale: float = 1.0  # of the noise
     anew: bool = True  # nothing of a given picture is left at its beginning
     within: tuple[float, float] | None = None  # (low, high): noise levels with guidance; None: all
+    fresh: np.ndarray | None = None  # steps that compute the deep part of the U-Net; None: all
+
+    @property
+    def kind(self) -> "Kind":
+        """What its programs are compiled for."""
+        in_part = self.guided and self.within is not None
+        return Kind(self.sampler, self.guided, in_part, self.fresh is not None)
 
 
-class Guided(NamedTuple):
-    """Whether there is guidance; what is compiled depends on it."""
+class Kind(NamedTuple):
+    """What a sampler is compiled for, beside sizes; all else is an argument."""
 
-    anywhere: bool
-    in_part: bool  # at some noise levels only, which are arguments
+    sampler: str
+    guided: bool
+    in_part: bool = False  # guided at some noise levels only
+    cached: bool = False  # deep features are kept over some steps
 
 
 def module(part: Component, params: Any) -> nnx.Module:
@@ -123,7 +133,7 @@ class Programs:
         """x at the end of the way, and the traces of its segments if it is traced.
 
         Args:
-          x: unit noise, or if the way is not fresh the latents where another model stopped.
+          x: unit noise, or if the way is not from noise the latents where another model stopped.
         """
         small = {
             "sigmas": jnp.asarray(way.sigmas),
@@ -132,20 +142,21 @@ class Programs:
         }
         if way.within is not None:
             small["within"] = jnp.float32(way.within)
+        if way.fresh is not None:
+            small["fresh"] = jnp.asarray(way.fresh)
         shared = self.devices.share(small) | {"unet": self.model.unet.params}
-        guided = Guided(way.guided, way.within is not None)
-        carry = self.begin_program(way.sampler, guided, way.fresh)(shared, {**batched, "x": x})
+        state = self.begin_program(way.kind, way.from_noise)(shared, {**batched, "x": x})
         length = segment_length(way.steps)
-        segment = self.segment_program(way.sampler, guided, length, traced)
+        segment = self.segment_program(way.kind, length, traced)
         traces = []
         for first in range(0, way.steps, length):
             shared["first"] = self.devices.share(jnp.int32(first))
-            carry, trace = segment(shared, {**batched, "carry": carry})
+            state, trace = segment(shared, {**batched, "state": state})
             traces.append(trace)
             if progress:
-                jax.block_until_ready(carry.x)
+                jax.block_until_ready(state.carry.x)
                 progress(length)
-        return carry.x, traces
+        return state.carry.x, traces
 
     def decode(self, latents: jax.Array, given: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
         """Pictures (uint8), pasted into the given ones where a mask says so, and which of them are finite."""
@@ -178,65 +189,81 @@ class Programs:
     def _build_noise(self, shape: tuple[int, ...]) -> Callable:
         return self.devices.map(lambda _, keys: noise.initial_noise(keys, shape))
 
-    def _denoise(self, sampler: str, guided: Guided, shared: Any, batched: Any) -> Denoise:
-        """The model as the samplers see it: D(x, sigma)."""
-        denoise = self._steered(sampler, guided.anywhere, shared, batched)
-        if guided.anywhere and guided.in_part:
-            plain = self._steered(sampler, False, shared, batched)
+    def _sampler(self, kind: Kind, shared: Any, batched: Any) -> InitStep:
+        """The sampler with the model bound to it; its state is a `caching.State`."""
+        denoise = self._denoise(kind, kind.guided, shared, batched)
+        if kind.in_part:
+            plain = self._denoise(kind, False, shared, batched)
             denoise = guidance.within(denoise, plain, *shared["within"])
-        return edits.keeping(denoise, batched)
+        options = schedules.sampler_options(for_sampler(self.model.scheduler, kind.sampler))
+        keep = functools.partial(self._kept, kind)
+        sampler, grid = samplers.find(kind.sampler), (shared["sigmas"], batched["keys"])
+        return caching.keeping(sampler, denoise, keep, *grid, **options)
 
-    def _steered(self, sampler: str, guided: bool, shared: Any, batched: Any) -> Denoise:
-        """D(x, sigma), with guidance or without."""
+    def _kept(self, kind: Kind, x: Latents) -> caching.Kept | tuple[()]:
+        """What is kept before there is anything."""
+        if not kind.cached:
+            return ()
+        guided = 3 if self.made_for == edits.FOLLOWS else 2
+        part, (b, height, width, _) = self.model.unet, x.shape
+        dtype = jax.tree.leaves(part.params)[0].dtype
+        passes = guided if kind.guided else 1
+        return jnp.zeros((b, passes, height, width, part.config.deep_channels), dtype)
+
+    def _denoise(self, kind: Kind, guided: bool, shared: Any, batched: Any) -> caching.KeepingDenoise:
+        """The model as the sampler sees it, with guidance or without."""
+        rows = slice(None) if guided == kind.guided else slice(-1, None)  # of what is kept: the words' own
+
+        def denoise(x, sigma, i, kept):
+            recall = caching.Recall(kept[:, rows], shared["fresh"][i]) if kind.cached else None
+            D = self._steered(kind.sampler, guided, shared, batched, recall)(x, sigma)
+            return D, kept if recall is None else kept.at[:, rows].set(recall.kept)
+
+        return denoise
+
+    def _steered(
+        self, sampler: str, guided: bool, shared: Any, batched: Any, recall: caching.Recall | None
+    ) -> Denoise:
         config = for_sampler(self.model.scheduler, sampler)
         words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
-        unet = self.bound(shared["unet"], w - 1 if self.distilled else None)
+        unet = self.bound(shared["unet"], w - 1 if self.distilled else None, recall)
         if guided and self.made_for == edits.FOLLOWS:
             w_picture = batched["image_guidance_scale"]
             apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture)
         else:
             apply = guidance.guided(edits.seeing(unet, batched), *words, w, run_uncond=guided)
-        return denoiser(apply, config.prediction_type, schedules.schedule_for(config))
+        denoise = denoiser(apply, config.prediction_type, schedules.schedule_for(config))
+        return edits.keeping(denoise, batched)
 
-    def bound(self, params: Any, guidance_scale: Any = None) -> guidance.ContextApply:
+    def bound(
+        self, params: Any, guidance_scale: Any = None, recall: caching.Recall | None = None
+    ) -> guidance.ContextApply:
         """The U-Net with (traced) params: (x, t, told) -> F. To be called inside of a program."""
         unet = module(self.model.unet, params)
 
         def apply(x, t, told):
             added = None if told.numbers is None else (told.context.pooled, told.numbers)
             with self._kernels():
-                return unet(x, t, told.context.words, guidance_scale, added)
+                return unet(x, t, told.context.words, guidance_scale, added, recall)
 
         return apply
 
-    def _options(self, sampler: str) -> dict[str, Any]:
-        return schedules.sampler_options(for_sampler(self.model.scheduler, sampler))
-
-    def _build_begin(self, sampler: str, guided: Guided, fresh: bool) -> Callable:
+    def _build_begin(self, kind: Kind, from_noise: bool) -> Callable:
         def begin(shared, batched):
             x = batched["x"]
-            if fresh:
+            if from_noise:
                 scales = shared["initial_scale"], shared["sigmas"][0], shared["anew"]
                 x = edits.started(x, batched, *scales)
-            denoise = self._denoise(sampler, guided, shared, batched)
-            options = self._options(sampler)
-            return samplers.start(sampler, denoise, x, shared["sigmas"], batched["keys"], **options)
+            init, _ = self._sampler(kind, shared, batched)
+            return init(x)
 
         return self.devices.map(begin)
 
-    def _build_segment(self, sampler: str, guided: Guided, steps: int, traced: bool) -> Callable:
+    def _build_segment(self, kind: Kind, steps: int, traced: bool) -> Callable:
         def segment(shared, batched):
-            carry, trace = samplers.sample_segment(
-                sampler,
-                self._denoise(sampler, guided, shared, batched),
-                batched["carry"],
-                shared["sigmas"],
-                batched["keys"],
-                shared["first"],
-                steps,
-                **self._options(sampler),
-            )
+            _, step = self._sampler(kind, shared, batched)
+            state, trace = jax.lax.scan(step, batched["state"], shared["first"] + jnp.arange(steps))
             # the batch comes first in everything that leaves a device
-            return carry, jax.tree.map(lambda a: a.swapaxes(0, 1), trace) if traced else None
+            return state, jax.tree.map(lambda a: a.swapaxes(0, 1), trace) if traced else None
 
         return self.devices.map(segment)

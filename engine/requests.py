@@ -30,6 +30,7 @@ class Settings:
     refiner_start: float | None = None  # share of the way that the model goes before its refiner
     guidance_start: float | None = None  # share of the steps before which there is no guidance; None: 0
     guidance_end: float | None = None  # share of the steps behind which there is none; None: 1
+    cache_interval: int | None = None  # steps from one that computes all of the U-Net to the next; None: 1
 
     @property
     def intervals(self) -> int:

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from engine.diffusion import samplers, schedules
+from engine.diffusion.samplers import Sampler
 from engine.diffusion.scheduler_config import SchedulerConfig, for_sampler
 from engine.programs import Programs, Way
 from engine.requests import Settings
@@ -41,7 +42,7 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
         within=_within(settings, whole, programs.distilled),
     )
     if refiner is None:
-        return [way]
+        return [way._replace(fresh=_fresh(settings, sampler, way))]
     assert settings.refiner_start is not None
     own = schedules.intervals_above(config, sigmas, settings.refiner_start)
     if not 0 < own < settings.intervals:
@@ -55,10 +56,11 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
         sigmas[own:],
         sampler.steps(settings.intervals - own),
         guided and not refiner.distilled,
-        fresh=False,
+        from_noise=False,
         within=_within(settings, whole, refiner.distilled),
     )
-    return [way._replace(steps=sampler.steps_before(own)), rest]
+    ways = [way._replace(steps=sampler.steps_before(own)), rest]
+    return [way._replace(fresh=_fresh(settings, sampler, way)) for way in ways]
 
 
 def check_refiner_start(given: float | None, refined: bool) -> float | None:
@@ -88,3 +90,19 @@ def _within(settings: Settings, sigmas: np.ndarray, distilled: bool) -> tuple[fl
             f"{settings.steps} steps between them: write shares further apart, or guidance_scale=1"
         )
     return None if guided == range(settings.steps) else schedules.levels(sigmas, guided)
+
+
+def _fresh(settings: Settings, sampler: Sampler, way: Way) -> np.ndarray | None:
+    """The steps that compute the deep part of the U-Net, (way.steps,) bool; None: all."""
+    every = settings.cache_interval
+    if every is None or every == 1:
+        return None
+    if every < 1:
+        raise UserError(f"cache_interval={every}: write a number of steps, from 1")
+    fresh = np.arange(way.steps) % every == 0
+    # What is kept without guidance is not enough with it. The samplers that take two steps an interval meet
+    # the first noise level with guidance in the interval before.
+    start = settings.guided_steps.start - (settings.steps - (len(way.sigmas) - 1))
+    if way.kind.in_part and start > 0:
+        fresh[sampler.steps_before(start - 1) : sampler.steps_before(start + 1)] = True
+    return fresh

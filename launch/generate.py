@@ -92,6 +92,11 @@ FLAGS: cli.Groups = {
         ),
         "guidance_start": ("S", "share of the steps before which there is no guidance; without it 0"),
         "guidance_end": ("S", "share of the steps behind which there is none, so that they cost half"),
+        "cache_interval": (
+            "N",
+            "compute all of the U-Net at every Nth step, and between them only its first level:\n"
+            "less work for almost the same picture (DeepCache)",
+        ),
         "height": ("PIXELS", "without it the size that the model was trained for"),
         "width": ("PIXELS", "likewise"),
     },

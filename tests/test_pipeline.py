@@ -171,15 +171,15 @@ def test_segments_carry_on_where_the_last_one_ended(folder, by_sampler, sampler,
 
 
 def test_the_options_of_the_folders_scheduler_reach_its_sampler(folder, monkeypatch):
-    seen, sample_segment = [], samplers.sample_segment
+    seen, unipc = set(), samplers.SAMPLERS["unipc"]
 
     def spy(*args, **options):
-        seen.append(options)
-        return sample_segment(*args, **options)
+        seen.add(tuple(options.items()))
+        return unipc.make(*args, **options)
 
-    monkeypatch.setattr(samplers, "sample_segment", spy)
+    monkeypatch.setitem(samplers.SAMPLERS, "unipc", unipc._replace(make=spy))
     draw(engine.load(folder), sampler="unipc", steps=1)
-    assert seen == [{"solver_order": 2, "solver_type": "bh2"}]
+    assert seen == {(("solver_order", 2), ("solver_type", "bh2"))}
 
 
 def test_a_grid_stands_in_for_that_of_the_folders_scheduler(folder, pipe):
@@ -272,6 +272,7 @@ def test_nan_is_told_of_the_picture_that_it_struck(pipe):
         ({"guidance_end": 1.5}, "guidance_end=1.5: write a share"),
         ({"guidance_end": float("nan")}, "guidance_end=nan: write a share"),
         ({"guidance_end": 0.1}, "guidance_start=0.0 and guidance_end=0.1 leave none of 3 steps between"),
+        ({"cache_interval": 0}, "cache_interval=0: write a number of steps, from 1"),
         ({"refiner_start": 0.5}, "refiner_start=0.5 without a refiner: write --refiner FOLDER"),
         ({"seed": -1}, "seed=-1 is out of range"),
         ({"first_index": -1}, "image index -1 is out of range"),

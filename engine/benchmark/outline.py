@@ -14,7 +14,7 @@ from engine.config.training import REMATS, ObjectiveConfig
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.parallel import Devices
 from engine.pipeline import DTYPES, SHIPPED, SHIPPED_NAME
-from engine.programs import Guided, Programs
+from engine.programs import Kind, Programs
 from engine.requests import Context
 from engine.train import loop, objectives, optim
 from engine.train.dry_run import placed
@@ -91,18 +91,18 @@ def drawing(
     batched = {"cond": words, "uncond": words, "keys": keys, "guidance_scale": shape(whole)}
     shared = {"unet": params["unet"], "sigmas": shape(31), "initial_scale": shape(), "anew": shape()}
 
-    guided = Guided(True, False)
-    begin = made.begin_program(sampler, guided, True)
-    carry = begin.eval_shape(shared, {**batched, "x": latents})
+    kind = Kind(sampler, guided=True)
+    begin = made.begin_program(kind, True)
+    state = begin.eval_shape(shared, {**batched, "x": latents})
     texts = {kind: params[kind] for kind in model.parts if kind in TOKENIZERS}
     ids = {kind: shape(whole, tokens(model), dtype=jnp.int32) for kind in texts}
     first = {"first": shape(dtype=jnp.int32)}
     call = devices.map(lambda params, batched: made.bound(params)(*batched))
-    step = made.segment_program(sampler, guided, SEGMENT, False)
+    step = made.segment_program(kind, SEGMENT, False)
     return {
         "text": Program(made.text_program, (texts, split(ids, devices))),
         "unet": Program(call, (params["unet"], split((latents, shape(whole), words), devices))),
-        "sampler": Program(step, (shared | first, split({**batched, "carry": carry}, devices))),
+        "sampler": Program(step, (shared | first, split({**batched, "state": state}, devices))),
         "decoder": Program(made.decoder_program, (params["vae"], split(latents, devices))),
     }
 

@@ -35,6 +35,9 @@ def ways(asked: Asked, steps: int) -> dict[str, dict[str, Any]]:
         "guidance to 0.6": {"guidance_end": 0.6},
         "guidance from 0.2 to 0.8": {"guidance_start": 0.2, "guidance_end": 0.8},
         "no guidance": {"guidance_scale": 1.0},
+        "all of the U-Net at every 2nd step": {"cache_interval": 2},
+        "at every 3rd": {"cache_interval": 3},
+        "at every 5th": {"cache_interval": 5},
         "0.8 of the steps": {"steps": round(0.8 * steps)},
         "0.6 of the steps": {"steps": round(0.6 * steps)},
     }

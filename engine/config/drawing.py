@@ -11,9 +11,10 @@ MAX_PICTURES = 100_000  # of one run
 MAX_BATCH_SIZE = 4096
 MAX_UPSCALE = 16
 MAX_TILE = 16384
+MAX_CACHE_INTERVAL = 1000
 
 # Options of `Pipeline.settings` that say what is special on the way from noise to picture; None: nothing.
-OF_THE_WAY = ("refiner_start", "grid", "guidance_start", "guidance_end")
+OF_THE_WAY = ("refiner_start", "grid", "guidance_start", "guidance_end", "cache_interval")
 
 
 @dataclasses.dataclass
@@ -38,6 +39,7 @@ class GenerateConfig:
     guidance_scale: float = 5.0
     guidance_start: float | None = None  # share of the steps before which there is no guidance; None: 0
     guidance_end: float | None = None  # share of the steps behind which there is none; None: 1
+    cache_interval: int | None = None  # steps from one that computes all of the U-Net to the next; None: 1
     image: str = ""  # a picture to change
     mask: str = ""  # a picture, as large: what is white is drawn anew, what is black stays
     strength: float | None = None  # how much of the picture is forgotten; None: 0.8, and 1 with a mask
@@ -123,6 +125,7 @@ class GenerateConfig:
             "batch_size": (1, MAX_BATCH_SIZE),
             "upscale": (1, MAX_UPSCALE),
             "tile": (0, MAX_TILE),
+            "cache_interval": (1, MAX_CACHE_INTERVAL),
         }
         self.check_ranges(ranges)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from engine.diffusion.parameterization import Apply, at_least_float32
-from engine.types import Denoise, Latents, Sigma
+from engine.types import Latents, Sigma
 
 # (x_in, t, context) -> F: a network with its params bound. x_in (B H W C), t (B,) float, context: (B L D), or
 # any tree of arrays of which B is the first axis.
@@ -88,18 +88,19 @@ def guided_by_picture(
 
 
 def within(
-    guided: Denoise, plain: Denoise, low: float | Float[Array, ""], high: float | Float[Array, ""]
-) -> Denoise:
-    """`guided` where low < sigma <= high, elsewhere `plain` (Kynkäänniemi et al. 2024): at high
+    guided: Callable, plain: Callable, low: float | Float[Array, ""], high: float | Float[Array, ""]
+) -> Callable:
+    """(x, sigma, ...) -> ..., a denoiser or one that keeps something (`engine.diffusion.caching`):
+    `guided` where low < sigma <= high, elsewhere `plain` (Kynkäänniemi et al. 2024): at high
     noise levels guidance takes variety away, at low ones it changes little, and it is half the work.
 
     Args:
       low, high: may be traced, as sigma may: only one of the two is computed.
     """
 
-    def denoise(x: Latents, sigma: Sigma) -> Latents:
+    def denoise(x: Latents, sigma: Sigma, *rest: Any) -> Any:
         level = jnp.max(sigma)  # a sampler takes a batch through its steps together
-        return jax.lax.cond((low < level) & (level <= high), guided, plain, x, sigma)
+        return jax.lax.cond((low < level) & (level <= high), guided, plain, x, sigma, *rest)
 
     return denoise
 

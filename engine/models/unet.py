@@ -1,6 +1,8 @@
 """The U-Net of Stable Diffusion: it sees a noisy latent, the time and the words, and says what is noise."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -18,6 +20,8 @@ from engine.models.layers import (
     sinusoidal_embedding,
 )
 from engine.models.unet_config import UNetConfig
+
+Deep = Float[Array, "B H W K"]  # what the lower levels make of x, at its size
 
 
 class DownBlock2D(nnx.Module):
@@ -38,16 +42,24 @@ class DownBlock2D(nnx.Module):
         self.has_downsampler = downsample
 
     def __call__(self, x, temb, context):
+        x, skips = self.at_full_size(x, temb, context)
+        x, more = self.down(x)
+        return x, skips + more
+
+    def at_full_size(self, x, temb, context):
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
             if self.has_attention:
                 x = self.attentions[i](x, context)
             skips.append(x)
-        if self.has_downsampler:
-            x = self.downsamplers[0](x)
-            skips.append(x)
         return x, skips
+
+    def down(self, x):
+        if not self.has_downsampler:
+            return x, []
+        x = self.downsamplers[0](x)
+        return x, [x]
 
 
 class UpBlock2D(nnx.Module):
@@ -208,6 +220,7 @@ class UNet2DConditionModel(nnx.Module):
         context: Float[Array, "B L D"],
         guidance: Float[Array, " B"] | None = None,
         added: tuple[Float[Array, "B P"], Float[Array, "B N"]] | None = None,
+        recall: Callable[[Callable[[], Deep]], Deep] | None = None,
     ) -> Float[Array, "B H W O"]:
         """What the model was trained to say of `x` (eps, v, ...).
 
@@ -219,6 +232,8 @@ class UNet2DConditionModel(nnx.Module):
             with `time_cond_proj_dim`.
           added: for a U-Net with `addition_embed_type`: the pooled words, and numbers such as sizes and crops
             in pixels (Podell et al. 2023, SDXL, section 2.2).
+          recall: called with what computes the deep feature, which goes into the last block; it returns that,
+            or what takes its place (`engine.diffusion.caching`). None: it is computed.
         """
         config = self.config
         dtype = self.conv_in.kernel[...].dtype
@@ -235,18 +250,27 @@ class UNet2DConditionModel(nnx.Module):
         if config.addition_embed_type:
             temb = temb + self._embedded_beside(*added, dtype)
 
-        x = self.conv_in(x)
-        skips = [x]
-        for block in self.down_blocks:
+        x = first = self.conv_in(x)
+        x, skips = self.down_blocks[0].at_full_size(x, temb, context)
+        compute = partial(self._deep, x, temb, context)
+        x = recall(compute) if recall else compute()
+        x = self.up_blocks[-1](x, [first, *skips], temb, context, None)
+        return self.conv_out(self.act(self.conv_norm_out(x)))
+
+    def _deep(self, x: Float[Array, "B H W C"], temb: Float[Array, "B D"], context: Any) -> Deep:
+        """All but the blocks of the full size, first and last: what the last one takes up."""
+        size = x.shape[1:3]
+        x, skips = self.down_blocks[0].down(x)
+        for block in self.down_blocks[1:]:
             x, block_skips = block(x, temb, context)
             skips += block_skips
-        if config.mid_block_type is not None:
+        if self.config.mid_block_type is not None:
             x = self.mid_block(x, temb, context)
-        for block in self.up_blocks:
+        for block in self.up_blocks[:-1]:
             # An odd size was rounded on the way down: go back to the size of the next skip.
             next_skip = len(skips) - len(block.resnets) - 1
-            x = block(x, skips, temb, context, skips[next_skip].shape[1:3] if next_skip >= 0 else None)
-        return self.conv_out(self.act(self.conv_norm_out(x)))
+            x = block(x, skips, temb, context, skips[next_skip].shape[1:3] if next_skip >= 0 else size)
+        return x
 
     def _embedded_beside(
         self, pooled: Float[Array, "B P"], numbers: Float[Array, "B N"], dtype

@@ -74,6 +74,11 @@ class UNetConfig:
     projection_class_embeddings_input_dim: int | None = None  # of all of them and the pooled words together
     time_cond_proj_dim: int | None = None  # of the embedding of a guidance scale that was distilled into it
 
+    @property
+    def deep_channels(self) -> int:
+        """Of what goes into the last block of the way up."""
+        return self.block_out_channels[:2][-1]
+
     @classmethod
     def from_json(cls, options: Mapping[str, Any], where: str) -> "UNetConfig":
         """Reads config.json; raises UserError for what the engine does not know."""

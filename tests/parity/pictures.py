@@ -1,6 +1,7 @@
 """One picture drawn here and in PyTorch diffusers: same folder, same start latents and noise."""
 
 import contextlib
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -61,6 +62,7 @@ class How(NamedTuple):
     size: tuple[int, int] = (16, 16)
     tile: int = 0
     guidance_end: float | None = None
+    cache_interval: int | None = None
     # (folder) -> what `engine.load` is given beside it, and what does the same to a pipeline of diffusers
     beside: Callable[[pathlib.Path], tuple[dict, Callable]] | None = None
 
@@ -91,6 +93,7 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         strength=how.strength,
         refiner_start=how.start if how.refiner else None,
         guidance_end=how.guidance_end,
+        cache_interval=how.cache_interval,
     )
     theirs = _pipeline(folder, model, how)
     apply(theirs)
@@ -161,6 +164,8 @@ def _drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.nd
         many = isinstance(how.negatives, list) or "XL" not in type(pipeline).__name__
         words["negative_prompt"] = how.negatives if many else [how.negatives] * 2
     options: dict[str, Any] = {"output_type": "np"}
+    if how.cache_interval is not None:
+        _keeps_deep_features(pipeline.unet, how.cache_interval)
     if how.guidance_end is not None:
         options["callback_on_step_end"] = _unguided_after(round(how.guidance_end * how.steps))
         options["callback_on_step_end_tensor_inputs"] = ["prompt_embeds"]
@@ -197,3 +202,16 @@ def _unguided_after(steps: int) -> Callable:
         return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
 
     return after_step
+
+
+def _keeps_deep_features(unet: torch.nn.Module, interval: int) -> None:
+    """Whatever the lower levels say, the last block hears what they said at the last multiple of interval."""
+    calls, kept = itertools.count(), []
+
+    def before(module: Any, args: tuple, options: dict) -> tuple[tuple, dict]:
+        if next(calls) % interval == 0:
+            kept[:] = [options["hidden_states"]]
+        # without guidance there is one pass, the second of those with it
+        return args, options | {"hidden_states": kept[0][-len(options["hidden_states"]) :]}
+
+    unet.up_blocks[-1].register_forward_pre_hook(before, with_kwargs=True)
