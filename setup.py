@@ -22,6 +22,10 @@ jobs = [
     "gcsfs>=2025.2",  # gs:// as output folder
 ]
 
+quantize = [
+    "qwix>=0.1.8",  # weights in 8 bits
+]
+
 setup(
     name="fogsculpt",
     version=VERSION,
@@ -49,11 +53,13 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.8"],
         "cuda": ["jax[cuda13]>=0.8"],
+        "quantize": quantize,
         "train": train,
         "jobs": jobs,
         "test": [
             *train,
             *jobs,
+            *quantize,
             "moto[server]>=5.0.20",  # a real S3 server on this machine
             "gcp-storage-emulator>=2024.8.3",  # a Google Cloud Storage on this machine
             "webdataset>=1.0",  # reads the shards that we write
@@ -68,6 +74,7 @@ setup(
             "diffusers>=0.35",
             "transformers>=4.50",
             "peft>=0.17",  # LoRAs in PyTorch diffusers
+            "tomesd>=0.1.3",  # merged tokens in PyTorch diffusers
             "torchsde>=0.2.6",  # diffusers' DPMSolverSDEScheduler
         ],
     },

@@ -28,6 +28,7 @@ from engine.requests import Batch, Context, Edit, Frames, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.types import UserError
 from engine.ways import check_refiner_start, grid_of, ways_of
+from engine.weights import quantized
 from engine.weights.decoder import with_decoder
 from engine.weights.folder import Model, load_folder
 from engine.weights.refiner import load_refiner
@@ -49,12 +50,14 @@ def load(
     decoder: str | os.PathLike | None = None,
     tile: int = 0,
     refiner: str | os.PathLike | None = None,
+    quantize: str = "",
 ) -> "Pipeline":
     """Loads a model onto the devices.
 
     Args:
       model: a folder in the diffusers layout; None for the model in the package.
-      dtype: float32 or bfloat16, of params and activations. The sampler is float32 in any case.
+      dtype: float32 or bfloat16, of params and activations. The sampler is float32 in any case, and on CPUs,
+        which have no fast convolution in bfloat16, all arithmetic.
       parallel: "shard_map", "jit" or "pmap" over all local devices, or `Devices` of your own.
       lora: files in the format of diffusers or of kohya's scripts, each with its scale: 1 is as trained. They
         become part of the weights, so that pictures take no longer.
@@ -62,6 +65,7 @@ def load(
         use their words.
       decoder: the folder of an autoencoder, or of a model, whose autoencoder stands in for the model's own.
       refiner: the folder of a model for the same latents that goes the last part of the way to a picture.
+      quantize: "int8" or "fp8": kernels of the U-Nets in 8 bits, see engine.weights.quantized. "": as `dtype`.
       tile: in pixels; larger pictures are decoded in tiles of this side, for less memory. 0: whole.
 
     Raises:
@@ -71,10 +75,12 @@ def load(
         raise UserError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}; write {' or '.join(DTYPES)}")
     devices = Devices(parallel) if isinstance(parallel, str) else parallel
     use_compilation_cache()
-    folder = SHIPPED if model is None else pathlib.Path(model)
-    loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=devices.place, loras=lora, words=embeddings)
+    folder, place = SHIPPED if model is None else pathlib.Path(model), devices.place
+    if quantize:
+        place = quantized.placing(place, quantize)
+    loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=place, loras=lora, words=embeddings)
     edits.made_for(loaded, str(folder))
-    second = load_refiner(loaded, refiner, jnp.dtype(dtype), devices.place) if refiner else None
+    second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None
     if decoder:
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
@@ -145,6 +151,7 @@ class Pipeline:
         guidance_start: float | None = None,
         guidance_end: float | None = None,
         cache_interval: int | None = None,
+        merge_tokens: float | None = None,
     ) -> UInt8[np.ndarray, "B H W 3"]:
         """One picture for each prompt.
 
@@ -167,6 +174,8 @@ class Pipeline:
             a step costs half. None: 0 and 1.
           cache_interval: steps from one that computes all of the U-Net to the next; those between compute its
             first level alone (engine.diffusion.caching). None: 1.
+          merge_tokens: share of the tokens of the finest level, 0 to 0.75, that join others like them where
+            pixels attend to each other (engine.models.merging). None: 0.
 
         Raises:
           UserError: an argument is wrong.
@@ -178,7 +187,7 @@ class Pipeline:
             strength = edits.default_strength(given[0] if given else None, self.made_for)
         settings = self.settings(
             *(steps, sampler, guidance_scale, height, width, batch_size, strength, refiner_start, grid),
-            *(guidance_start, guidance_end, cache_interval),
+            *(guidance_start, guidance_end, cache_interval, merge_tokens),
         )
         seed = noise.fresh_seed() if seed is None else seed
         images = []
@@ -285,6 +294,7 @@ class Pipeline:
         guidance_start: float | None = None,
         guidance_end: float | None = None,
         cache_interval: int | None = None,
+        merge_tokens: float | None = None,
     ) -> Settings:
         """Checks settings, and fills in what the model knows; raises UserError before anything compiles."""
         default_height, default_width = self.default_size
@@ -301,6 +311,7 @@ class Pipeline:
             guidance_start,
             guidance_end,
             cache_interval,
+            merge_tokens,
         )
         samplers.find(settings.sampler)
         grid_of(settings, self.model)

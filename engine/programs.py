@@ -21,16 +21,18 @@ from flax import nnx
 
 from engine import conditions, edits
 from engine.diffusion import caching, guidance, noise, samplers, schedules
-from engine.diffusion.parameterization import denoiser
+from engine.diffusion.parameterization import at_least_float32, denoiser
 from engine.diffusion.scheduler_config import for_sampler
 from engine.diffusion.segments import segment_length
 from engine.diffusion.steps import InitStep
 from engine.finish import to_uint8
 from engine.models.kernels import kernels
+from engine.models.merging import merging
 from engine.models.tiles import decode_in_tiles
 from engine.parallel import Devices, pad
 from engine.requests import Context, Request, Settings
 from engine.types import Denoise, Latents
+from engine.weights import quantized
 from engine.weights.component import Component
 from engine.weights.folder import Model
 
@@ -46,13 +48,14 @@ class Way(NamedTuple):
     initial_scale: float = 1.0  # of the noise
     anew: bool = True  # nothing of a given picture is left at its beginning
     within: tuple[float, float] | None = None  # (low, high): noise levels with guidance; None: all
+    merge: float = 0.0  # share of the tokens that attend together with others
     fresh: np.ndarray | None = None  # steps that compute the deep part of the U-Net; None: all
 
     @property
     def kind(self) -> "Kind":
         """What its programs are compiled for."""
         in_part = self.guided and self.within is not None
-        return Kind(self.sampler, self.guided, in_part, self.fresh is not None)
+        return Kind(self.sampler, self.guided, in_part, self.fresh is not None, self.merge)
 
 
 class Kind(NamedTuple):
@@ -62,11 +65,12 @@ class Kind(NamedTuple):
     guided: bool
     in_part: bool = False  # guided at some noise levels only
     cached: bool = False  # deep features are kept over some steps
+    merge: float = 0.0
 
 
 def module(part: Component, params: Any) -> nnx.Module:
     """The module of a part of the model around (traced) params."""
-    return nnx.merge(part.graphdef, nnx.State(params))
+    return nnx.merge(part.graphdef, nnx.State(quantized.wide(params)))
 
 
 class Programs:
@@ -168,10 +172,10 @@ class Programs:
     # ---- the programs; (shared, batched) -> batched
 
     def _encode(self, params: Any, ids: Any) -> Context:
-        return conditions.encoded(self.model, params, ids)
+        return conditions.encoded(self.model, self._computed(params), ids)
 
     def _decode(self, params: Any, latents: Any) -> Any:
-        config, decode = self.model.vae.config, module(self.model.vae, params).decode
+        config, decode = self.model.vae.config, module(self.model.vae, self._computed(params)).decode
         scaled = latents / config.scaling_factor
         with self._kernels():
             image = decode_in_tiles(decode, scaled, self.tile // config.scale, config.scale)
@@ -181,7 +185,14 @@ class Programs:
 
     def _looked_at(self, params: Any, given: Any) -> Any:
         with self._kernels():
-            return edits.looked_at(module(self.model.vae, params), given, self.made_for)
+            vae = module(self.model.vae, self._computed(params))
+            return edits.looked_at(vae, given, self.made_for)
+
+    def _computed(self, params: Any) -> Any:
+        """Params as the arithmetic takes them. CPUs have no fast convolution but in float32."""
+        if self.devices.platform != "cpu":
+            return params
+        return jax.tree.map(at_least_float32, quantized.wide(params))
 
     def _kernels(self) -> contextlib.AbstractContextManager:
         return kernels(self.devices.platform, self.devices.over_batch)
@@ -191,6 +202,7 @@ class Programs:
 
     def _sampler(self, kind: Kind, shared: Any, batched: Any) -> InitStep:
         """The sampler with the model bound to it; its state is a `caching.State`."""
+        shared = shared | {"unet": self._computed(shared["unet"])}  # once, not at every step
         denoise = self._denoise(kind, kind.guided, shared, batched)
         if kind.in_part:
             plain = self._denoise(kind, False, shared, batched)
@@ -206,7 +218,7 @@ class Programs:
             return ()
         guided = 3 if self.made_for == edits.FOLLOWS else 2
         part, (b, height, width, _) = self.model.unet, x.shape
-        dtype = jax.tree.leaves(part.params)[0].dtype
+        dtype = self._computed(part.params["conv_in"])["kernel"].dtype
         passes = guided if kind.guided else 1
         return jnp.zeros((b, passes, height, width, part.config.deep_channels), dtype)
 
@@ -216,17 +228,17 @@ class Programs:
 
         def denoise(x, sigma, i, kept):
             recall = caching.Recall(kept[:, rows], shared["fresh"][i]) if kind.cached else None
-            D = self._steered(kind.sampler, guided, shared, batched, recall)(x, sigma)
+            D = self._steered(kind, guided, shared, batched, recall)(x, sigma)
             return D, kept if recall is None else kept.at[:, rows].set(recall.kept)
 
         return denoise
 
     def _steered(
-        self, sampler: str, guided: bool, shared: Any, batched: Any, recall: caching.Recall | None
+        self, kind: Kind, guided: bool, shared: Any, batched: Any, recall: caching.Recall | None
     ) -> Denoise:
-        config = for_sampler(self.model.scheduler, sampler)
+        config = for_sampler(self.model.scheduler, kind.sampler)
         words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
-        unet = self.bound(shared["unet"], w - 1 if self.distilled else None, recall)
+        unet = self.bound(shared["unet"], w - 1 if self.distilled else None, recall, kind.merge)
         if guided and self.made_for == edits.FOLLOWS:
             w_picture = batched["image_guidance_scale"]
             apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture)
@@ -236,14 +248,19 @@ class Programs:
         return edits.keeping(denoise, batched)
 
     def bound(
-        self, params: Any, guidance_scale: Any = None, recall: caching.Recall | None = None
+        self,
+        params: Any,
+        guidance_scale: Any = None,
+        recall: caching.Recall | None = None,
+        merge: float = 0.0,
     ) -> guidance.ContextApply:
         """The U-Net with (traced) params: (x, t, told) -> F. To be called inside of a program."""
         unet = module(self.model.unet, params)
 
         def apply(x, t, told):
             added = None if told.numbers is None else (told.context.pooled, told.numbers)
-            with self._kernels():
+            size = unet.config.finest_attention(*x.shape[1:3])
+            with self._kernels(), merging(merge, size):
                 return unet(x, t, told.context.words, guidance_scale, added, recall)
 
         return apply

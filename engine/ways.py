@@ -7,6 +7,7 @@ import numpy as np
 from engine.diffusion import samplers, schedules
 from engine.diffusion.samplers import Sampler
 from engine.diffusion.scheduler_config import SchedulerConfig, for_sampler
+from engine.models import merging
 from engine.programs import Programs, Way
 from engine.requests import Settings
 from engine.types import UserError
@@ -40,6 +41,7 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
         initial_scale=schedules.initial_scale(config, whole),
         anew=settings.strength == 1,
         within=_within(settings, whole, programs.distilled),
+        merge=_merge(settings),
     )
     if refiner is None:
         return [way._replace(fresh=_fresh(settings, sampler, way))]
@@ -58,6 +60,7 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
         guided and not refiner.distilled,
         from_noise=False,
         within=_within(settings, whole, refiner.distilled),
+        merge=_merge(settings),
     )
     ways = [way._replace(steps=sampler.steps_before(own)), rest]
     return [way._replace(fresh=_fresh(settings, sampler, way)) for way in ways]
@@ -90,6 +93,14 @@ def _within(settings: Settings, sigmas: np.ndarray, distilled: bool) -> tuple[fl
             f"{settings.steps} steps between them: write shares further apart, or guidance_scale=1"
         )
     return None if guided == range(settings.steps) else schedules.levels(sigmas, guided)
+
+
+def _merge(settings: Settings) -> float:
+    """Share of the tokens."""
+    share = settings.merge_tokens or 0.0
+    if not 0 <= share <= merging.MOST:
+        raise UserError(f"merge_tokens={share}: write a share of the tokens, from 0 to {merging.MOST}")
+    return share
 
 
 def _fresh(settings: Settings, sampler: Sampler, way: Way) -> np.ndarray | None:

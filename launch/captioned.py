@@ -71,7 +71,7 @@ def drawn(config: JobConfig, rows: Rows, most: int | None, pipe: Pipeline) -> Ca
     about |= {"prompts": count, "rows_sha256": rows.digest}
     about |= {"sampler": filled.sampler, "steps": config.steps, "guidance_scale": config.guidance_scale}
     about |= {"height": config.height or height, "width": config.width or width, "dtype": config.dtype}
-    files = {name: getattr(config, name) for name in ("lora", "embedding", "decoder", "refiner")}
+    files = {name: getattr(config, name) for name in ("lora", "embedding", "decoder", "refiner", "quantize")}
     about |= {name: value for name, value in (files | config.of_the_way()).items() if value}
     about |= {"parallel": config.parallel, "batch_size": sorted({p.settings.batch_size for p in groups})}
     return Captioned(count, _draw(config, rows, groups, pipe, settle.pictures), about)

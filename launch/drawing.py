@@ -78,7 +78,7 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
     with advice_where_memory_runs_out("--dtype bfloat16, or --parallel jit --split_params"):
         model = None if is_shipped(config) else config.model
         files = config.loras(), config.embeddings(), config.decoder or None, config.tile
-        pipe = engine.load(model, config.dtype, parallel, *files, config.refiner or None)
+        pipe = engine.load(model, config.dtype, parallel, *files, config.refiner or None, config.quantize)
     cli.stop_if_asked()
     return pipe
 

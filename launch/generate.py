@@ -97,6 +97,11 @@ FLAGS: cli.Groups = {
             "compute all of the U-Net at every Nth step, and between them only its first level:\n"
             "less work for almost the same picture (DeepCache)",
         ),
+        "merge_tokens": (
+            "S",
+            "share of the tokens, up to 0.75, that join others like them where pixels attend to each\n"
+            "other at the finest level (ToMe); of use for large pictures",
+        ),
         "height": ("PIXELS", "without it the size that the model was trained for"),
         "width": ("PIXELS", "likewise"),
     },
@@ -107,7 +112,15 @@ FLAGS: cli.Groups = {
             "with --parallel jit: splits the model over the devices, where one is too small for it;\n"
             "the processes of a job then draw every batch together",
         ),
-        "dtype": ("TYPE", "of the model: float32 or bfloat16"),
+        "dtype": (
+            "TYPE",
+            "of the model: float32 or bfloat16; CPUs, which are slow in bfloat16, store it and\n"
+            "compute in float32",
+        ),
+        "quantize": (
+            "TYPE",
+            "int8 or fp8: store the U-Net's kernels in 8 bits, in half of bfloat16's memory",
+        ),
         "tile": (
             "PIXELS",
             "decodes larger pictures in overlapping tiles of this side, where memory does not suffice;\n"

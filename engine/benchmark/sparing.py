@@ -13,6 +13,7 @@ from engine.benchmark.drawing import Asked, Case
 from engine.benchmark.peer import psnr
 from engine.benchmark.report import Row
 from engine.pipeline import Pipeline
+from engine.weights import quantized
 
 PROMPTS = [
     "a fox on a skateboard at sunset",
@@ -38,6 +39,7 @@ def ways(asked: Asked, steps: int) -> dict[str, dict[str, Any]]:
         "all of the U-Net at every 2nd step": {"cache_interval": 2},
         "at every 3rd": {"cache_interval": 3},
         "at every 5th": {"cache_interval": 5},
+        "half of the finest tokens merged": {"merge_tokens": 0.5},
         "0.8 of the steps": {"steps": round(0.8 * steps)},
         "0.6 of the steps": {"steps": round(0.6 * steps)},
     }
@@ -49,12 +51,16 @@ def ways(asked: Asked, steps: int) -> dict[str, dict[str, Any]]:
 def rows(folder: pathlib.Path | None, asked: Asked, cases: Sequence[Case]) -> Iterator[Row]:
     """Of each case one for each way, in the same rounds and from the same noise."""
     pipe = pipeline.load(folder, dtype=asked.dtype, parallel=asked.parallel)
-    half = pipeline.load(folder, dtype="bfloat16", parallel=asked.parallel)
+    others = {
+        name: pipeline.load(folder, dtype=asked.dtype, parallel=asked.parallel, quantize=name)
+        for name in quantized.TYPES
+    }
+    if asked.dtype != "bfloat16":
+        others["bfloat16"] = pipeline.load(folder, dtype="bfloat16", parallel=asked.parallel)
     for case in cases:
         options = ways(asked, case.steps)
         calls = {name: (pipe, own) for name, own in options.items()}
-        if pipe.dtype != half.dtype:
-            calls[half.dtype] = (half, options[WHOLE])
+        calls |= {name: (other, options[WHOLE]) for name, other in others.items()}
         yield from _of_case(asked, case, calls)
 
 

@@ -14,7 +14,7 @@ MAX_TILE = 16384
 MAX_CACHE_INTERVAL = 1000
 
 # Options of `Pipeline.settings` that say what is special on the way from noise to picture; None: nothing.
-OF_THE_WAY = ("refiner_start", "grid", "guidance_start", "guidance_end", "cache_interval")
+OF_THE_WAY = ("refiner_start", "grid", "guidance_start", "guidance_end", "cache_interval", "merge_tokens")
 
 
 @dataclasses.dataclass
@@ -40,6 +40,7 @@ class GenerateConfig:
     guidance_start: float | None = None  # share of the steps before which there is no guidance; None: 0
     guidance_end: float | None = None  # share of the steps behind which there is none; None: 1
     cache_interval: int | None = None  # steps from one that computes all of the U-Net to the next; None: 1
+    merge_tokens: float | None = None  # share of the finest tokens that attend together with others; None: 0
     image: str = ""  # a picture to change
     mask: str = ""  # a picture, as large: what is white is drawn anew, what is black stays
     strength: float | None = None  # how much of the picture is forgotten; None: 0.8, and 1 with a mask
@@ -47,6 +48,7 @@ class GenerateConfig:
     height: int | None = None  # pixels; None: the size that the model was trained for
     width: int | None = None
     dtype: str = "float32"
+    quantize: str = ""  # kernels of the U-Net in 8 bits: int8 or fp8
     parallel: str = "shard_map"
     split_params: bool = False  # the model over the devices, where one is too small for it; parallel="jit"
     batch_size: int | None = None  # pictures that a device draws at once
@@ -114,7 +116,7 @@ class GenerateConfig:
             raise UserError(f"refiner_start={self.refiner_start} without one: write --refiner FOLDER, too")
         self.loras()
         self.embeddings()
-        self.check_ranges({"guidance_start": (0, 1), "guidance_end": (0, 1)})
+        self.check_ranges({"guidance_start": (0, 1), "guidance_end": (0, 1), "merge_tokens": (0, 0.75)})
         if self.split_params and self.parallel != "jit":
             raise UserError(f"split_params with parallel={self.parallel!r}: write --parallel jit")
         if self.seed is not None and not 0 <= self.seed < 2**64:

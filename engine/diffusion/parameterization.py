@@ -88,6 +88,6 @@ def per_image(value: Float[Array, "*B"], x: Latents) -> Float[Array, "..."]:
     return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
 
 
-def at_least_float32(x: Latents) -> Latents:
+def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x in float32, or in float64 if that is what it has."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -33,7 +33,7 @@ FINGERPRINT = (
     *("negative_prompt", "num_images", "seed", "first_index", "sampler", "steps", "guidance_scale"),
     *("height", "width", "dtype", "upscale", "format", "shard_size"),
 )
-ADDED = ("tile", *OF_THE_WAY)  # the same, where they are given
+ADDED = ("tile", "quantize", *OF_THE_WAY)  # the same, where they are given
 CHANGING = ("strength", "image_guidance_scale")  # the same, where there are pictures to change
 MAX_INDEX = 2**32
 

@@ -1,11 +1,13 @@
 """Attention, in one place: every query, key and value of every model meets in `attend`."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from engine.models import kernels, remat
+from engine.models import kernels, merging, remat
 from engine.models.layers import GroupNorm, Identity, conv
 
 # How many scores a CPU has in memory at a time, 8 MB of them: more leave its caches, and with 32 MB and more
@@ -171,8 +173,19 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(dim, rngs=rngs)
         self.only_cross_attention = only_cross_attention
 
-    def __call__(self, x: Float[Array, "B T D"], context: Float[Array, "B L E"]) -> Float[Array, "B T D"]:
-        x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None)
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Float[Array, "B L E"],
+        merge: Callable[[Array], merging.Merged] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """merge: tells by x which of its tokens attend as one; None: none do."""
+        seen = context if self.only_cross_attention else None
+        if merge is None:
+            x = x + self.attn1(self.norm1(x), seen)
+        else:
+            tokens = merge(x)
+            x = x + tokens.apart(self.attn1(tokens.together(self.norm1(x)), seen))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -223,6 +236,7 @@ class Transformer2DModel(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"]) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape
         h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
+        merge = merging.chosen(H, W)
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, context, merge)
         return x + self.proj_out(h.reshape(B, H, W, C))

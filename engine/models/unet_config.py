@@ -74,6 +74,13 @@ class UNetConfig:
     projection_class_embeddings_input_dim: int | None = None  # of all of them and the pooled words together
     time_cond_proj_dim: int | None = None  # of the embedding of a guidance scale that was distilled into it
 
+    def finest_attention(self, height: int, width: int) -> tuple[int, int]:
+        """The size of the largest feature maps whose pixels attend, for latents of that size."""
+        kinds = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
+        attends = [any(kind.startswith("CrossAttn") for kind in level) for level in kinds]
+        level = attends.index(True) if True in attends else len(attends) - 1
+        return -(-height // 2**level), -(-width // 2**level)
+
     @property
     def deep_channels(self) -> int:
         """Of what goes into the last block of the way up."""

@@ -37,7 +37,9 @@ def draw(pipe, **options):
 def test_every_sampler_hands_on_what_the_network_keeps(sampler):
     """The network calls that a sampler makes, counted by what is kept; and x is as without it."""
     keys, made = image_keys(0, range(2)), samplers.SAMPLERS[sampler]
-    options = {"schedule": schedule_for(SchedulerConfig("LCMScheduler"))} if "schedule" in made.options else {}
+    options = (
+        {"schedule": schedule_for(SchedulerConfig("LCMScheduler"))} if "schedule" in made.options else {}
+    )
     init, step = caching.keeping(
         made,
         lambda x, sigma, i, kept: (x / (1 + sigma**2), kept + i),

@@ -49,8 +49,8 @@ def load_once():
     """engine.load with a memory: what it has compiled serves all tests."""
     cached = functools.cache(pipeline.load)
 
-    def load(model, dtype, parallel, lora=(), embeddings=(), decoder=None, tile=0, refiner=None):
-        return cached(model, dtype, parallel, lora, embeddings, decoder, tile, refiner)
+    def load(model, dtype, parallel, lora=(), embeddings=(), decoder=None, tile=0, refiner=None, quantize=""):
+        return cached(model, dtype, parallel, lora, embeddings, decoder, tile, refiner, quantize)
 
     load.cache_clear = cached.cache_clear
     return load

@@ -9,6 +9,7 @@ from unittest import mock
 
 import diffusers
 import numpy as np
+import tomesd
 import torch
 
 import engine
@@ -63,6 +64,7 @@ class How(NamedTuple):
     tile: int = 0
     guidance_end: float | None = None
     cache_interval: int | None = None
+    merge_tokens: float | None = None
     # (folder) -> what `engine.load` is given beside it, and what does the same to a pipeline of diffusers
     beside: Callable[[pathlib.Path], tuple[dict, Callable]] | None = None
 
@@ -94,6 +96,7 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         refiner_start=how.start if how.refiner else None,
         guidance_end=how.guidance_end,
         cache_interval=how.cache_interval,
+        merge_tokens=how.merge_tokens,
     )
     theirs = _pipeline(folder, model, how)
     apply(theirs)
@@ -166,6 +169,8 @@ def _drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.nd
     options: dict[str, Any] = {"output_type": "np"}
     if how.cache_interval is not None:
         _keeps_deep_features(pipeline.unet, how.cache_interval)
+    if how.merge_tokens is not None:
+        tomesd.apply_patch(pipeline, how.merge_tokens, use_rand=False)
     if how.guidance_end is not None:
         options["callback_on_step_end"] = _unguided_after(round(how.guidance_end * how.steps))
         options["callback_on_step_end_tensor_inputs"] = ["prompt_embeds"]

@@ -77,6 +77,8 @@ ROWS = {
         "pndm",
         How(cache_interval=3, guidance_end=0.6),
     ),
+    "SD, tokens merged": (SD, "euler", How(merge_tokens=0.5)),
+    "SD, tokens merged, odd sizes": (SD, "euler", How(merge_tokens=0.75, size=(18, 26))),
     "SD, no guidance": (SD, "dpmpp_2m", ALONE),
     "SD, pndm": (SD, "pndm", WORDS),
     "SD, ddim of v": (SD, "ddim, v", WORDS),
