@@ -65,7 +65,7 @@ def load(
         use their words.
       decoder: the folder of an autoencoder, or of a model, whose autoencoder stands in for the model's own.
       refiner: the folder of a model for the same latents that goes the last part of the way to a picture.
-      quantize: "int8" or "fp8": kernels of the U-Nets in 8 bits, see engine.weights.quantized. "": as `dtype`.
+      quantize: "int8" or "fp8": the U-Nets' kernels in 8 bits (engine.weights.quantized). "": as `dtype`.
       tile: in pixels; larger pictures are decoded in tiles of this side, for less memory. 0: whole.
 
     Raises:

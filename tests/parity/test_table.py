@@ -78,7 +78,7 @@ ROWS = {
         How(cache_interval=3, guidance_end=0.6),
     ),
     "SD, tokens merged": (SD, "euler", How(merge_tokens=0.5)),
-    "SD, tokens merged, odd sizes": (SD, "euler", How(merge_tokens=0.75, size=(18, 26))),
+    "SD, most tokens merged": (SD, "euler", How(merge_tokens=0.7, size=(24, 40))),
     "SD, no guidance": (SD, "dpmpp_2m", ALONE),
     "SD, pndm": (SD, "pndm", WORDS),
     "SD, ddim of v": (SD, "ddim, v", WORDS),

@@ -55,9 +55,7 @@ def test_what_is_stored(folder, quantize, dtype, largest):
         assert (leaf.qvalue.dtype, leaf.qvalue.shape) == (dtype, w.shape)
         np.testing.assert_allclose(leaf.scale, scale, rtol=1e-6)
         if quantize == "int8":
-            rounded = np.clip(np.round(w / scale), -128, 127)
-            assert np.abs(leaf.qvalue - rounded).max() <= 1  # where it is nearly half way
-            assert np.mean(leaf.qvalue != rounded) < 1e-3
+            assert np.abs(leaf.qvalue - w / scale).max() <= 0.51  # the largest lie half way
     assert smaller > 30
     for path, leaf in leaves(quantized.wide(model.unet.params)):
         assert leaf.dtype == jnp.float32
