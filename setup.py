@@ -52,7 +52,10 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.8"],
-        "cuda": ["jax[cuda13]>=0.8"],
+        "cuda": [
+            "jax[cuda13]>=0.8",
+            "nvidia-ml-py>=12",  # launch.benchmark: the energy that GPUs count
+        ],
         "quantize": quantize,
         "train": train,
         "jobs": jobs,

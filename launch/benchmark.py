@@ -4,14 +4,16 @@
   python -m launch.benchmark train    [--model sd15 --side 256] [--peer diffusers]
   python -m launch.benchmark spare    [--steps 30 --batch_sizes 4]
   python -m launch.benchmark scale    [--devices 1,2,4,8]
+  python -m launch.benchmark load     [--model sd15]
   python -m launch.benchmark compile  --model sd15 --batch_sizes 8 --topology v5e:2x4
 
 generate draws pictures: what the compiler takes, the first call, images/s and steps/s from then on, TFLOP/s,
 and the share of the device's peak (MFU) where that is known. train does steps of training the U-Net. spare
 draws the same pictures with less work, such as guidance in part of the steps: how much faster, and how far
 from the pictures of all the work. scale draws with the same work for each of a growing number of devices.
-compile runs nothing: it compiles the programs for TPUs (pip install libtpu), and prints what they take and
-the least time that this takes, by arithmetic, memory and links.
+load brings a folder's weights onto the devices, beside reading and copying as many bytes. compile runs
+nothing: it compiles the programs for TPUs (pip install libtpu), and prints what they take and the least time
+that this takes, by arithmetic, memory and links.
 
 A peer draws, or trains, with the same random weights from the same latents in turn, A B A B; its pictures
 must be the same. Ratios are the median over the rounds, and in brackets the least and the most.
@@ -78,7 +80,7 @@ DEFAULTS: dict[str, Any] = {
 KINDS = {name: type(value) for name, value in DEFAULTS.items()}
 KINDS |= {"side": str, "sampler": str, "out": str, "plot": str}
 PEERS = ("diffusers", "diffusers-compiled")
-MODES = ("generate", "train", "spare", "scale", "compile")
+MODES = ("generate", "train", "spare", "scale", "load", "compile")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -92,9 +94,10 @@ def main(argv: Sequence[str]) -> int:
     if options["rounds"] < 1:
         raise UserError(f"rounds={options['rounds']}: write a number from 1")
     several = any("," in str(options.get(name) or "") for name in ("batch_sizes", "side", "steps"))
-    if options.get("plot") and (mode == "compile" or (mode != "scale" and not several)):
+    if options.get("plot") and (mode in ("load", "compile") or (mode != "scale" and not several)):
         raise UserError("plot: nothing changes; write several batch_sizes, sides, steps or devices")
-    jobs = {"generate": generate, "train": train, "spare": spare, "scale": scale, "compile": compile_programs}
+    jobs = {"generate": generate, "train": train, "spare": spare, "scale": scale, "load": load}
+    jobs["compile"] = compile_programs
     return jobs[mode](options, argv)
 
 
@@ -151,6 +154,14 @@ def scale(options: dict[str, Any], argv: Sequence[str]) -> int:
         for each in sizes:
             found += scaling.rows(folder, asked, drawing.Case(*each), counts)
     return tell([{"model": options["model"], **row} for row in found], options, argv)
+
+
+def load(options: dict[str, Any], argv: Sequence[str]) -> int:
+    from engine.benchmark import loading, models
+
+    with models.folder_of(options["model"]) as folder:
+        found = loading.row(folder, options["dtype"], options["parallel"], options["rounds"])
+    return tell([{"model": options["model"], **found}], options, argv)
 
 
 def asked_of(options: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from engine import chips, pipeline
-from engine.benchmark import compiled, outline, timing
+from engine.benchmark import compiled, energy, outline, timing
 from engine.benchmark.peer import Peer, psnr
 from engine.benchmark.report import Row
 from engine.diffusion import noise
@@ -104,6 +104,8 @@ def row(pipe: Pipeline, asked: Asked, work: Work, peers: dict[str, Peer]) -> Row
     ours, images = statistics.median(seconds["ours"]), len(work.prompts)
     sampling = ours - sum(statistics.median(seconds[part]) for part in apart)
     work_done = arithmetic(pipe, work)
+    counters = energy.counters(pipe.devices.platform, [d.local_hardware_id for d in pipe.devices.devices])
+    joules = energy.joules(calls["ours"], asked.rounds, counters)
     found: dict[str, Any] = {
         "batch": work.settings.batch_size,
         "pixels": work.settings.height,
@@ -117,6 +119,7 @@ def row(pipe: Pipeline, asked: Asked, work: Work, peers: dict[str, Peer]) -> Row
         "TFLOP/s a device": work_done / ours / pipe.devices.count / 1e12,
         "MFU": utilisation(pipe.devices, work_done / ours),
         "peak GB": peak_memory(pipe.devices, alone=not peers),
+        "J an image": None if joules is None else joules / images,
         "_seconds": seconds,
     }
     for name in peers:

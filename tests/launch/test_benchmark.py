@@ -73,6 +73,25 @@ def test_what_less_work_gains(model, tmp_path, capsys):
     assert found["bfloat16"]["dB to all of it"] > found["no guidance"]["dB to all of it"]
 
 
+def test_scale_with_the_work_of_a_device_held(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # which `scale` adds to, for the process that it is
+    counts = sorted({1, jax.local_device_count()})
+    argv = ("scale", "--model", str(model), "--steps", "4", "--devices", ",".join(map(str, counts)))
+    rows, _ = measured(tmp_path, capsys, *argv)
+    assert [row["devices"] for row in rows] == counts
+    for row in rows:
+        assert row["images/s"] == pytest.approx(2 * row["devices"] / sum(row["seconds"][str(row["devices"])]))
+        sampler, bare = (row["seconds"][f"{row['devices']}, {what}"] for what in ("sampler", "bare calls"))
+        assert row["over bare calls"].startswith(f"{(sampler[0] / bare[0] + sampler[1] / bare[1]) / 2:.2f}")
+
+
+def test_load_beside_reading_and_copying(model, tmp_path, capsys):
+    (row,), _ = measured(tmp_path, capsys, "load", "--model", str(model), "--dtype", "bfloat16")
+    assert row["GB"] * 1e9 == sum(file.stat().st_size for file in model.rglob("*.safetensors"))
+    for what, rate in (("load", "GB/s"), ("read", "read GB/s"), ("copy", "copy GB/s")):
+        assert row[rate] == pytest.approx(row["GB"] * 2 / sum(row["seconds"][what]))
+
+
 def test_train_beside_diffusers(model, tmp_path, capsys):
     (row,), _ = measured(tmp_path, capsys, "train", "--model", str(model), "--peer", "diffusers")
     assert row["images/s"] == pytest.approx(row["steps/s"] * row["batch"] * jax.device_count())
@@ -83,7 +102,7 @@ def test_train_beside_diffusers(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["draw"], "'draw' is nothing to measure: write generate, train, spare, scale or compile"),
+        (["draw"], "'draw' is nothing to measure: write generate, train, spare, scale, load or compile"),
         (["generate", "--batch_sizes", "1,x"], "batch_sizes='1,x': write whole numbers from 1"),
         (["generate", "--peer", "comfy"], "peer='comfy' is unknown; write diffusers or diffusers-compiled"),
         (["generate", "--model", "no/such"], "no folder no/such"),

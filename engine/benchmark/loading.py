@@ -1,0 +1,63 @@
+"""How fast a folder's weights come onto the devices, beside what its bytes take at least."""
+
+import pathlib
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.benchmark import timing
+from engine.benchmark.report import Row
+from engine.parallel import Devices
+from engine.pipeline import SHIPPED
+from engine.weights.folder import load_folder
+
+PIECE = 2**24  # bytes
+
+
+def row(folder: pathlib.Path | None, dtype: str, parallel: str, rounds: int) -> Row:
+    """Loading, reading the same files and copying as many bytes in memory, in turn.
+
+    The files are in the memory of the operating system if it has room: then it is memory that is measured.
+    """
+    folder, devices = folder or SHIPPED, Devices(parallel)
+    files = sorted(folder.rglob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+
+    def load() -> None:
+        model = load_folder(folder, jnp.dtype(dtype), place=devices.place)
+        jax.block_until_ready([part.params for part in model.parts.values()])
+
+    source, target = np.ones(PIECE, np.uint8), np.ones(PIECE, np.uint8)
+
+    def read() -> None:
+        for file in files:
+            with open(file, "rb", buffering=0) as opened:
+                while opened.readinto(target):
+                    pass
+
+    fresh = np.ones(size, np.uint8)
+
+    def copy() -> None:
+        for first in range(0, size, PIECE):
+            part = fresh[first : first + PIECE]
+            np.copyto(part, source[: len(part)])
+
+    calls: dict[str, Callable[[], Any]] = {"load": load, "read": read, "copy": copy}
+    for call in calls.values():
+        call()
+    seconds = timing.in_turn(calls, rounds)
+    rate = {name: size / statistics.median(each) / 1e9 for name, each in seconds.items()}
+    return {
+        "GB": size / 1e9,
+        "dtype": dtype,
+        "GB/s": rate["load"],
+        "read GB/s": rate["read"],
+        "copy GB/s": rate["copy"],
+        "of reading": str(timing.ratio(seconds["read"], seconds["load"])),
+        "of copying": str(timing.ratio(seconds["copy"], seconds["load"])),
+        "_seconds": seconds,
+    }
