@@ -47,7 +47,7 @@ DIFFUSERS_VERSION = "0.35.0"  # whose layout is written
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 
 # ("unet.down_blocks.0.resnets.0.conv1.kernel", array) -> the same on a device or on many
-Place = Callable[[str, np.ndarray], jax.Array]
+Place = Callable[[str, np.ndarray], Any]
 Change = Callable[[str, np.ndarray], np.ndarray]  # the same, on the host: an array to take its place
 # file -> path of a parameter -> the key under which the file has it, and where
 Sources = dict[Path, dict[names.Path, tuple[str, Tensor]]]
@@ -138,7 +138,7 @@ def load_component(
       variant: "fp16" for the files *.fp16.safetensors. None takes the plain ones, or those of fp16 where
         there are no others.
       place: puts a host array on its device or devices; called with "kind.path.of.the.parameter" and the
-        array in Flax's layout, maybe a view. None: the default device.
+        array in Flax's layout, maybe a view, from several threads. None: the default device.
       changes: called with the same before the cast, in the type of the file, one on what another gives.
 
     Raises:
@@ -166,7 +166,7 @@ def read_params(
     Their axes and types are changed on the host, by a thread each: that takes ten times as long as reading.
     """
 
-    def read(file: Path, path: names.Path, stored: str, tensor: Tensor) -> jax.Array:
+    def read(file: Path, path: names.Path, stored: str, tensor: Tensor) -> Any:
         with open(file, "rb") as opened:
             array = names.to_flax(path, read_tensor(opened, stored, tensor), len(shapes[path].shape))
         name = ".".join(map(str, (kind, *path)))
@@ -178,9 +178,8 @@ def read_params(
     wanted = [(file, path, *found) for file, tensors in sources.items() for path, found in tensors.items()]
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
         leaves = list(pool.map(lambda each: read(*each), wanted))
-    return traverse_util.unflatten_dict(
-        {path: leaf for (_, path, *_), leaf in zip(wanted, leaves, strict=True)}
-    )
+    paths = (path for _, path, *_ in wanted)
+    return traverse_util.unflatten_dict(dict(zip(paths, leaves, strict=True)))
 
 
 def _on_default_device(name: str, array: np.ndarray) -> jax.Array:
