@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from engine.models import kernels, merging, remat
-from engine.models.layers import GroupNorm, Identity, conv
+from engine.models.layers import GroupNorm, Identity, conv, linear
 
 # How many scores a CPU has in memory at a time, 8 MB of them: more leave its caches, and with 32 MB and more
 # the whole was measured up to three times slower.
@@ -89,10 +89,10 @@ class Attention(nnx.Module):
         upcast: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.to_q = nnx.Linear(dim, dim, use_bias=qkv_bias, rngs=rngs)
-        self.to_k = nnx.Linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
-        self.to_v = nnx.Linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(dim, dim, rngs=rngs), Identity()])
+        self.to_q = linear(dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_k = linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_v = linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_out = nnx.List([linear(dim, dim, rngs=rngs), Identity()])
         self.heads = heads
         self.upcast = upcast
 
@@ -129,7 +129,7 @@ class GEGLU(nnx.Module):
     """x W * gelu(x V) (Shazeer 2020), W and V in one matrix."""
 
     def __init__(self, dim: int, out: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(dim, 2 * out, rngs=rngs)
+        self.proj = linear(dim, 2 * out, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
         x, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -140,7 +140,7 @@ class FeedForward(nnx.Module):
     """A gated linear unit of 4 times the width, and the way back."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        self.net = nnx.List([GEGLU(dim, 4 * dim, rngs=rngs), Identity(), nnx.Linear(4 * dim, dim, rngs=rngs)])
+        self.net = nnx.List([GEGLU(dim, 4 * dim, rngs=rngs), Identity(), linear(4 * dim, dim, rngs=rngs)])
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.net[2](self.net[0](x))
@@ -212,7 +212,7 @@ class Transformer2DModel(nnx.Module):
     ):
         def projection():
             if use_linear_projection:
-                return nnx.Linear(channels, channels, rngs=rngs)
+                return linear(channels, channels, rngs=rngs)
             return conv(channels, channels, 1, rngs=rngs)
 
         self.norm = GroupNorm(groups, channels, epsilon=1e-6, rngs=rngs)

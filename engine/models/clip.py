@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from engine.config import from_json
 from engine.models.attention import attend, layer_norm
-from engine.models.layers import activation, check_positive
+from engine.models.layers import activation, check_positive, linear, spread
 from engine.types import UserError
 
 # A layer adds half as much as it is given.
-BRANCH_INIT = nnx.initializers.variance_scaling(0.25, "fan_in", "truncated_normal")
+BRANCH_INIT = spread(0.25)
 
 # What the arithmetic of an encoder depends on, in the config of any model.
 FIXED_OF_ENCODERS = {
@@ -126,10 +126,10 @@ class CLIPAttention(nnx.Module):
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs, causal: bool = True):
         width = config.hidden_size
-        self.q_proj = nnx.Linear(width, width, rngs=rngs)
-        self.k_proj = nnx.Linear(width, width, rngs=rngs)
-        self.v_proj = nnx.Linear(width, width, rngs=rngs)
-        self.out_proj = nnx.Linear(width, width, kernel_init=BRANCH_INIT, rngs=rngs)
+        self.q_proj = linear(width, width, rngs=rngs)
+        self.k_proj = linear(width, width, rngs=rngs)
+        self.v_proj = linear(width, width, rngs=rngs)
+        self.out_proj = linear(width, width, kernel_init=BRANCH_INIT, rngs=rngs)
         self.heads = config.num_attention_heads
         self.causal = causal
 
@@ -142,10 +142,8 @@ class CLIPAttention(nnx.Module):
 
 class CLIPMLP(nnx.Module):
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.fc2 = nnx.Linear(
-            config.intermediate_size, config.hidden_size, kernel_init=BRANCH_INIT, rngs=rngs
-        )
+        self.fc1 = linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.fc2 = linear(config.intermediate_size, config.hidden_size, kernel_init=BRANCH_INIT, rngs=rngs)
         self.act = activation(config.hidden_act, "hidden_act")
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
@@ -217,9 +215,7 @@ class CLIPTextModelWithProjection(nnx.Module):
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
         self.config = config
         self.text_model = CLIPTextTransformer(config, rngs)
-        self.text_projection = nnx.Linear(
-            config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs
-        )
+        self.text_projection = linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "B L"]) -> TextOutput:
         output = self.text_model(ids)

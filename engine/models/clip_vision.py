@@ -22,7 +22,7 @@ from engine.models.clip import (
     CLIPTextTransformer,
     check_encoder,
 )
-from engine.models.layers import check_positive
+from engine.models.layers import check_positive, linear
 from engine.types import UserError
 
 FIXED = {"architectures": (None, ["CLIPModel"]), "model_type": ("clip",), **FIXED_OF_ENCODERS}
@@ -154,8 +154,8 @@ class CLIPModel(nnx.Module):
         text, vision, shared = config.text_config, config.vision_config, config.projection_dim
         self.text_model = CLIPTextTransformer(text, rngs)
         self.vision_model = CLIPVisionTransformer(vision, rngs)
-        self.text_projection = nnx.Linear(text.hidden_size, shared, use_bias=False, rngs=rngs)
-        self.visual_projection = nnx.Linear(vision.hidden_size, shared, use_bias=False, rngs=rngs)
+        self.text_projection = linear(text.hidden_size, shared, use_bias=False, rngs=rngs)
+        self.visual_projection = linear(vision.hidden_size, shared, use_bias=False, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.float32(config.logit_scale_init_value))
 
     def text_features(self, ids: Int[Array, "B L"]) -> Float[Array, "B P"]:

@@ -26,7 +26,7 @@ from engine.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from engine.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from engine.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from engine.models.clip_vision import CLIPConfig, CLIPModel
-from engine.models.layers import host_rngs
+from engine.models.layers import outline
 from engine.models.unet import UNet2DConditionModel, UNetConfig
 from engine.types import Params, UserError
 from engine.weights import names
@@ -116,7 +116,7 @@ class Component:
 @functools.lru_cache(maxsize=8)
 def abstract(kind: str, config: Any) -> tuple[nnx.GraphDef, Mapping[names.Path, jax.ShapeDtypeStruct]]:
     """The structure of a model and the shape of each parameter, without allocating any."""
-    model = nnx.eval_shape(lambda: KNOWN[kind].of(config).module(config, host_rngs()))
+    model = outline(lambda rngs: KNOWN[kind].of(config).module(config, rngs))
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, MappingProxyType(traverse_util.flatten_dict(nnx.to_pure_dict(params)))
 

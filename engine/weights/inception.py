@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from engine.models.inception import InceptionV3
-from engine.models.layers import host_rngs
+from engine.models.layers import outline
 from engine.types import Params, UserError
 from engine.weights.component import PICKLES, Place, match, read_params
 from engine.weights.safetensors_io import read_header
@@ -52,7 +52,7 @@ def load_inception(path: str | Path, place: Place | None = None) -> Network:
       UserError: no such file, a pickle, a broken file, or another network; all wrong keys in one line.
     """
     path = find(path)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: InceptionV3(host_rngs())), nnx.Param)
+    graphdef, state = nnx.split(outline(InceptionV3), nnx.Param)
     shapes = MappingProxyType(traverse_util.flatten_dict(nnx.to_pure_dict(state)))
     misfit = f"{path} does not hold the InceptionV3 of FID (torch-fidelity's {CHECKPOINT})"
     sources = match(KIND, shapes, {path: read_header(path)}, misfit)
