@@ -57,6 +57,8 @@ FLAGS: cli.Groups = {
             "some of text, unet (one call), sampler (a step with guidance), decoder, train",
         ),
         "remat": ("NAME", "for train: none, dots or blocks"),
+        "quantize": ("TYPE", "for drawing: int8 or fp8"),
+        "merge_tokens": ("S", "for drawing: share of the tokens that attend together with others"),
     },
     "Where": {
         "out": ("FILE", "all of it as JSON, with the command, the day and the hardware"),
@@ -76,6 +78,8 @@ DEFAULTS: dict[str, Any] = {
     "topology": "v5e:2x2",
     "parts": "unet,sampler,decoder",
     "remat": "none",
+    "quantize": "",
+    "merge_tokens": 0.0,
 }
 KINDS = {name: type(value) for name, value in DEFAULTS.items()}
 KINDS |= {"side": str, "sampler": str, "out": str, "plot": str}
@@ -215,6 +219,8 @@ def compile_programs(options: dict[str, Any], argv: Sequence[str]) -> int:
         side,
         options["parts"].split(","),
         options["remat"],
+        options["quantize"],
+        options["merge_tokens"],
     ):
         found.append(row)
         cli.tell(f"{row['program']}: compiled in {row['_compile seconds']:.0f} s")

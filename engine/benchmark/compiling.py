@@ -9,6 +9,7 @@ from engine import chips
 from engine.benchmark import compiled, kernel_traffic, outline, tpu_compiler
 from engine.benchmark.report import Row
 from engine.config import nearest
+from engine.models import merging
 from engine.parallel import SPLIT, Devices
 from engine.types import UserError
 
@@ -18,9 +19,19 @@ GB, MILLISECOND = 1e9, 1e-3
 
 
 def rows(
-    name: str, topology: str, batch_sizes: Sequence[int], side: int | None, parts: Sequence[str], remat: str
+    name: str,
+    topology: str,
+    batch_sizes: Sequence[int],
+    side: int | None,
+    parts: Sequence[str],
+    remat: str,
+    quantize: str = "",
+    merge: float = 0.0,
 ) -> Iterator[Row]:
     """One for each program and batch size, as they are compiled; a training splits its state over the chips.
+
+    Args:
+      quantize, merge: for drawing, see `outline`.
 
     Raises:
       UserError: a name is unknown, or the model cannot do it.
@@ -30,10 +41,14 @@ def rows(
             raise UserError(
                 f"parts={part!r} is unknown{nearest(part, PARTS)}; write some of {','.join(PARTS)}"
             )
-    model, found = outline.model(name), tpu_compiler.chips(topology)
+    if not 0 <= merge <= merging.MOST:
+        raise UserError(f"merge_tokens={merge}: write a share of the tokens, from 0 to {merging.MOST}")
+    if (quantize or merge) and "train" in parts:
+        raise UserError("quantize and merge_tokens are for drawing: leave train out of parts")
+    model, found = outline.model(name, quantize=quantize), tpu_compiler.chips(topology)
     side = side or model.default_size[0]
     for batch in batch_sizes:
-        drawing = outline.drawing(model, Devices("shard_map", found), side, batch)
+        drawing = outline.drawing(model, Devices("shard_map", found), side, batch, merge=merge)
         for part in parts:
             if part == "train":
                 devices = Devices("jit", found, rules=SPLIT)

@@ -19,6 +19,7 @@ from engine.requests import Context
 from engine.train import loop, objectives, optim
 from engine.train.dry_run import placed
 from engine.types import UserError
+from engine.weights import quantized
 from engine.weights.component import Component, abstract
 from engine.weights.folder import TOKENIZERS, Model, load_folder
 from engine.weights.index import PARTS, numbers_beside
@@ -35,20 +36,25 @@ class Program(NamedTuple):
     init: Callable[[Any], Any] | None = None  # of a training: params -> its state
 
 
-def model(name: str, dtype: DTypeLike = jnp.bfloat16) -> Model:
+def model(name: str, dtype: DTypeLike = jnp.bfloat16, quantize: str = "") -> Model:
     """The shipped model, one of a known architecture, or that of a folder, with shapes for weights.
 
     Raises:
-      UserError: no such architecture or folder.
+      UserError: no such architecture or folder; or an unknown type to quantize to.
     """
+
+    def place(_: str, leaf: Any) -> Any:
+        return shape(*leaf.shape, dtype=dtype)
+
+    if quantize:
+        place = quantized.placing(place, quantize)
     if name not in ARCHITECTURES:
-        folder = SHIPPED if name == SHIPPED_NAME else name
-        return load_folder(folder, dtype, place=lambda _, array: shape(*array.shape, dtype=array.dtype))
+        return load_folder(SHIPPED if name == SHIPPED_NAME else name, dtype, place=place)
     architecture, parts = ARCHITECTURES[name], dict.fromkeys(PARTS)
     for kind in PARTS:
         if config := getattr(architecture, kind):
             graphdef, found = abstract(kind, config)
-            flat = {path: shape(*leaf.shape, dtype=dtype) for path, leaf in found.items()}
+            flat = {path: place(".".join(map(str, (kind, *path))), leaf) for path, leaf in found.items()}
             parts[kind] = Component(kind, config, graphdef, traverse_util.unflatten_dict(flat))
     scheduler = SchedulerConfig.from_json(architecture.scheduler, "scheduler")
     return Model(**parts, **dict.fromkeys(TOKENIZERS.values()), scheduler=scheduler)
@@ -75,11 +81,11 @@ def told(model: Model, batch: int, dtype: DTypeLike) -> Told:
 
 
 def drawing(
-    model: Model, devices: Devices, side: int, batch: int, sampler: str = "euler"
+    model: Model, devices: Devices, side: int, batch: int, sampler: str = "euler", merge: float = 0.0
 ) -> dict[str, Program]:
     """The programs that draw `batch` pictures a device, with guidance, and one call of the U-Net without.
 
-    Those of the sampler are one step of it each.
+    Those of the sampler are one step of it each. merge: share of the tokens that attend together with others.
     """
     made = Programs(model, devices, "the benchmark")
     dtype = jax.tree.leaves(model.unet.params)[0].dtype
@@ -91,13 +97,13 @@ def drawing(
     batched = {"cond": words, "uncond": words, "keys": keys, "guidance_scale": shape(whole)}
     shared = {"unet": params["unet"], "sigmas": shape(31), "initial_scale": shape(), "anew": shape()}
 
-    kind = Kind(sampler, guided=True)
+    kind = Kind(sampler, guided=True, merge=merge)
     begin = made.begin_program(kind, True)
     state = begin.eval_shape(shared, {**batched, "x": latents})
     texts = {kind: params[kind] for kind in model.parts if kind in TOKENIZERS}
     ids = {kind: shape(whole, tokens(model), dtype=jnp.int32) for kind in texts}
     first = {"first": shape(dtype=jnp.int32)}
-    call = devices.map(lambda params, batched: made.bound(params)(*batched))
+    call = devices.map(lambda params, batched: made.bound(params, merge=merge)(*batched))
     step = made.segment_program(kind, SEGMENT, False)
     return {
         "text": Program(made.text_program, (texts, split(ids, devices))),

@@ -23,7 +23,7 @@ BLOCKS = ("unet.down_blocks.", "unet.mid_block.", "unet.up_blocks.")
 
 
 def placing(place: Place, quantize: str) -> Place:
-    """`place`, with the kernels of the U-Net's blocks in one of TYPES.
+    """`place`, of arrays or their shapes, with the kernels of the U-Net's blocks in one of TYPES.
 
     Raises:
       UserError: an unknown type, or qwix is not installed.
@@ -34,9 +34,11 @@ def placing(place: Place, quantize: str) -> Place:
         )
     store = _quantizer(quantize)
 
-    def placed(name: str, array: np.ndarray) -> Any:
+    def placed(name: str, array: np.ndarray | jax.ShapeDtypeStruct) -> Any:
         leaf = place(name, array)
-        return store(leaf) if name.startswith(BLOCKS) and array.ndim > 1 else leaf
+        if not name.startswith(BLOCKS) or len(array.shape) < 2:
+            return leaf
+        return jax.eval_shape(store, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else store(leaf)
 
     return placed
 

@@ -1,0 +1,42 @@
+"""Models as shapes: what less work leaves of arithmetic and of memory."""
+
+import jax
+import pytest
+
+from engine.benchmark import compiled, compiling, outline
+from engine.parallel import Devices
+from engine.types import UserError
+
+
+def nbytes(model):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.unet.params))
+
+
+def test_kernels_in_8_bits_take_half_of_16():
+    plain, small = outline.model("tiny"), outline.model("tiny", quantize="int8")
+    assert 0.5 < nbytes(small) / nbytes(plain) < 0.56
+    devices = Devices("shard_map")
+    found = [outline.drawing(model, devices, 128, 1)["unet"] for model in (plain, small)]
+    assert compiled.arithmetic(found[0]) == compiled.arithmetic(found[1])
+
+
+def test_merged_tokens_attend_less():
+    model, devices = outline.model("tiny"), Devices("shard_map")
+    counts = [
+        compiled.arithmetic(outline.drawing(model, devices, 128, 1, merge=share)["unet"])
+        for share in (0.0, 0.5)
+    ]
+    assert counts[1] < counts[0]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"quantize": "int8"}, "quantize and merge_tokens are for drawing: leave train out of parts"),
+        ({"merge": 0.9}, "merge_tokens=0.9: write a share of the tokens, from 0 to 0.75"),
+    ],
+)
+def test_mistakes(options, message):
+    with pytest.raises(UserError) as error:
+        list(compiling.rows("tiny", "v5e:2x2", [1], None, ["train"], "none", **options))
+    assert str(error.value) == message
