@@ -77,6 +77,8 @@ def load(
     use_compilation_cache()
     folder, place = SHIPPED if model is None else pathlib.Path(model), devices.place
     if quantize:
+        if devices.rules is not None:
+            raise UserError(f"quantize={quantize!r} where devices split the model: leave it whole")
         place = quantized.placing(place, quantize)
     loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=place, loras=lora, words=embeddings)
     edits.made_for(loaded, str(folder))

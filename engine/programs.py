@@ -6,7 +6,7 @@
 
 and, where there are pictures to change, one that makes latents of them and one that pastes (`engine.edits`).
 Params, contexts, keys, guidance scale and sigmas are arguments: another prompt, seed or scale compiles
-nothing. Sizes, the number of steps, the sampler and whether there is guidance at all are static.
+nothing. Sizes, the number of steps and what `Kind` says are static.
 """
 
 import contextlib
@@ -144,7 +144,7 @@ class Programs:
             "initial_scale": jnp.float32(way.initial_scale),
             "anew": jnp.float32(way.anew),
         }
-        if way.within is not None:
+        if way.kind.in_part:
             small["within"] = jnp.float32(way.within)
         if way.fresh is not None:
             small["fresh"] = jnp.asarray(way.fresh)
@@ -172,10 +172,10 @@ class Programs:
     # ---- the programs; (shared, batched) -> batched
 
     def _encode(self, params: Any, ids: Any) -> Context:
-        return conditions.encoded(self.model, self._computed(params), ids)
+        return conditions.encoded(self.model, self.computed(params), ids)
 
     def _decode(self, params: Any, latents: Any) -> Any:
-        config, decode = self.model.vae.config, module(self.model.vae, self._computed(params)).decode
+        config, decode = self.model.vae.config, module(self.model.vae, self.computed(params)).decode
         scaled = latents / config.scaling_factor
         with self._kernels():
             image = decode_in_tiles(decode, scaled, self.tile // config.scale, config.scale)
@@ -185,10 +185,10 @@ class Programs:
 
     def _looked_at(self, params: Any, given: Any) -> Any:
         with self._kernels():
-            vae = module(self.model.vae, self._computed(params))
+            vae = module(self.model.vae, self.computed(params))
             return edits.looked_at(vae, given, self.made_for)
 
-    def _computed(self, params: Any) -> Any:
+    def computed(self, params: Any) -> Any:
         """Params as the arithmetic takes them. CPUs have no fast convolution but in float32."""
         if self.devices.platform != "cpu":
             return params
@@ -202,25 +202,23 @@ class Programs:
 
     def _sampler(self, kind: Kind, shared: Any, batched: Any) -> InitStep:
         """The sampler with the model bound to it; its state is a `caching.State`."""
-        shared = shared | {"unet": self._computed(shared["unet"])}  # once, not at every step
+        shared = shared | {"unet": self.computed(shared["unet"])}  # once, not at every step
         denoise = self._denoise(kind, kind.guided, shared, batched)
         if kind.in_part:
             plain = self._denoise(kind, False, shared, batched)
             denoise = guidance.within(denoise, plain, *shared["within"])
         options = schedules.sampler_options(for_sampler(self.model.scheduler, kind.sampler))
-        keep = functools.partial(self._kept, kind)
+        keep = functools.partial(self._kept, kind, shared["unet"]["conv_in"]["kernel"].dtype)
         sampler, grid = samplers.find(kind.sampler), (shared["sigmas"], batched["keys"])
         return caching.keeping(sampler, denoise, keep, *grid, **options)
 
-    def _kept(self, kind: Kind, x: Latents) -> caching.Kept | tuple[()]:
+    def _kept(self, kind: Kind, dtype: np.dtype, x: Latents) -> caching.Kept | tuple[()]:
         """What is kept before there is anything."""
         if not kind.cached:
             return ()
         guided = 3 if self.made_for == edits.FOLLOWS else 2
-        part, (b, height, width, _) = self.model.unet, x.shape
-        dtype = self._computed(part.params["conv_in"])["kernel"].dtype
-        passes = guided if kind.guided else 1
-        return jnp.zeros((b, passes, height, width, part.config.deep_channels), dtype)
+        (b, height, width, _), channels = x.shape, self.model.unet.config.deep_channels
+        return jnp.zeros((b, guided if kind.guided else 1, height, width, channels), dtype)
 
     def _denoise(self, kind: Kind, guided: bool, shared: Any, batched: Any) -> caching.KeepingDenoise:
         """The model as the sampler sees it, with guidance or without."""

@@ -110,10 +110,12 @@ def _fresh(settings: Settings, sampler: Sampler, way: Way) -> np.ndarray | None:
         return None
     if every < 1:
         raise UserError(f"cache_interval={every}: write a number of steps, from 1")
-    fresh = np.arange(way.steps) % every == 0
+    fresh, count = np.zeros(way.steps, bool), len(way.sigmas) - 1
+    for interval in range(0, count, every):  # of which some samplers take two steps
+        fresh[sampler.steps_before(interval) : sampler.steps_before(interval + 1)] = True
     # What is kept without guidance is not enough with it. The samplers that take two steps an interval meet
     # the first noise level with guidance in the interval before.
-    start = settings.guided_steps.start - (settings.steps - (len(way.sigmas) - 1))
+    start = settings.guided_steps.start - (settings.steps - count)
     if way.kind.in_part and start > 0:
         fresh[sampler.steps_before(start - 1) : sampler.steps_before(start + 1)] = True
     return fresh

@@ -97,6 +97,9 @@ def main(argv: Sequence[str]) -> int:
         return cli.DONE
     if options["rounds"] < 1:
         raise UserError(f"rounds={options['rounds']}: write a number from 1")
+    for name in ("quantize", "merge_tokens"):
+        if options[name] and mode != "compile":
+            raise UserError(f"{name} is for compile; spare measures what it does to pictures")
     several = any("," in str(options.get(name) or "") for name in ("batch_sizes", "side", "steps"))
     if options.get("plot") and (mode in ("load", "compile") or (mode != "scale" and not several)):
         raise UserError("plot: nothing changes; write several batch_sizes, sides, steps or devices")

@@ -23,7 +23,7 @@ from engine.pipeline import Pipeline
 from engine.text.rows import Rows, read_rows, unread_columns
 from engine.types import UserError
 from launch import cli
-from launch.drawing import advice_where_memory_runs_out, open_model
+from launch.drawing import HALF, advice_where_memory_runs_out, open_model
 
 POLL = 1.0  # seconds between looks at what other workers have done
 LINE_EVERY = 10.0  # seconds between lines of progress where nobody watches a bar
@@ -126,7 +126,7 @@ def work(job: Job, settle: Settle, pipe: Pipeline, store: Store, part: Claims | 
             cli.stop_if_asked,
         )
         try:
-            with advice_where_memory_runs_out("a smaller --shard_size, or --dtype bfloat16"):
+            with advice_where_memory_runs_out("a smaller --shard_size", HALF):
                 for shard in worker.run(shards):
                     if claims:
                         claims.release(shard.name)

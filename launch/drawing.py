@@ -17,6 +17,7 @@ from engine.types import UserError
 from launch import cli
 from launch.progress import Progress
 
+HALF = "--dtype bfloat16"
 SHEET_IMAGES = 256  # on a contact sheet, at most
 
 
@@ -75,7 +76,7 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
     parallel: str | Devices = config.parallel
     if config.split_params:
         parallel = Devices(config.parallel, rules=SPLIT, all_hosts=all_hosts)
-    with advice_where_memory_runs_out("--dtype bfloat16, or --parallel jit --split_params"):
+    with advice_where_memory_runs_out(HALF, "--parallel jit --split_params"):
         model = None if is_shipped(config) else config.model
         files = config.loras(), config.embeddings(), config.decoder or None, config.tile
         pipe = engine.load(model, config.dtype, parallel, *files, config.refiner or None, config.quantize)
@@ -101,7 +102,7 @@ def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:
     progress = Progress(len(plan.prompts), settings.batch_size * pipe.devices.count, steps)
     drawn = []
     try:
-        with advice_where_memory_runs_out(f"{smaller}, or --dtype bfloat16"), progress:
+        with advice_where_memory_runs_out(smaller, HALF), progress:
             for picture in pictures.draw(plan, pipe, progress.step):
                 room = len(drawn) < SHEET_IMAGES  # a long run must not keep all its pictures in memory
                 drawn.append(picture if room else picture._replace(image=None))
@@ -138,11 +139,13 @@ def write_sheet(plan: pictures.Plan, drawn: list[pictures.Drawn]) -> None:
 
 
 @contextlib.contextmanager
-def advice_where_memory_runs_out(advice: str) -> Iterator[None]:
+def advice_where_memory_runs_out(*ways: str) -> Iterator[None]:
     """Turns the devices' and the host's out-of-memory into a UserError that says what to write."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"out of memory; write {advice}") from None
+        if jax.default_backend() == "cpu":  # which stores bfloat16 beside the float32 that it computes with
+            ways = tuple(way for way in ways if way != HALF)
+        raise UserError(f"out of memory; write {', or '.join(ways)}") from None

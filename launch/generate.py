@@ -115,11 +115,12 @@ FLAGS: cli.Groups = {
         "dtype": (
             "TYPE",
             "of the model: float32 or bfloat16; CPUs, which are slow in bfloat16, store it and\n"
-            "compute in float32",
+            "compute in float32, which takes more memory than float32 alone",
         ),
         "quantize": (
             "TYPE",
-            "int8 or fp8: store the U-Net's kernels in 8 bits, in half of bfloat16's memory",
+            "int8 or fp8: store the U-Net's kernels in 8 bits, in half of bfloat16's memory; on CPUs\n"
+            "it saves none",
         ),
         "tile": (
             "PIXELS",

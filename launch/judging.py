@@ -23,7 +23,7 @@ from engine.text.rows import read_rows, unread_columns
 from engine.types import UserError
 from launch import captioned, cli, quality
 from launch.bulk import Progress
-from launch.drawing import advice_where_memory_runs_out, open_model
+from launch.drawing import HALF, advice_where_memory_runs_out, open_model
 
 REPORT, SHEET = "evaluation.json", "best-and-worst.png"
 
@@ -32,7 +32,7 @@ def run(given: Mapping[str, Any]) -> int:
     """Measures pictures, or takes the statistics of a reference alone; returns the exit code."""
     cli.stop_if_asked()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(advice_where_memory_runs_out("a smaller --batch_size, or --dtype bfloat16"))
+        stack.enter_context(advice_where_memory_runs_out("a smaller --batch_size", HALF))
         judges = "prompts_file" in given or "pictures" in given
         out = prepare_places(given, judges)
         instruments = open_instruments(given)

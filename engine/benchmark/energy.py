@@ -6,6 +6,7 @@ administrator alone.
 
 import contextlib
 import math
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -45,6 +46,8 @@ def _of_processors(folder: pathlib.Path) -> list[Counter]:
         if package.name.count(":") > 1:
             continue  # a part of one of the others
         with contextlib.suppress(OSError, ValueError):
+            if (package / "name").read_text().strip() == "psys":
+                continue  # the whole machine, others included
             file, around = package / "energy_uj", int((package / "max_energy_range_uj").read_text()) / 1e6
             read = lambda file=file: int(file.read_text()) / 1e6  # noqa: E731
             read()
@@ -59,10 +62,19 @@ def _of_gpus(numbers: Sequence[int]) -> list[Counter]:
         return []
     try:
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in numbers]
+        handles = [_handle(pynvml, number) for number in numbers]
         for handle in handles:
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except pynvml.NVMLError:  # older than Volta, or no driver
         return []
     total = pynvml.nvmlDeviceGetTotalEnergyConsumption
     return [Counter(lambda handle=handle: total(handle) / 1e3) for handle in handles]
+
+
+def _handle(pynvml: Any, number: int) -> Any:
+    """Of a GPU that CUDA counts so, among those that it was told to see."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    name = told.split(",")[number].strip() if told else str(number)
+    if name.isdigit():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)

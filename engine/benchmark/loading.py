@@ -13,7 +13,9 @@ from engine.benchmark import timing
 from engine.benchmark.report import Row
 from engine.parallel import Devices
 from engine.pipeline import SHIPPED
+from engine.weights.component import KNOWN, find_weights, read_headers
 from engine.weights.folder import load_folder
+from engine.weights.index import read_index
 
 PIECE = 2**24  # bytes
 
@@ -24,7 +26,9 @@ def row(folder: pathlib.Path | None, dtype: str, parallel: str, rounds: int) -> 
     The files are in the memory of the operating system if it has room: then it is memory that is measured.
     """
     folder, devices = folder or SHIPPED, Devices(parallel)
-    files = sorted(folder.rglob("*.safetensors"))
+    stems = {kind: KNOWN[kind].stem for kind in read_index(folder).kinds}
+    weights = [find_weights(folder / kind, stem, None) for kind, stem in stems.items()]
+    files = [file for each in weights for file in read_headers(each)]
     size = sum(file.stat().st_size for file in files)
 
     def load() -> None:

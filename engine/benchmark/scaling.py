@@ -77,7 +77,7 @@ def sampling(pipe: Pipeline, work: Work) -> tuple[Callable[[], Any], Callable[[]
         )
         return apply(batched["x"], jnp.full(len(batched["x"]), 500.0))
 
-    bare, params = pipe.devices.map(call), programs.model.unet.params
+    bare, params = pipe.devices.map(call), programs.computed(programs.model.unet.params)
     ready = {**batched, "x": start}
 
     def sample() -> None:

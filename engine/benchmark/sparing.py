@@ -1,5 +1,6 @@
 """What drawing with less work gains, and what it does to the pictures."""
 
+import importlib.util
 import pathlib
 import statistics
 from collections.abc import Iterator, Sequence
@@ -49,11 +50,11 @@ def ways(asked: Asked, steps: int) -> dict[str, dict[str, Any]]:
 
 
 def rows(folder: pathlib.Path | None, asked: Asked, cases: Sequence[Case]) -> Iterator[Row]:
-    """Of each case one for each way, in the same rounds and from the same noise."""
+    """Of each case one for each way, in the same rounds and from the same noise; 8 bits if there is qwix."""
     pipe = pipeline.load(folder, dtype=asked.dtype, parallel=asked.parallel)
     others = {
         name: pipeline.load(folder, dtype=asked.dtype, parallel=asked.parallel, quantize=name)
-        for name in quantized.TYPES
+        for name in (quantized.TYPES if importlib.util.find_spec("qwix") else ())
     }
     if asked.dtype != "bfloat16":
         others["bfloat16"] = pipeline.load(folder, dtype="bfloat16", parallel=asked.parallel)

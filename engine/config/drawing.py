@@ -119,6 +119,8 @@ class GenerateConfig:
         self.check_ranges({"guidance_start": (0, 1), "guidance_end": (0, 1), "merge_tokens": (0, 0.75)})
         if self.split_params and self.parallel != "jit":
             raise UserError(f"split_params with parallel={self.parallel!r}: write --parallel jit")
+        if self.quantize and self.split_params:
+            raise UserError(f"quantize={self.quantize!r} with split_params: leave one of them out")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise UserError(f"seed={self.seed} is out of range; write 0 to {2**64 - 1}")
         ranges = {

@@ -281,8 +281,9 @@ class Worker:
         if not self.pipe.devices.alone:  # the other hosts may have had room
             raise UserError(f"out of memory at {size}; write --batch_size {max(batch_size // 2, 1)}")
         if batch_size == 1:
+            smaller = "" if self.pipe.devices.platform == "cpu" else "--dtype bfloat16 or "
             raise UserError(
-                f"out of memory with one picture of {size} a device; write --dtype bfloat16 or a smaller size"
+                f"out of memory with one picture of {size} a device; write {smaller}a smaller size"
             )
         self._halved[group.first_shard] = batch_size // 2
         self.tell(

@@ -1,8 +1,9 @@
 """Kernels of a U-Net in 8 bits, with a scale for each output channel: half the memory of bfloat16.
 
-Only what is stored changes. Each kernel is made wide where it is used, and arithmetic, activations, norms,
-biases, the first and the last convolution and what embeds the time stay as they are. The numbers are those of
-qwix, the quantization library of JAX.
+Only what is stored changes. Each kernel is made wide where it is used (on CPUs all of them before the steps,
+which are quicker so, and take more memory), and arithmetic, activations, norms, biases, the first and the
+last convolution and what embeds the time stay as they are. The numbers are those of qwix, the quantization
+library of JAX.
 """
 
 import functools

@@ -193,7 +193,7 @@ tar -xf fogsculpt.tar -C fogsculpt
 python3 -m pip install --quiet --user uv # for a newer Python than the one of the TPU VM
 PATH=~/.local/bin:$PATH
 uv venv --quiet --allow-existing --python 3.12 fogsculpt-venv
-uv pip install --quiet --python fogsculpt-venv --reinstall-package fogsculpt "./fogsculpt[tpu,jobs]"
+uv pip install --quiet --python fogsculpt-venv --reinstall-package fogsculpt "./fogsculpt[tpu,jobs,quantize]"
 END
 )
 DRAW=$(

@@ -8,8 +8,9 @@ import pytest
 from engine.benchmark import energy
 
 
-def package(folder, name, energy_uj, around=1_000_000):
+def package(folder, name, energy_uj, around=1_000_000, kind="package-0"):
     (folder / name).mkdir(parents=True)
+    (folder / name / "name").write_text(f"{kind}\n")
     (folder / name / "energy_uj").write_text(f"{energy_uj}\n")
     (folder / name / "max_energy_range_uj").write_text(f"{around}\n")
     return folder / name / "energy_uj"
@@ -20,6 +21,7 @@ def test_processors_are_added_up_and_their_parts_left_out(tmp_path):
     first, second = package(tmp_path, "intel-rapl:0", 100_000), package(tmp_path, "intel-rapl:1", 900_000)
     part = package(tmp_path, "intel-rapl:0:0", 0)
     (tmp_path / "intel-rapl:2").mkdir()  # that nobody may read
+    machine = package(tmp_path, "intel-rapl:3", 0, kind="psys")
     found = energy.counters("cpu", [0], tmp_path)
     calls = []
 
@@ -29,6 +31,7 @@ def test_processors_are_added_up_and_their_parts_left_out(tmp_path):
             first.write_text("300000")
             second.write_text("200000")
             part.write_text("900000")
+            machine.write_text("900000")
 
     assert energy.joules(call, 2, found) == pytest.approx((0.2 + 0.3) / 2)
 
@@ -44,6 +47,7 @@ def test_gpus_by_their_number(monkeypatch):
     library.NVMLError = RuntimeError
     library.nvmlInit = lambda: None
     library.nvmlDeviceGetHandleByIndex = lambda number: number
+    library.nvmlDeviceGetHandleByUUID = {"GPU-abc": 3}.__getitem__
     library.nvmlDeviceGetTotalEnergyConsumption = lambda handle: spent[handle]
     monkeypatch.setitem(sys.modules, "pynvml", library)
     found = energy.counters("gpu", [0, 3])
@@ -53,6 +57,12 @@ def test_gpus_by_their_number(monkeypatch):
         spent[3] += 2_500
 
     assert energy.joules(call, 4, found) == pytest.approx(3.5)
+
+    for told in ("3", "GPU-abc"):  # which CUDA counts as its first
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+        (counter,) = energy.counters("gpu", [0])
+        assert counter.read() == pytest.approx(spent[3] / 1e3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
 
     def old(handle):
         raise RuntimeError("not supported")

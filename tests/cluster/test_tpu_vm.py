@@ -112,7 +112,7 @@ def test_every_host_gets_everything_and_runs_the_job(cloud):
         assert not list((home / "fogsculpt").rglob("__pycache__"))
         venv, install = (home / "installed").read_text().splitlines()
         assert venv == "uv venv --quiet --allow-existing --python 3.12 fogsculpt-venv"
-        assert install.startswith("uv pip install ") and install.endswith(" ./fogsculpt[tpu,jobs]")
+        assert install.startswith("uv pip install ") and install.endswith(" ./fogsculpt[tpu,jobs,quantize]")
         assert cloud.drawn(number) == JOB
 
 

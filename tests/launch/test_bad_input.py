@@ -279,7 +279,10 @@ def test_out_of_memory(draw, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nand so on")
 
     monkeypatch.setattr(pipeline.Pipeline, "stream", exhausted)
-    done = draw("a fox", "--seed=1")
+    check_refused(draw("a fox", "--seed=1"), "out of memory; write --batch_size 1")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(jax, "default_backend", lambda: "tpu")
+        done = draw("a fox", "--seed=1")
     check_refused(done, "out of memory; write --batch_size 1, or --dtype bfloat16")
     assert "--height" in draw("x", "--seed=1", "--batch_size=1").told[-1]
 

@@ -113,6 +113,7 @@ def test_train_beside_diffusers(model, tmp_path, capsys):
         (["train", "--side", "16,32"], "side='16,32': here write one number"),
         (["generate", "--steps", "2", "--plot", "x.png"], "plot: nothing changes"),
         (["spare", "--plot", "x.png"], "plot: nothing changes"),
+        (["generate", "--quantize", "int8"], "quantize is for compile; spare measures what it does"),
         (["scale", "--devices", "0"], "devices='0': write whole numbers from 1"),
         (["generate", "--stepz", "3"], "unknown flag --stepz (did you mean --steps?)"),
     ],

@@ -32,6 +32,10 @@ def test_each_changes_the_picture_a_little_and_all_are_remembered(draw, run, tmp
     [
         (("--cache_interval", 0), "cache_interval=0 is out of range; write 1 to 1000"),
         (("--merge_tokens", 0.9), "merge_tokens=0.9 is out of range; write 0 to 0.75"),
+        (
+            ("--quantize", "int8", "--parallel", "jit", "--split_params"),
+            "quantize='int8' with split_params: leave one of them out",
+        ),
         (("--quantize", "int4"), "quantize='int4' is unknown (did you mean int8?); write int8 or fp8"),
     ],
 )

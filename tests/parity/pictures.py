@@ -46,6 +46,8 @@ SCHEDULERS = {
 PROMPTS = ["a red fox at night", "a cat above a dog"]
 NEGATIVES = ["a blue car", ""]
 STEPS, SCALE = 10, 4.0
+# Of schedulers that call the network more than once an interval: the interval of a call.
+INTERVAL_OF = {"heun": lambda call: call // 2, "pndm": lambda call: max(call - 1, 0)}
 IN_FLOAT32 = {"torch_dtype": torch.float32}
 
 
@@ -102,6 +104,8 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
     apply(theirs)
     if how.tile:
         theirs.vae.enable_tiling()
+    if how.cache_interval is not None:
+        _keeps_deep_features(theirs.unet, how.cache_interval, INTERVAL_OF.get(scheduler, lambda call: call))
     with _certain(theirs, how):
         there = _drawn_there(theirs, options.get("refiner"), how)
     if how.mask:  # we put back what the mask keeps, which an autoencoder changes a little
@@ -167,8 +171,6 @@ def _drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.nd
         many = isinstance(how.negatives, list) or "XL" not in type(pipeline).__name__
         words["negative_prompt"] = how.negatives if many else [how.negatives] * 2
     options: dict[str, Any] = {"output_type": "np"}
-    if how.cache_interval is not None:
-        _keeps_deep_features(pipeline.unet, how.cache_interval)
     if how.merge_tokens is not None:
         tomesd.apply_patch(pipeline, how.merge_tokens, use_rand=False)
     if how.guidance_end is not None:
@@ -209,12 +211,12 @@ def _unguided_after(steps: int) -> Callable:
     return after_step
 
 
-def _keeps_deep_features(unet: torch.nn.Module, interval: int) -> None:
-    """Whatever the lower levels say, the last block hears what they said at the last multiple of interval."""
+def _keeps_deep_features(unet: torch.nn.Module, every: int, interval_of: Callable[[int], int]) -> None:
+    """Whatever the lower levels say, the last block hears what they said every few intervals."""
     calls, kept = itertools.count(), []
 
     def before(module: Any, args: tuple, options: dict) -> tuple[tuple, dict]:
-        if next(calls) % interval == 0:
+        if interval_of(next(calls)) % every == 0:
             kept[:] = [options["hidden_states"]]
         # without guidance there is one pass, the second of those with it
         return args, options | {"hidden_states": kept[0][-len(options["hidden_states"]) :]}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import engine
+from engine.parallel import SPLIT, Devices
 from engine.types import UserError
 from engine.weights import quantized
 from engine.weights.folder import load_folder
@@ -83,6 +84,9 @@ def test_mistakes(folder, monkeypatch):
         UserError, match=r"quantize='int9' is unknown \(did you mean int8\?\); write int8 or fp8"
     ):
         engine.load(folder, quantize="int9")
+    split = Devices("jit", rules=SPLIT)
+    with pytest.raises(UserError, match="quantize='int8' where devices split the model: leave it whole"):
+        engine.load(folder, parallel=split, quantize="int8")
     monkeypatch.setitem(sys.modules, "qwix", None)
     quantized._quantizer.cache_clear()
     with pytest.raises(UserError, match=r"quantize='int8' needs qwix: pip install 'fogsculpt\[quantize\]'"):
