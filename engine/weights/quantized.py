@@ -16,8 +16,7 @@ import numpy as np
 
 from engine.config import nearest
 from engine.types import Params, UserError
-
-Place = Callable[[str, np.ndarray], Any]
+from engine.weights.component import Place
 
 TYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 BLOCKS = ("unet.down_blocks.", "unet.mid_block.", "unet.up_blocks.")

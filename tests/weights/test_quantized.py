@@ -12,20 +12,11 @@ from engine.types import UserError
 from engine.weights import quantized
 from engine.weights.folder import load_folder
 from tests.parity.pictures import psnr
-from tests.tiny import compiled_quickly, tiny_folder
 
 PROMPTS = ["a red fox", "a blue car"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def leaves(tree, path=()):
