@@ -7,6 +7,9 @@ from typing import Any
 import jax
 from jax.extend import core
 
+# Products in cuDNN's attention: scores, and values by them; in its derivative the scores again, and four.
+CUDNN = {"dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5}
+
 
 def count(function: Callable, *arguments: Any) -> int:
     """Multiplications and additions of all matrix products and convolutions of a call.
@@ -38,6 +41,8 @@ def _of_equation(equation: Any) -> int:
         return _of_dot(equation)
     if name == "conv_general_dilated":
         return _of_convolution(equation)
+    if (products := CUDNN.get(name.removesuffix("_wrapper"))) is not None:
+        return products * _of_attention(equation)
     inside = [_of_jaxpr(jaxpr) for jaxpr in _inner(equation.params.values())]
     if name == "scan":
         return equation.params["length"] * sum(inside)
@@ -65,6 +70,12 @@ def _of_dot(equation: Any) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _of_attention(equation: Any) -> int:
+    """One product of all queries (B, T, N, K) and all keys (B, S, N, K)."""
+    queries, keys = (value.aval.shape for value in equation.invars[:2])
+    return 2 * math.prod(queries) * keys[1]
 
 
 def _of_convolution(equation: Any) -> int:

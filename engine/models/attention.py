@@ -53,21 +53,20 @@ def attend(
     v: Float[Array, "B S N K"],
     *,
     mask: Array | None = None,
-    upcast: bool = False,
 ) -> Float[Array, "B T N K"]:
     """softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017), softmax in float32.
 
     Args:
       mask: boolean, broadcastable to (B, N, T, S); False hides a key.
-      upcast: multiplies q and k in float32 too (Stable Diffusion 2 overflows in half precision).
+
+    Products of half precision are summed in float32, which Stable Diffusion 2 needs: its scores overflow
+    float16 (`upcast_attention` of its config, where scores are of the dtype of q).
     """
-    if upcast:
-        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     # Heads first: XLA's CPU matmul is several times slower with the head between batch and channels.
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
     B, N, T, _ = q.shape
-    if mask is None and (flash := kernels.flash(T)) is not None:
+    if mask is None and (flash := kernels.flash(q, k)) is not None:
         out = flash(q, k, v)
     elif mask is not None or B * N * T * k.shape[2] <= CPU_SCORES:
         out = _attend(q, k, v, mask)
@@ -86,7 +85,6 @@ class Attention(nnx.Module):
         heads: int,
         context_dim: int | None = None,
         qkv_bias: bool = False,
-        upcast: bool = False,
         rngs: nnx.Rngs,
     ):
         self.to_q = linear(dim, dim, use_bias=qkv_bias, rngs=rngs)
@@ -94,7 +92,6 @@ class Attention(nnx.Module):
         self.to_v = linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
         self.to_out = nnx.List([linear(dim, dim, rngs=rngs), Identity()])
         self.heads = heads
-        self.upcast = upcast
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Float[Array, "B S E"] | None = None
@@ -105,10 +102,7 @@ class Attention(nnx.Module):
             return a.reshape(*a.shape[:-1], self.heads, -1)
 
         out = attend(
-            split_heads(self.to_q(x)),
-            split_heads(self.to_k(context)),
-            split_heads(self.to_v(context)),
-            upcast=self.upcast,
+            split_heads(self.to_q(x)), split_heads(self.to_k(context)), split_heads(self.to_v(context))
         )
         return self.to_out[0](out.reshape(x.shape))
 
@@ -161,14 +155,13 @@ class BasicTransformerBlock(nnx.Module):
         heads: int,
         context_dim: int,
         only_cross_attention: bool,
-        upcast: bool,
         rngs: nnx.Rngs,
     ):
         self.norm1 = layer_norm(dim, rngs)
         first_context = context_dim if only_cross_attention else None
-        self.attn1 = Attention(dim, heads=heads, context_dim=first_context, upcast=upcast, rngs=rngs)
+        self.attn1 = Attention(dim, heads=heads, context_dim=first_context, rngs=rngs)
         self.norm2 = layer_norm(dim, rngs)
-        self.attn2 = Attention(dim, heads=heads, context_dim=context_dim, upcast=upcast, rngs=rngs)
+        self.attn2 = Attention(dim, heads=heads, context_dim=context_dim, rngs=rngs)
         self.norm3 = layer_norm(dim, rngs)
         self.ff = FeedForward(dim, rngs=rngs)
         self.only_cross_attention = only_cross_attention
@@ -207,7 +200,6 @@ class Transformer2DModel(nnx.Module):
         groups: int,
         use_linear_projection: bool,
         only_cross_attention: bool,
-        upcast: bool,
         rngs: nnx.Rngs,
     ):
         def projection():
@@ -224,7 +216,6 @@ class Transformer2DModel(nnx.Module):
                     heads=heads,
                     context_dim=context_dim,
                     only_cross_attention=only_cross_attention,
-                    upcast=upcast,
                     rngs=rngs,
                 )
                 for _ in range(layers)

@@ -1,4 +1,4 @@
-"""Attention in a kernel that never writes the scores to memory: JAX's flash attention for TPUs.
+"""Attention in a kernel that never writes the scores to memory: JAX's for TPUs, cuDNN's on GPUs.
 
 A kernel works on what one device has, so it is used only inside of `kernels`, by which a program says how its
 arrays are spread. Everywhere else the compiler makes its own of `engine.models.attention`.
@@ -7,10 +7,13 @@ arrays are spread. Everywhere else the compiler makes its own of `engine.models.
 import contextlib
 import contextvars
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 LANES = 128  # queries, keys, and channels beyond as many, come in multiples of this
@@ -18,31 +21,66 @@ BLOCK = 1024  # queries, and keys, at work at a time: 4 MiB of scores, of the 16
 WIDE_BLOCK = 2048  # queries where channels are few: keys are fetched again for each block of queries
 MIN_QUERIES = 1024  # fewer have scores that the compiler keeps in its fast memory by itself
 HIDDEN = -1e30  # score of a key that only fills a block
+CUDNN_CHANNELS = 128  # of a head, at most, on every GPU, with derivatives
 
+Kernel = Callable[[Array, Array, Array], Array]
 OverBatch = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-_over_batch: contextvars.ContextVar[OverBatch | None] = contextvars.ContextVar("over_batch", default=None)
+_here: contextvars.ContextVar[tuple[str, OverBatch] | None] = contextvars.ContextVar("kernels", default=None)
 
 
 @contextlib.contextmanager
 def kernels(platform: str, over_batch: OverBatch) -> Iterator[None]:
-    """What is traced inside uses the kernels that there are for the platform ("tpu", "cpu", ...).
+    """What is traced inside uses the kernels that there are for the platform ("tpu", "gpu", "cpu", ...).
 
     Args:
       over_batch: makes of a function of arrays, whose first axis is the batch, one that works on each
         device's own part of them (`engine.parallel.Devices.over_batch`).
     """
-    token = _over_batch.set(over_batch if platform == "tpu" else None)
+    token = _here.set((platform, over_batch))
     try:
         yield
     finally:
-        _over_batch.reset(token)
+        _here.reset(token)
 
 
-def flash(queries: int) -> Callable[[Array, Array, Array], Array] | None:
-    """softmax(q k^T) v of (B, N, T, K) and twice (B, N, S, K); None where the compiler does it as well."""
-    over_batch = _over_batch.get()
-    return None if over_batch is None or queries < MIN_QUERIES else over_batch(_flash)
+def flash(q: Float[Array, "B N T K"], k: Float[Array, "B N S K"]) -> Kernel | None:
+    """softmax(q k^T) v of such q and k, and v as k; None where the compiler does it as well."""
+    if (here := _here.get()) is None or q.shape[2] < MIN_QUERIES:
+        return None
+    platform, over_batch = here
+    if platform == "tpu":
+        return over_batch(_flash)
+    # An odd number of keys, as the 77 of a prompt, has no derivative in JAX's rules for cuDNN.
+    if platform == "gpu" and k.shape[2] % 2 == q.shape[2] % 2 == 0 and cudnn_attends(q.shape[3], q.dtype):
+        return over_batch(_cudnn)
+    return None
+
+
+@functools.cache
+def cudnn_attends(channels: int, dtype: np.dtype) -> bool:
+    """Whether cuDNN has a kernel for heads of so many channels on this GPU: a small one is compiled."""
+    if dtype not in (jnp.bfloat16, jnp.float16) or channels % 8 or channels > CUDNN_CHANNELS:
+        return False
+
+    def loss(q: Array, k: Array, v: Array) -> Array:
+        return _cudnn(q, k, v).astype(jnp.float32).sum()
+
+    like = jax.ShapeDtypeStruct((1, 1, 128, channels), dtype)
+    try:
+        jax.jit(jax.grad(loss, (0, 1, 2))).lower(like, like, like).compile()
+    except (RuntimeError, ValueError) as error:  # no cuDNN, one that is too old, or a GPU that has none of it
+        why = str(error).partition("\n")[0]
+        warnings.warn(f"attention without cuDNN, slower and with more memory: {why}", stacklevel=2)
+        return False
+    return True
+
+
+def _cudnn(
+    q: Float[Array, "B N T K"], k: Float[Array, "B N S K"], v: Float[Array, "B N S K"]
+) -> Float[Array, "B N T K"]:
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation="cudnn").swapaxes(1, 2)
 
 
 def _flash(

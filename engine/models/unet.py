@@ -158,7 +158,6 @@ class UNet2DConditionModel(nnx.Module):
             groups=config.norm_num_groups,
             use_linear_projection=config.use_linear_projection,
             only_cross_attention=only_cross_attention,
-            upcast=bool(config.upcast_attention),
             rngs=rngs,
         )
 

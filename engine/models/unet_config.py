@@ -67,7 +67,7 @@ class UNetConfig:
     reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
-    upcast_attention: bool | None = False
+    upcast_attention: bool | None = False  # for others: here scores are float32 in any case
     resnet_time_scale_shift: str = "default"
     addition_embed_type: str | None = None  # "text_time": that of SDXL
     addition_time_embed_dim: int | None = None  # of the embedding of each of its sizes

@@ -53,7 +53,6 @@ def test_words_reach_the_picture_from_the_first_step():
         groups=2,
         use_linear_projection=True,
         only_cross_attention=False,
-        upcast=False,
         rngs=host_rngs(),
     )
     graphdef, state = nnx.split(module, nnx.Param)

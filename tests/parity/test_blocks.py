@@ -179,7 +179,6 @@ def test_transformer_block(only_cross_attention):
             heads=2,
             context_dim=12,
             only_cross_attention=only_cross_attention,
-            upcast=False,
             rngs=rngs,
         ),
         BasicTransformerBlock(
@@ -203,7 +202,6 @@ def test_transformer(use_linear_projection, blocks):
             groups=4,
             use_linear_projection=use_linear_projection,
             only_cross_attention=False,
-            upcast=False,
             rngs=rngs,
         ),
         Transformer2DModel(
