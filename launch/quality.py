@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
-from engine.config import DataConfig, JobConfig
+from engine.config import OF_THE_WAY, DataConfig, JobConfig
 from engine.errors import UserError
 from launch import cli
 
@@ -34,15 +34,29 @@ FLAGS: cli.Groups = {
         "negative_prompt": ("TEXT", "what to steer away from"),
         "lora": ("FILE[=SCALE]", "as in launch.generate; several with commas between them"),
         "embedding": ("FILE", "likewise"),
+        "decoder": ("FOLDER", "as in launch.generate, and so are those below"),
+        "refiner": ("FOLDER", "a second model for the last part of the way"),
+        "refiner_start": ("S", "share of the way that the model goes before it"),
+        "grid": ("NAME", "how noise levels are spread"),
+        "guidance_start": ("S", "share of the steps before which there is no guidance"),
+        "guidance_end": ("S", "share of the steps behind which there is none"),
+        "cache_interval": ("N", "compute all of the U-Net at every Nth step"),
+        "merge_tokens": ("S", "share of the tokens that join others like them"),
         "height": ("PIXELS", "without it the size that the model was trained for"),
         "width": ("PIXELS", "likewise"),
         "dtype": ("TYPE", "of the model: float32 or bfloat16"),
+        "quantize": ("TYPE", "its U-Net in 8 bits: int8 or fp8"),
+        "tile": ("PIXELS", "decodes in overlapping tiles of this side"),
         "parallel": ("MODE", "over all local devices: shard_map, jit or pmap"),
         "split_params": ("", "with --parallel jit: splits the model over the devices"),
     },
 }
 SHARED = ("model", "seed", "sampler", "steps", "guidance_scale", "batch_size")  # with the probe
-OWN = ("negative_prompt", "lora", "embedding", "height", "width", "dtype", "parallel", "split_params")
+OWN = (
+    *("negative_prompt", "lora", "embedding", "decoder", "refiner", "height", "width"),
+    *OF_THE_WAY,
+    *("dtype", "parallel", "split_params", "quantize", "tile"),
+)
 DRAWING = (*SHARED, *OWN)  # options of JobConfig
 READING = ("kind", "caption_field")
 KINDS = dict.fromkeys(("prompts_file", "pictures", *READING), str)

@@ -133,6 +133,18 @@ def test_drawn_pictures_have_the_figures_of_their_job(
     assert f"{whole['clip_score']:.3f}" in table["CLIP score"]
 
 
+def test_what_less_work_costs(of_model, tmp_path):
+    """The way to draw is as in launch.generate, and the report says which it was."""
+    scores = []
+    for way in ((), ("--cache_interval", 2, "--guidance_end", 0.5, "--quantize", "int8")):
+        drawn = of_model("--num_prompts", 2, *way)
+        assert drawn.code == cli.DONE, drawn.told
+        scores.append(report(tmp_path)["clip_score"])
+    said = report(tmp_path)["settings"]
+    assert (said["cache_interval"], said["guidance_end"], said["quantize"]) == (2, 0.5, "int8")
+    assert scores[0] != scores[1]
+
+
 def unpacked(out, into):
     for tar in sorted((out / "shards").glob("*.tar")):
         shutil.unpack_archive(tar, into)
@@ -269,6 +281,8 @@ MISTAKES = {
     "no such file": ("--prompts_file none.txt --clip C", "none.txt: no such file"),
     "a row": ("--prompts_file F --clip C --width 17", "row 0 (id 0) cannot be drawn: width=17"),
     "sampler": ("--prompts_file F --clip C --sampler eulr", "did you mean euler"),
+    "an interval": ("--prompts_file F --clip C --cache_interval 0", "cache_interval=0"),
+    "bits": ("--prompts_file F --clip C --quantize int4", "quantize='int4'"),
     "no CLIP": ("--prompts_file F --clip E", "E is no CLIP"),
     "no Inception": ("--prompts_file F --inception none --reference P", "no weights none"),
     "no npz": ("--prompts_file F --inception I --reference none.npz", "no statistics none.npz"),
