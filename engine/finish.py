@@ -33,6 +33,7 @@ FILE_LIMIT = 2**30  # bytes of a PNG that we are asked to read
 
 PAPER, INK = (255, 255, 255), (60, 60, 60)  # of contact sheets
 LABEL_SIZE = 12  # px
+DARK = 0.15  # of the brightness is left where a word is not heeded
 
 Picture = UInt8[np.ndarray, "H W 3"]
 Larger = UInt8[np.ndarray, "H2 W2 3"]
@@ -95,6 +96,34 @@ def strip(frames: Pictures, predictions: Pictures | None = None, gap: int = 4) -
     """One row from static to picture; with `predictions`, the denoised guess under each noisy frame."""
     both = frames if predictions is None else np.concatenate([frames, predictions])
     return contact_sheet(both, columns=len(frames), gap=gap)
+
+
+def lit(image: Picture, heat: Float[np.ndarray, "h w"], most: float) -> Picture:
+    """The picture in the light of how much it heeds a word: brighter where more than in the mean.
+
+    Args:
+      heat: shares of any size.
+      most: times the mean that are fully lit; the scale between is logarithmic.
+    """
+    height, width, _ = image.shape
+    times = Image.fromarray(np.float32(heat / heat.mean())).resize((width, height), Image.Resampling.BICUBIC)
+    light = np.log(np.maximum(np.asarray(times), 1.0)) / max(np.log(most), 1e-6)
+    shade = DARK + (1 - DARK) * np.clip(light, 0.0, 1.0)
+    return np.round(image * shade[..., None]).astype(np.uint8)
+
+
+def words_sheet(image: Picture, heats: Sequence[tuple[str, Float[np.ndarray, "h w"]]]) -> Larger:
+    """The picture, and what each word steered: the same picture, lit where the word was heeded (see `lit`).
+
+    All words share one scale. Under each it stands how many times its own mean its brightest place has.
+
+    Args:
+      heats: words, and how much each place attends to them.
+    """
+    times = [float(heat.max() / heat.mean()) for _, heat in heats]
+    parts = [image, *(lit(image, heat, max(times)) for _, heat in heats)]
+    labels = ["", *(f"{word} {n:.1f}" for (word, _), n in zip(heats, times, strict=True))]
+    return contact_sheet(np.stack(parts), labels=labels)
 
 
 def slug(prompt: str, limit: int = 60) -> str:

@@ -23,7 +23,7 @@ from engine.diffusion.scheduler_config import sampler_name
 from engine.diffusion.segments import chosen_stages
 from engine.models.tiles import check_tile
 from engine.parallel import Devices, pad
-from engine.programs import Programs
+from engine.programs import Programs, watched
 from engine.requests import Batch, Context, Edit, Frames, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.types import UserError
@@ -219,6 +219,7 @@ class Pipeline:
         first_index: int = 0,
         latents: Float[np.ndarray, "B h w C"] | None = None,
         frames: int = 0,
+        heat: bool = False,
         progress: Callable[[int], None] | None = None,
         given: Sequence[Edit] | None = None,
         image_guidance_scale: float = GenerateConfig.image_guidance_scale,
@@ -227,6 +228,8 @@ class Pipeline:
 
         Args:
           frames: how many stages from static to picture to keep of each picture.
+          heat: whether to keep how much each place of the latents attends to each token of its prompt, a
+            share (engine.models.watching). `Tokenizer.words` says which word has which tokens.
           progress: called after each segment with the number of sampling steps it took.
         """
         prompts = check_prompts(prompts)
@@ -235,6 +238,7 @@ class Pipeline:
         if given is not None and len(given) != len(prompts):
             raise UserError(f"{len(given)} pictures for {len(prompts)} prompts: give one for each")
         edits.checked(given, self.made_for, settings)
+        self.check_heat(heat, settings)
         contexts = self.encode([*prompts, *negatives], settings.batch_size)
         indices = range(first_index, first_index + len(prompts))
         requests = [
@@ -247,12 +251,15 @@ class Pipeline:
         for first in range(0, len(prompts), size):
             rows = slice(first, first + size)
             start = None if latents is None else latents[rows]
-            images, finite, kept = self._draw(requests[rows], contexts, settings, start, frames, progress)
+            drawn = self._draw(requests[rows], contexts, settings, start, frames, heat, progress)
+            images, finite, kept, steering = drawn
             count = len(requests[rows])
             spoilt = np.flatnonzero(~np.asarray(finite)[:count]).tolist()
             if kept is not None:
                 kept = Frames(kept.noisy[:count], kept.denoised[:count])
-            yield Batch(first, np.asarray(images)[:count], spoilt, kept)
+            if steering is not None:
+                steering = np.asarray(steering)[:count]
+            yield Batch(first, np.asarray(images)[:count], spoilt, kept, steering)
 
     def encode(self, prompts: Sequence[str], batch_size: int) -> dict[str, Context]:
         """The context of each distinct prompt, computed in batches of one size."""
@@ -279,7 +286,7 @@ class Pipeline:
         """
         if requests[0].edit is None:
             edits.checked(None, self.made_for, settings)
-        images, finite, _ = self._draw(requests, contexts, settings)
+        images, finite, *_ = self._draw(requests, contexts, settings)
         return images, finite
 
     def settings(
@@ -330,6 +337,12 @@ class Pipeline:
                 raise UserError(f"{name}={side}: this model makes multiples of {scale}; write {good}")
         return settings
 
+    def check_heat(self, heat: bool, settings: Settings) -> None:
+        """Raises UserError where the model's own part of the way is too short to see what words do on it."""
+        way, *_ = ways_of(settings, self.programs, self.refiner)
+        if heat and not watched(way):
+            raise UserError("which word steered what shows after the first step: write --steps 2 or more")
+
     def steps_of(self, settings: Settings) -> int:
         """Steps of the sampler that a picture takes, in which the U-Net runs once."""
         return sum(way.steps for way in ways_of(settings, self.programs, self.refiner))
@@ -345,8 +358,8 @@ class Pipeline:
 
     # ---- the way through the programs
 
-    def _draw(self, requests, contexts, settings, latents=None, frames=0, progress=None):
-        """One batch through sampler and decoder: images, which of them are finite, frames."""
+    def _draw(self, requests, contexts, settings, latents=None, frames=0, heat=False, progress=None):
+        """One batch through sampler and decoder: images, which of them are finite, frames, heat."""
         size = settings.batch_size * self.devices.count
         requests = [*requests, *[requests[-1]] * (size - len(requests))]
         keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
@@ -360,7 +373,8 @@ class Pipeline:
             start = self.devices.shard_batch(pad(latents, size))
         config, sigmas = grid_of(settings, self.model)
         way, *more_ways = ways_of(settings, self.programs, self.refiner)
-        x, traces = self.programs.sample(way, start, batched, frames > 0, progress)
+        x, traces = self.programs.sample(way, start, batched, frames > 0 or heat, progress)
+        steering = self.devices.gather(self.programs.steering(way, traces, batched)) if heat else None
         if self.refiner:
             contexts = {prompt: context.refiner for prompt, context in contexts.items()}
             further = noise.further_keys(keys)
@@ -370,9 +384,9 @@ class Pipeline:
         final = x * schedules.final_scale(config, sigmas)
         images, finite = self.devices.gather(self.programs.decode(final, given))
         if not frames:
-            return images, finite, None
+            return images, finite, None, steering
         stages = chosen_stages(traces, start, final, frames)
-        return images, finite, Frames(*map(self._decode_stages, stages))
+        return images, finite, Frames(*map(self._decode_stages, stages)), steering
 
     def _decode_stages(self, stages: np.ndarray) -> np.ndarray:
         places = [self.devices.shard_batch(x) for x in stages.swapaxes(0, 1)]

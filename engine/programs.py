@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
 from engine import conditions, edits
 from engine.diffusion import caching, guidance, noise, samplers, schedules
@@ -29,12 +30,15 @@ from engine.finish import to_uint8
 from engine.models.kernels import kernels
 from engine.models.merging import merging
 from engine.models.tiles import decode_in_tiles
+from engine.models.watching import watching
 from engine.parallel import Devices, pad
 from engine.requests import Context, Request, Settings
 from engine.types import Denoise, Latents
 from engine.weights import quantized
 from engine.weights.component import Component
 from engine.weights.folder import Model
+
+WATCHED = 8  # noise levels, at most, at which it is seen which word steers what
 
 
 class Way(NamedTuple):
@@ -68,6 +72,14 @@ class Kind(NamedTuple):
     merge: float = 0.0
 
 
+def watched(way: Way) -> list[int]:
+    """The intervals, evenly spread, at whose beginning it is seen which word steers what: not the first."""
+    before = samplers.find(way.sampler).steps_before
+    reached = [i for i in range(1, len(way.sigmas) - 1) if before(i) <= way.steps]
+    places = np.linspace(0, len(reached) - 1, min(WATCHED, len(reached))).round().astype(int)
+    return [reached[i] for i in places]
+
+
 def module(part: Component, params: Any) -> nnx.Module:
     """The module of a part of the model around (traced) params."""
     return nnx.merge(part.graphdef, nnx.State(quantized.wide(params)))
@@ -87,6 +99,7 @@ class Programs:
         self.paste_program = devices.map(lambda _, batched: edits.pasted(*batched))
         self.begin_program = functools.cache(self._build_begin)
         self.segment_program = functools.cache(self._build_segment)
+        self.steering_program = functools.cache(self._build_steering)
         self._noise = functools.cache(self._build_noise)
 
     # ---- run
@@ -161,6 +174,21 @@ class Programs:
                 jax.block_until_ready(state.carry.x)
                 progress(length)
         return state.carry.x, traces
+
+    def steering(
+        self, way: Way, traces: Sequence[samplers.Trace], batched: Mapping[str, Any]
+    ) -> Float[jax.Array, "B h w L"]:
+        """How much each place of the latents attends to each token, a share: the mean of some noise levels.
+
+        Args:
+          traces: of the way, on which something is `watched`.
+        """
+        before, chosen = samplers.find(way.sampler).steps_before, watched(way)
+        x = np.concatenate([np.asarray(trace.x) for trace in traces], axis=1)
+        stages = self.devices.shard_batch(x[:, [before(i) - 1 for i in chosen]])
+        shared = self.devices.share({"levels": jnp.asarray(way.sigmas[chosen])})
+        program = self.steering_program(way.kind)
+        return program(shared | {"unet": self.model.unet.params}, {**batched, "stages": stages})
 
     def decode(self, latents: jax.Array, given: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
         """Pictures (uint8), pasted into the given ones where a mask says so, and which of them are finite."""
@@ -282,3 +310,21 @@ class Programs:
             return state, jax.tree.map(lambda a: a.swapaxes(0, 1), trace) if traced else None
 
         return self.devices.map(segment)
+
+    def _build_steering(self, kind: Kind) -> Callable:
+        def steering(shared, batched):
+            shared = shared | {"unet": self.computed(shared["unet"])}
+            denoise = self._steered(kind, False, shared, batched, None)
+
+            def seen(total, stage):
+                x, sigma = stage
+                with watching() as watch:
+                    denoise(x, sigma)
+                return total + watch.mean(*x.shape[1:3]), None
+
+            stages = batched["stages"].swapaxes(0, 1)
+            tokens = batched["cond"].context.words.shape[1]
+            total = jnp.zeros((*stages.shape[1:4], tokens), jnp.float32)
+            return jax.lax.scan(seen, total, (stages, shared["levels"]))[0] / len(stages)
+
+        return self.devices.map(steering)

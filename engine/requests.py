@@ -78,3 +78,4 @@ class Batch(NamedTuple):
     images: UInt8[np.ndarray, "B H W 3"]
     spoilt: list[int]  # positions in this batch that met a NaN or an infinity
     frames: Frames | None
+    heat: Float[np.ndarray, "B h w L"] | None = None  # how much each place attends to each token

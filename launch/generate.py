@@ -138,6 +138,11 @@ FLAGS: cli.Groups = {
         "upscale": ("N", "enlarge pictures to N times their size"),
         "frames": ("N", "beside each picture a strip of N stages from static to picture"),
         "animate": ("", "beside each picture an animated WebP of its stages"),
+        "words": (
+            "",
+            "beside each picture a sheet of which word steered what: the picture, lit where it heeded\n"
+            "the word more than in the mean of its places (at most so many times as the number says)",
+        ),
     },
     "A job": {
         "prompts_file": (

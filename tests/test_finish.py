@@ -290,6 +290,31 @@ def test_strip_is_one_row_or_two():
     np.testing.assert_array_equal(both[7:], finish.strip(predictions, gap=1)[1:])
 
 
+def test_light_falls_where_a_word_is_heeded():
+    image = np.full((4, 4, 3), 200, np.uint8)
+    heat = np.ones((4, 4), np.float32)
+    heat[1, 2] = 4
+    heat *= 0.3 / heat.mean()  # whatever the sum: what counts is how many times the mean
+    times = heat / heat.mean()
+    lit = finish.lit(image, heat, most=float(times.max()))
+    assert (lit[1, 2] == 200).all() and (np.delete(lit[..., 0].ravel(), 6) == 200 * finish.DARK).all()
+    half = finish.lit(image, heat, most=float(times.max()) ** 2)  # half way on a logarithmic scale
+    assert (half[1, 2] == round(200 * (1 + finish.DARK) / 2)).all()
+    assert (finish.lit(image, np.ones((2, 2), np.float32), most=1.0) == 200 * finish.DARK).all()
+
+
+def test_a_sheet_of_words_has_one_scale():
+    image = np.full((32, 32, 3), 200, np.uint8)
+    strong, weak = np.ones((2, 32, 32), np.float32)
+    strong[:8, :8], weak[:8, 8:16] = 9, 2
+    sheet = finish.words_sheet(image, [("fox", strong), ("on", weak)])
+    assert sheet.shape == (2 * (32 + 16 + 4) + 4, 2 * 36 + 4, 3)
+    parts = [sheet[top : top + 32, left : left + 32] for top, left in ((4, 4), (4, 40), (56, 4))]
+    np.testing.assert_array_equal(parts[0], image)
+    np.testing.assert_array_equal(parts[1], finish.lit(image, strong, float(strong.max() / strong.mean())))
+    assert parts[1].max() == 200 and 200 * finish.DARK < parts[2].max() < 120
+
+
 def test_upscale():
     image = noise(5, 7, 3)
     np.testing.assert_array_equal(finish.upscale(image, 1), image)

@@ -240,6 +240,25 @@ def test_a_few_of_many_frames(pipe):
     np.testing.assert_array_equal(one.frames.noisy, all_of_them.frames.noisy[:, :1])
 
 
+def test_what_words_steer_is_each_pictures_own(pipe):
+    """Beside others or alone, with frames or without; and the picture is the one that nobody watched."""
+    (batch,) = stream(pipe, heat=True)
+    assert batch.heat.shape == (3, 8, 8, pipe.model.tokenizer.model_max_length)
+    np.testing.assert_allclose(batch.heat.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(batch.images, draw(pipe))
+    (with_frames,) = stream(pipe, heat=True, frames=2)
+    np.testing.assert_array_equal(with_frames.heat, batch.heat)
+    (alone,) = stream(pipe, PROMPTS[1:2], heat=True, first_index=1)
+    np.testing.assert_allclose(alone.heat[0], batch.heat[1], atol=1e-5)
+    assert np.abs(batch.heat[0] - batch.heat[1]).max() > 1e-3
+    assert stream(pipe)[0].heat is None
+
+
+def test_one_step_shows_nothing_of_words(pipe):
+    with pytest.raises(UserError, match="write --steps 2 or more"):
+        stream(pipe, heat=True, steps=1)
+
+
 def test_nan_is_told_of_the_picture_that_it_struck(pipe):
     latents = start_latents(7, 3)
     whole = draw(pipe, latents=latents)

@@ -56,6 +56,7 @@ class GenerateConfig:
     upscale: int = 1
     frames: int | None = None  # stages from static to picture, in a strip
     animate: bool = False
+    words: bool = False  # a sheet of which word steered what
 
     def validate(self) -> None:
         """Raises UserError for what is wrong with any model; the rest is checked when it is loaded."""
@@ -168,8 +169,8 @@ class JobConfig(GenerateConfig):
             raise UserError(
                 "prompts stand in the file of --prompts_file; leave out those on the command line"
             )
-        if self.frames is not None or self.animate:
-            raise UserError("frames and animate are for single pictures; leave them out of a job")
+        if self.frames is not None or self.animate or self.words:
+            raise UserError("frames, animate and words are for single pictures; leave them out of a job")
         if self.format not in FORMATS:
             raise UserError(
                 f"format={self.format!r} is unknown{nearest(self.format, FORMATS)}; "

@@ -51,7 +51,7 @@ class Drawn(NamedTuple):
     index: int
     prompt: str
     image: finish.Picture | None
-    files: tuple[pathlib.Path, ...]  # the picture, its strip, its animation; none where a NaN struck it
+    files: tuple[pathlib.Path, ...]  # the picture, its strip, ... and words; none where a NaN struck it
 
 
 def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
@@ -77,6 +77,7 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     settings = dataclasses.replace(settings, batch_size=batch_size, strength=strength)
     edits.check_strength(settings)
     edits.checked(None if edit is None else [edit], pipe.made_for, settings)
+    pipe.check_heat(config.words, settings)
     known = dataclasses.asdict(settings) | {"dtype": pipe.dtype, "parallel": pipe.devices.mode}
     if edit is None:
         del known["strength"]
@@ -111,10 +112,12 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
         seed=config.seed,
         first_index=config.first_index,
         frames=plan.stages,
+        heat=config.words,
         progress=progress,
         given=None if plan.given is None else [plan.given] * len(plan.prompts),
         image_guidance_scale=config.image_guidance_scale,
     )
+    _, tokenizer = next(iter(pipe.model.readers.values()))  # two of one model read alike
     for batch in batches:
         for i, image in enumerate(batch.images):
             prompt, index = plan.prompts[batch.first + i], config.first_index + batch.first + i
@@ -128,6 +131,8 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
             files = [path]
             if batch.frames is not None:
                 files += _write_stages(path, Frames(*(part[i] for part in batch.frames)), settings, config)
+            if batch.heat is not None:
+                files += _write_words(path, image, batch.heat[i], tokenizer.words(prompt), settings)
             yield Drawn(index, prompt, image, tuple(files))
 
 
@@ -144,6 +149,22 @@ def _write_stages(
         files.append(path.with_suffix(".webp"))
         finish.write_animation(files[-1], noisy)
     return files
+
+
+def _write_words(
+    path: pathlib.Path,
+    image: finish.Picture,
+    heat: np.ndarray,
+    words: Sequence[tuple[str, list[int]]],
+    settings: dict[str, Any],
+) -> list[pathlib.Path]:
+    """A sheet of which word steered what. A prompt of no words has none."""
+    if not words:
+        return []
+    file = path.with_suffix(".words.png")
+    heats = [(word, heat[..., places].mean(-1)) for word, places in words]
+    finish.write_png(file, finish.words_sheet(image, heats), settings | {"words": True})
+    return [file]
 
 
 def write_sheet(plan: Plan, drawn: Sequence[Drawn]) -> pathlib.Path:
@@ -174,7 +195,8 @@ def remember(config: GenerateConfig, prompt: str, index: int) -> dict[str, Any]:
 def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """The options of GenerateConfig that draw this picture again, and the version that drew it.
 
-    A strip's number of frames is among them, and LoRAs, embeddings, decoder and tile where there were any.
+    Among them are a strip's number of frames, that a sheet shows words, and LoRAs, embeddings, decoder and
+    tile where there were any.
 
     Raises:
       UserError: no picture with settings, or settings that this version cannot follow.
@@ -186,7 +208,7 @@ def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     names = {name: name for name in REMEMBERED} | {"prompt": "prompts", "index": "first_index"}
     if missing := names.keys() - settings.keys():
         raise UserError(f"{path} does not say its {', '.join(sorted(missing))}; write the settings as flags")
-    if unknown := settings.keys() - names.keys() - {"frames", *ADDED, *CHANGING}:
+    if unknown := settings.keys() - names.keys() - {"frames", "words", *ADDED, *CHANGING}:
         raise UserError(
             f"{path}, drawn by fogsculpt {version}, has settings unknown to this version: "
             f"{', '.join(sorted(unknown))}; install fogsculpt {version}"

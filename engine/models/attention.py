@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from engine.models import kernels, merging, remat
+from engine.models import kernels, merging, remat, watching
 from engine.models.layers import GroupNorm, Identity, conv, linear
 
 # How many scores a CPU has in memory at a time, 8 MB of them: more leave its caches, and with 32 MB and more
@@ -96,14 +96,15 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Float[Array, "B S E"] | None = None
     ) -> Float[Array, "B T D"]:
-        context = x if context is None else context
+        seen = x if context is None else context
 
         def split_heads(a):
             return a.reshape(*a.shape[:-1], self.heads, -1)
 
-        out = attend(
-            split_heads(self.to_q(x)), split_heads(self.to_k(context)), split_heads(self.to_v(context))
-        )
+        q, k, v = split_heads(self.to_q(x)), split_heads(self.to_k(seen)), split_heads(self.to_v(seen))
+        if context is not None:
+            watching.see(q, k)
+        out = attend(q, k, v)
         return self.to_out[0](out.reshape(x.shape))
 
 
@@ -228,6 +229,7 @@ class Transformer2DModel(nnx.Module):
         B, H, W, C = x.shape
         h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
         merge = merging.chosen(H, W)
+        watching.at(H, W)
         for block in self.transformer_blocks:
             h = block(h, context, merge)
         return x + self.proj_out(h.reshape(B, H, W, C))

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -106,6 +107,18 @@ class Tokenizer:
             words = [i for i, _ in self._read(prompt)[: self.model_max_length - 2]]
             row[: len(words) + 2] = [self.bos_id, *words, self.eos_id]
         return ids
+
+    def words(self, prompt: str) -> list[tuple[str, list[int]]]:
+        """The words of a prompt, in their order, and at which places of `encode` their tokens stand.
+
+        A word is what stands between spaces, and is named without the punctuation around it. What is cut is
+        left out.
+        """
+        spans = [(found.span(), found[0]) for found in re.finditer(r"\S+", prompt)]
+        starts = [start for _, start in self._read(prompt)[: self.model_max_length - 2]]
+        places = ([i + 1 for i, at in enumerate(starts) if first <= at < end] for (first, end), _ in spans)
+        named = (word.strip(".,;:!?'\"()[]") or word for _, word in spans)
+        return [(word, found) for word, found in zip(named, places, strict=True) if found]
 
     def cut(self, prompt: str) -> str | None:
         """The end of the prompt that `encode` drops because it is too long, or None.

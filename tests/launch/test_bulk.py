@@ -254,6 +254,7 @@ def test_verify_finds_what_is_wrong(job, run, tmp_path):
         (["--prompts_file", "none.txt"], "no such file"),
         (["--prompts_file", "F", "a cat"], "stand in the file"),
         (["--prompts_file", "F", "--frames", 3], "single pictures"),
+        (["--prompts_file", "F", "--words"], "single pictures"),
         (["--prompts_file", "F", "--format", "webdatset"], "did you mean webdataset?"),
         (["--prompts_file", "F", "--process_id", 1], "--processes"),
         (["--prompts_file", "F", "--shard_size", 0], "out of range"),

@@ -231,6 +231,19 @@ def test_strip_and_animation_go_from_static_to_picture(draw, tmp_path):
         assert (animation.n_frames, animation.size) == (3, (16, 16))
 
 
+def test_a_sheet_shows_which_word_steered_what(draw, run, tmp_path):
+    """Beside the same picture as without; and it can be made again from the sheet."""
+    done = draw("a red fox", "--seed", 7, "--words")
+    stem = tmp_path / "out" / "00000-a-red-fox"
+    assert done.paths == [stem.with_suffix(end) for end in (".png", ".words.png")]
+    sheet, picture = pixels(done.paths[1]), pixels(done.paths[0])
+    assert sheet.shape == (2 * 36 + 4, 2 * 20 + 4, 3)  # the picture and three words, each with a line below
+    np.testing.assert_array_equal(sheet[4:20, 4:20], picture)
+    again = run("--like", done.paths[1], "--out", tmp_path / "again")
+    assert [path.read_bytes() for path in again.paths] == [path.read_bytes() for path in done.paths]
+    np.testing.assert_array_equal(pixels(draw("a red fox", "--seed", 7).paths[0]), picture)
+
+
 def test_like_a_strip_makes_the_strip_again(draw, run, tmp_path):
     done = draw("a red fox", "--seed", 7, "--frames", 2)
     again = run("--like", done.paths[1], "--out", tmp_path / "again")

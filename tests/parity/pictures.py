@@ -92,7 +92,7 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         guidance_scale=how.scale,
         height=how.size[0],
         width=how.size[1],
-        latents=_noise(how),
+        latents=start_noise(how),
         given=[Edit(*each) for each in zip(*_given(how), strict=True)] if how.image else None,
         strength=how.strength,
         refiner_start=how.start if how.refiner else None,
@@ -100,14 +100,14 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         cache_interval=how.cache_interval,
         merge_tokens=how.merge_tokens,
     )
-    theirs = _pipeline(folder, model, how)
+    theirs = pipeline(folder, model, how)
     apply(theirs)
     if how.tile:
         theirs.vae.enable_tiling()
     if how.cache_interval is not None:
         _keeps_deep_features(theirs.unet, how.cache_interval, INTERVAL_OF.get(scheduler, lambda call: call))
     with _certain(theirs, how):
-        there = _drawn_there(theirs, options.get("refiner"), how)
+        there = drawn_there(theirs, options.get("refiner"), how)
     if how.mask:  # we put back what the mask keeps, which an autoencoder changes a little
         images, masks = _given(how)
         there = np.where(np.stack(masks)[..., None] == 1, there, np.stack(images))
@@ -122,7 +122,7 @@ def draw_in_pytorch(folder: pathlib.Path, latents: np.ndarray, **options: Any) -
     return np.round(images.images * 255).astype(np.uint8)
 
 
-def _noise(how: How) -> np.ndarray:
+def start_noise(how: How) -> np.ndarray:
     height, width = how.size
     return np.random.default_rng(0).standard_normal((2, height // 2, width // 2, 4), np.float32)
 
@@ -138,7 +138,7 @@ def _given(how: How) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
     return images, [*masks]
 
 
-def _pipeline(folder: pathlib.Path, model: dict, how: How) -> Any:
+def pipeline(folder: pathlib.Path, model: dict, how: How) -> Any:
     """The class of diffusers that draws so."""
     family = "StableDiffusionXL" if "text_encoder_2" in model else "StableDiffusion"
     if model.get("unet", {}).get("in_channels") == 8:
@@ -153,9 +153,9 @@ def _pipeline(folder: pathlib.Path, model: dict, how: How) -> Any:
 
 @contextlib.contextmanager
 def _certain(pipeline: Any, how: How) -> Iterator[None]:
-    """Latents are the means of their distributions; the noise on given pictures is that of `_noise`."""
+    """Latents are the means of their distributions; the noise on given pictures is that of `start_noise`."""
     gaussian = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
-    noise = torch.from_numpy(nchw(_noise(how)).copy())
+    noise = torch.from_numpy(nchw(start_noise(how)).copy())
     with contextlib.ExitStack() as stack:
         patch = mock.patch.object(gaussian, "sample", lambda self, generator=None: self.mean)
         stack.enter_context(patch)
@@ -165,7 +165,7 @@ def _certain(pipeline: Any, how: How) -> Iterator[None]:
         yield
 
 
-def _drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.ndarray:
+def drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.ndarray:
     words = {"num_inference_steps": how.steps, "guidance_scale": how.scale}
     if how.negatives is not None:
         many = isinstance(how.negatives, list) or "XL" not in type(pipeline).__name__
@@ -187,7 +187,7 @@ def _drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.nd
             options |= {"mask_image": torch.from_numpy(np.stack(masks)[:, None])}
             options |= dict(zip(("height", "width"), how.size, strict=True))
     else:
-        options["latents"] = torch.from_numpy(nchw(_noise(how)).copy())
+        options["latents"] = torch.from_numpy(nchw(start_noise(how)).copy())
         options |= dict(zip(("height", "width"), how.size, strict=True))
     if refiner is None:
         return np.round(pipeline(PROMPTS, **options, **words).images * 255).astype(np.uint8)
