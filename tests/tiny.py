@@ -88,6 +88,11 @@ SCHEDULER = {
 }
 
 
+def shallow(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The least of everything, of the family of models that these overrides of `tiny_model` make."""
+    return SHALLOW | overrides | {"unet": SHALLOW["unet"] | overrides.get("unet", {})}
+
+
 @contextlib.contextmanager
 def compiled_quickly() -> Iterator[None]:
     """Within, JAX compiles quickly rather than well: the time of tests on tiny models is the compiler's."""

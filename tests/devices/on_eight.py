@@ -20,7 +20,7 @@ from engine.train import checkpoint, loop, optim, stages, step
 from engine.train.objectives import autoencoder_loss
 from engine.types import UserError
 from tests.compiled import COMPILED
-from tests.tiny import REFINER, XL, tiny_folder, tiny_tokenizer
+from tests.tiny import REFINER, SHALLOW, XL, shallow, tiny_folder, tiny_tokenizer
 from tests.train.tiny_run import get_config
 
 PROMPTS = [f"{color} {thing}" for color in ("a red", "a blue") for thing in ("fox", "car", "cat", "dog")]
@@ -64,7 +64,7 @@ class Watched(Devices):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
+    return tiny_folder(tmp_path_factory.mktemp("tiny") / "model", **SHALLOW)
 
 
 @pytest.fixture(scope="session")
@@ -219,14 +219,15 @@ def test_split_params_draw_the_same_picture(folder, pipelines):
         (r".*", PartitionSpec()),
     ]
     split = engine.load(folder, parallel=Watched("jit", rules=rules))
-    kernel = split.model.unet.params["mid_block"]["resnets"][0]["conv1"]["kernel"]
+    kernel = split.model.unet.params["down_blocks"][0]["resnets"][0]["conv1"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[-1] * 8 == kernel.shape[-1]
     assert largest_difference(draw(split), draw(pipelines["jit"])) <= 1
     assert COLLECTIVES.findall(split.devices.calls["segment"].compiled().as_text())
 
 
 def test_a_split_xl_and_its_refiner_draw_the_same_picture(tmp_path):
-    base, refiner = tiny_folder(tmp_path / "base", **XL), tiny_folder(tmp_path / "refiner", seed=1, **REFINER)
+    base = tiny_folder(tmp_path / "base", **shallow(XL))
+    refiner = tiny_folder(tmp_path / "refiner", seed=1, **shallow(REFINER))
     split = engine.load(base, parallel=Watched("jit", rules=SPLIT), refiner=refiner)
     whole = engine.load(base, parallel=Watched(devices=jax.devices()[:1]), refiner=refiner)
     for part in (*split.model.parts.values(), *split.refiner.model.parts.values()):
@@ -247,7 +248,7 @@ def test_a_parameter_without_a_rule_stops_the_loading(folder):
 def test_training_over_eight_devices_is_training_over_one(tmp_path, capsys, shard_params):
     config = get_config()
     optimizing = OptimConfig(learning_rate=1e-3, warmup_steps=0)
-    stage = AutoencoderStage(steps=3, batch_size=16, optim=optimizing, shard_params=shard_params)
+    stage = AutoencoderStage(steps=3, batch_size=8, optim=optimizing, shard_params=shard_params)
     vae = stages.components(config, tiny_tokenizer())["vae"]
     loss, optimizer = autoencoder_loss(vae.graphdef, stage), optim.optimizer(stage.optim, 5)
     shape = stage.batch_size, config.image_size, config.image_size, 3

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 import engine
 from engine import world
@@ -14,7 +15,8 @@ from tests import compiling
 from tests.parity.pictures import NEGATIVES, PROMPTS, draw_in_pytorch, psnr
 
 MOST_BYTES = 64 * 2**20
-STEPS = 30
+STEPS = 10
+THIRTY = pytest.mark.skipif(not os.environ.get("FOGSCULPT_LONG"), reason="with FOGSCULPT_LONG=1")
 
 
 def test_it_is_small():
@@ -28,15 +30,16 @@ def test_it_knows_the_words_of_its_world():
     assert "zeppelin" in unread(["a zeppelin"], tokenizer)[0]
 
 
-def test_same_picture_as_pytorch():
+@pytest.mark.parametrize("steps", [STEPS, pytest.param(30, marks=THIRTY)])
+def test_same_picture_as_pytorch(steps):
     pipe = engine.load()
     assert pipe.name == SHIPPED_NAME
     height, width = pipe.default_size
     shape = (2, height // 4, width // 4, pipe.model.vae.config.latent_channels)
     latents = np.random.default_rng(0).standard_normal(shape, np.float32)
-    ours = pipe.generate(PROMPTS, NEGATIVES, steps=STEPS, guidance_scale=5.0, latents=latents)
+    ours = pipe.generate(PROMPTS, NEGATIVES, steps=steps, guidance_scale=5.0, latents=latents)
     theirs = draw_in_pytorch(
-        SHIPPED, latents, negative_prompt=NEGATIVES, num_inference_steps=STEPS, guidance_scale=5.0
+        SHIPPED, latents, negative_prompt=NEGATIVES, num_inference_steps=steps, guidance_scale=5.0
     )
     assert psnr(ours, theirs) >= 40
     assert psnr(ours[::-1], theirs) < 20  # another picture is told apart
@@ -44,7 +47,7 @@ def test_same_picture_as_pytorch():
 
 def test_words_change_the_picture():
     pipe = engine.load()
-    night, snow = pipe.generate(["a fox at night", "a fox in the snow"], seed=0, steps=STEPS).mean((1, 2, 3))
+    night, snow = pipe.generate(["a fox at night", "a fox in the snow"], seed=0, steps=30).mean((1, 2, 3))
     assert night < snow - 50
 
 
@@ -52,7 +55,7 @@ def test_same_picture_as_pytorch_as_users_compile_it():
     """The tests compile otherwise, for speed (tests/compiling.py): here once as XLA does for everyone."""
     ours = (compiling.LEAST, "XLA_FLAGS")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
-    test = f"{__file__}::{test_same_picture_as_pytorch.__name__}"
+    test = f"{__file__}::{test_same_picture_as_pytorch.__name__}[{STEPS}]"
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", test]
     environment["FOGSCULPT_LONG"] = "1"
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
