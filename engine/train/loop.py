@@ -59,8 +59,7 @@ def program(
     places = devices.shardings(jax.eval_shape(init, params))
 
     def with_kernels(*arguments: Any) -> Any:
-        # The derivatives of kernels over several devices have not been seen yet: there the compiler does it.
-        with kernels(devices.platform if devices.count == 1 else "several", devices.over_batch):
+        with kernels(devices.platform, devices.over_batch):
             return loss(*arguments)
 
     step = steps.train_step(with_kernels, optimizer, config)

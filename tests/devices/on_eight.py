@@ -1,12 +1,15 @@
 """The loop on eight devices, in every mode. test_eight_devices.py runs this file in a process of its own."""
 
+import functools
 import json
 import re
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
@@ -15,6 +18,7 @@ from engine.benchmark import scaling
 from engine.benchmark.drawing import Asked, Case
 from engine.config import AutoencoderStage, OptimConfig
 from engine.models import kernels
+from engine.models.attention import attend
 from engine.parallel import MODES, SPLIT, Devices
 from engine.train import checkpoint, loop, optim, stages, step
 from engine.train.objectives import autoencoder_loss
@@ -297,6 +301,36 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_four_and_on_one(tmp_path):
         assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(found)} == {count}
         jax.tree.map(np.testing.assert_array_equal, found, state)
     jax.tree.map(np.testing.assert_array_equal, checkpoint.restore_params(tmp_path, "ema_0.9"), params)
+
+
+@pytest.mark.parametrize("shard_params", [False, True], ids=["copies", "shards"])
+def test_a_training_has_kernels_on_each_devices_part(monkeypatch, shard_params):
+    """With their derivatives, interpreted: three steps on two devices are those of the compiler's attention."""
+    monkeypatch.setattr(kernels, "MIN_QUERIES", 1)
+    stage = AutoencoderStage(batch_size=8, accumulate=2, ema=(), shard_params=shard_params)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (3, 32, 32))}
+    batch = {"x": np.asarray(jax.random.normal(jax.random.key(1), (8, 136, 32)))}
+
+    def loss(params, frozen, batch, key):
+        rows, tokens, _ = batch["x"].shape
+        q, k, v = ((batch["x"] @ w).reshape(rows, tokens, 2, 16) for w in params["kernel"])
+        return jnp.square(attend(q, k, v)).mean(), {}
+
+    def trained(kernel: bool) -> step.TrainState:
+        optimizer = optim.optimizer(stage.optim, 5)
+        program = loop.program("vae", loss, params, optimizer, stage, jax.devices()[:2])
+        state, parts = program.init(params), program.devices.shard_batch(batch)
+        traced = program.step.trace(state, {}, parts, jax.random.key(0))
+        assert ("pallas_call" in str(traced.jaxpr)) == kernel
+        for _ in range(3):
+            state, _ = program.step(state, {}, parts, jax.random.key(0))
+        return state
+
+    expected = trained(kernel=False)
+    monkeypatch.setattr(Devices, "platform", "tpu")
+    # Not by the interpreter for TPUs: there the two kernels of a derivative wait for each other for good.
+    monkeypatch.setattr(pallas, "pallas_call", functools.partial(pallas.pallas_call, interpret=True))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), trained(True), expected)
 
 
 def test_parts_of_a_batch_stay_on_their_devices():
