@@ -1,4 +1,4 @@
-"""What the README shows is run as it is written there."""
+"""What the README shows is run as it is written there, but in fewer steps."""
 
 import os
 import pathlib
