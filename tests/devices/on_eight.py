@@ -305,7 +305,7 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_four_and_on_one(tmp_path):
 
 @pytest.mark.parametrize("shard_params", [False, True], ids=["copies", "shards"])
 def test_a_training_has_kernels_on_each_devices_part(monkeypatch, shard_params):
-    """With their derivatives, interpreted: three steps on two devices are those of the compiler's attention."""
+    """With their derivatives, interpreted: three steps on two devices are the ones without kernels."""
     monkeypatch.setattr(kernels, "MIN_QUERIES", 1)
     stage = AutoencoderStage(batch_size=8, accumulate=2, ema=(), shard_params=shard_params)
     params = {"kernel": jax.random.normal(jax.random.key(0), (3, 32, 32))}
