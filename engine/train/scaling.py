@@ -93,14 +93,15 @@ def in_units_of_pixels(vae: Component, params: Params, images: np.ndarray) -> Pa
 
 def _posterior(vae: Component, params: Params, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The latents' means (N, h, w, C) and the mean variance of each channel (C,)."""
-
-    @jax.jit
-    def encode(batch):
-        posterior = objectives.applier(vae.graphdef)(params).encode(objectives.to_float(batch))
-        return posterior.mean, jnp.exp(posterior.logvar).mean((0, 1, 2))
-
-    means, variances = zip(*(encode(images[i : i + 32]) for i in range(0, len(images), 32)), strict=True)
+    parts = (images[i : i + 32] for i in range(0, len(images), 32))
+    means, variances = zip(*(_encode(vae.graphdef, params, part) for part in parts), strict=True)
     return np.concatenate(means), np.mean(variances, 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graphdef: nnx.GraphDef, params: Params, images: Array) -> tuple[Array, Array]:
+    posterior = objectives.applier(graphdef)(params).encode(objectives.to_float(images))
+    return posterior.mean, jnp.exp(posterior.logvar).mean((0, 1, 2))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -17,7 +17,10 @@ def probe():
     return reader.init(jax.random.key(0))
 
 
-def rendered(probe, kind, held_out, n=30):
+MANY, FEW = 30, 3  # of pictures at once: each number compiles the drawing once
+
+
+def rendered(probe, kind, held_out, n=MANY):
     """A group whose pictures are renders of their scenes."""
     texts, scenes = map(list, zip(*prompts(kind, held_out, n), strict=True))
     images, _ = world.draw(scenes, [np.random.default_rng(i) for i in range(n)], 64)
@@ -36,7 +39,7 @@ def test_a_model_draws_a_group(probe, tmp_path):
 
 
 def test_the_table_has_a_row_for_each_group(probe):
-    rows = composing.table([rendered(probe, *group, n=4) for group in composing.groups()])
+    rows = composing.table([rendered(probe, *group, n=FEW) for group in composing.groups()])
     assert len(rows) == 9
     assert "count" in rows["count"] and "count" in rows["count, held out"]
     assert "relation" not in rows["style, held out"]
@@ -55,15 +58,16 @@ def test_renders_are_as_like_as_renders(probe):
 
 def test_the_probe_is_examined_on_renders_of_the_same_scenes(probe):
     group = rendered(probe, "count", False)
-    rngs = [np.random.Generator(np.random.Philox(key=[composing.RENDER_SEED, i])) for i in range(30)]
+    rngs = [np.random.Generator(np.random.Philox(key=[composing.RENDER_SEED, i])) for i in range(MANY)]
     images, _ = world.draw(group.scenes, rngs, 64)
     expected = shares(marks(reader.read(probe, images).answers, group.scenes))
     assert composing.likeness(probe, [group]).table == {"count": expected}
 
 
-def test_a_picture_of_the_training_is_its_own_neighbour(probe):
-    captions, scenes = world.told(9, 40, 3)
-    images, _, _ = world.batch(9, 40, 3, 64)
+def test_a_picture_of_the_training_is_its_own_neighbour(probe, monkeypatch):
+    monkeypatch.setattr(neighbours, "AT_ONCE", MANY)
+    captions, scenes = world.told(9, 40, FEW)
+    images, _, _ = world.batch(9, 40, FEW, 64)
     found = neighbours.nearest(probe, images, scenes, 9, range(100), count=2)
     for image, caption, own in zip(images, captions, found, strict=True):
         assert own[0].caption == caption
@@ -72,5 +76,5 @@ def test_a_picture_of_the_training_is_its_own_neighbour(probe):
 
 
 def test_nothing_alike_has_no_neighbours(probe):
-    images, _, scenes = world.batch(9, 0, 1, 64)
-    assert neighbours.nearest(probe, images, scenes, 9, range(0)) == [[]]
+    images, _, scenes = world.batch(9, 0, FEW, 64)
+    assert neighbours.nearest(probe, images, scenes, 9, range(0)) == [[]] * FEW

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import tiny_folder
+from launch import cli, generate
+from tests.tiny import SHALLOW, tiny_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
 ROWS = [
@@ -28,7 +29,7 @@ PICTURES = len(ROWS) - 2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
-    tiny_folder(folder / "model")
+    tiny_folder(folder / "model", **SHALLOW)
     for name in ("one", "broken", "two"):
         pixels = np.random.default_rng([*name.encode()]).integers(0, 256, (48, 48, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.png")
@@ -78,8 +79,7 @@ def draw(folder, out, devices, *layouts):
         with Image.open(path) as image:
             found[int(path.name.split("-")[0])] = np.asarray(image, np.int16)
     assert len(found) == PICTURES, told
-    verify = [sys.executable, "-m", "launch.generate", f"--verify={folder / out}"]
-    assert subprocess.run(verify, cwd=ROOT).returncode == 0
+    assert cli.exit_code(generate.main, [f"--verify={folder / out}"]) == cli.DONE
     return found, said
 
 

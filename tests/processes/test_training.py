@@ -13,9 +13,20 @@ import pytest
 from PIL import Image
 
 from engine.weights.component import load_component
-from tests.tiny import SHALLOW, tiny_folder
+from launch import cli
+from launch import train as train_command
+from tests.tiny import SHALLOW, compiled_quickly, tiny_folder
+from tests.train.sharing import shared
 
 ROOT = pathlib.Path(__file__).parents[2]
+BLOCKS = {"down": "DownEncoderBlock2D", "up": "UpDecoderBlock2D"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    """As of the processes that are started."""
+    with compiled_quickly():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +41,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, run, steps, devices, processes=1, shard_params=False):
-    """A fine-tuning, as `launched`."""
-    flags = [
+def finetuning(folder, steps, shard_params=False):
+    """The flags of it."""
+    return [
         "--config=configs/finetune.py",
         f"--config.model={folder / 'model'}",
         f"--config.data.paths=('{folder / 'pictures'}',)",
@@ -43,7 +54,12 @@ def train(folder, run, steps, devices, processes=1, shard_params=False):
         "--config.finetune.optim.decay_steps=0",
         f"--config.finetune.shard_params={shard_params}",
     ]
-    return launched(folder / run, flags, devices, processes)
+
+
+def alone(workdir, flags):
+    """launch.train in this process, with the one device that it has."""
+    with shared():
+        assert cli.exit_code(train_command.main, [f"--workdir={workdir}", *flags]) == cli.DONE
 
 
 def launched(workdir, flags, devices, processes):
@@ -94,14 +110,15 @@ def _leaves(tree):
 
 
 @pytest.mark.parametrize("shard_params", [False, True], ids=["copies", "shards"])
-def test_two_processes_train_and_save_and_one_goes_on(folder, shard_params):
+def test_two_processes_train_and_save_and_one_goes_on(folder, shard_params, capsys):
     run = f"two-{shard_params}"
-    told = train(folder, run, 3, devices=2, processes=2, shard_params=shard_params)
+    told = launched(folder / run, finetuning(folder, 3, shard_params), devices=2, processes=2)
     assert "model:" in told[0] and "model:" not in told[1]
-    assert "goes on from step 3" in train(folder, run, 5, devices=1)[0]
+    alone(folder / run, finetuning(folder, 5))
+    assert "goes on from step 3" in capsys.readouterr().out
     if not (folder / "alone").exists():
-        train(folder, "alone", 3, devices=1)
-        train(folder, "alone", 5, devices=1)
+        for steps in (3, 5):
+            alone(folder / "alone", finetuning(folder, steps))
     for step in (3, 5):
         assert losses(folder, run)[step] == pytest.approx(losses(folder, "alone")[step], rel=1e-4)
     np.testing.assert_allclose(weights(folder, run), weights(folder, "alone"), atol=2e-3)
@@ -116,10 +133,13 @@ def test_two_processes_train_a_model_from_scratch(folder):
     flags += [f"--config.{stage}.steps=3" for stage in ("autoencoder", "diffusion")]
     flags += [f"--config.{stage}.batch_size=4" for stage in ("autoencoder", "diffusion", "decoder")]
     flags += [f"--config.data.paths=('{folder / 'pictures'}',)", "--config.diffusion.easy=0.0"]
-    flags += ["--config.diffusion.train_text_encoder=True"]
+    flags += ["--config.diffusion.train_text_encoder=True", "--config.diffusion.ema=(0.9,)"]
+    # two levels, not three: half of what an autoencoder takes to compile
+    flags += ["--config.vae.block_out_channels=(8,8)"]
+    flags += [f"--config.vae.{way}_block_types={(block,) * 2}" for way, block in BLOCKS.items()]
     told = launched(folder / "scratch-two", flags, devices=1, processes=2)
     assert "model:" in told[0] and "model:" not in told[1]
-    launched(folder / "scratch-one", flags, devices=1, processes=1)
+    alone(folder / "scratch-one", flags)
     for stage in ("autoencoder", "diffusion", "decoder"):
         two, one = (losses(folder, f"scratch-{run}", stage) for run in ("two", "one"))
         assert two[max(one)] == pytest.approx(one[max(one)], rel=1e-3)

@@ -6,6 +6,7 @@ from engine.pipeline import use_compilation_cache
 from engine.train import loop
 from tests.backgrounds import few
 from tests.tiny import compiled_quickly
+from tests.train.sharing import shared
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -18,6 +19,12 @@ def quick_compiler():
 @pytest.fixture(scope="package", autouse=True)
 def few_backgrounds():
     with few():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_steps():
+    with shared():
         yield
 
 

@@ -11,7 +11,7 @@ from engine.train.stage_data import Scenes, stage_data
 from engine.types import UserError
 from engine.world import tellers
 from tests.tiny import tiny_tokenizer
-from tests.train.tiny_run import get_config
+from tests.train.tiny_run import get_config, plain_steps
 
 
 @pytest.fixture
@@ -25,6 +25,7 @@ def test_a_model_that_knows_its_words(config, tmp_path, monkeypatch):
     """The world may be named, or not; the stages' learning is told by test_resume.py."""
     monkeypatch.setattr(stages, "CAPTIONS_FOR_TOKENIZER", 200)
     monkeypatch.setattr(stages, "LATENT_IMAGES", 16)
+    plain_steps(config)
     for stage in (config.autoencoder, config.words, config.diffusion):
         stage.steps = 1
     config.decoder.steps = 0

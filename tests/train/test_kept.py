@@ -14,7 +14,7 @@ from engine.train.data import captioned_pictures
 from engine.train.stage_data import Scenes
 from engine.types import UserError
 from tests.tiny import tiny_tokenizer
-from tests.train.tiny_run import get_config
+from tests.train.tiny_run import get_config, plain_steps
 
 SEED = 7
 
@@ -97,7 +97,8 @@ def test_hosts_share_each_batch(config, vae, tmp_path):
 def test_a_training_with_them(config, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "CAPTIONS_FOR_TOKENIZER", 200)
     monkeypatch.setattr(stages, "LATENT_IMAGES", 16)
-    config.diffusion.steps = 7
+    plain_steps(config).diffusion.steps = 7
+    config.words.steps, config.decoder.steps = 1, 0
     assert stages.train(config, tmp_path) is not None
     assert len([*(tmp_path / "latents").iterdir()]) == 3
     assert Scenes(config).captioned(tiny_tokenizer())(0).keys() == {"image", "ids"}

@@ -1,6 +1,5 @@
 """A run that was stopped, or that died, ends exactly as one that was not."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -52,22 +51,16 @@ def power_cut() -> None:
     raise PowerCut
 
 
-def digest(workdir: pathlib.Path, stage: str) -> str:
-    """Of the whole state: params, averages, optimizer, and the position with its step, tally and data."""
-    position = json.loads(
-        (workdir / stage / str(steps_in(workdir / stage)[-1]) / "position/metadata").read_text()
-    )
-    whole = hashlib.sha256(json.dumps(position, sort_keys=True).encode())
-    for name, array in sorted(saved(workdir / stage).items()):
-        whole.update(f"{name} {array.dtype}{array.shape}".encode() + array.tobytes())
-    return whole.hexdigest()
+def position(folder: pathlib.Path) -> dict:
+    """Where the newest checkpoint of a stage was made: its step, tally and data."""
+    return json.loads((folder / str(steps_in(folder)[-1]) / "position/metadata").read_text())
 
 
 def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
     for stage, steps in STAGES.items():
         assert steps_in(workdir / stage)[-1] == steps
         assert_same_arrays(saved(workdir / stage), saved(other / stage))
-        assert digest(workdir, stage) == digest(other, stage)
+        assert position(workdir / stage) == position(other / stage)
     for file in (snapshots := [*other.glob("*/ema/*")]):
         assert file.read_bytes() == (workdir / file.relative_to(other)).read_bytes()
     assert len(snapshots) == 2 * len([EVERY, 2 * EVERY, STEPS])

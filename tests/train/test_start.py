@@ -11,7 +11,7 @@ from engine.train import stages
 from engine.train.stage_data import Scenes
 from engine.types import UserError
 from engine.weights.folder import Model, load_folder, save_folder
-from tests.train.tiny_run import get_config
+from tests.train.tiny_run import get_config, plain_steps
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,7 +24,7 @@ def quick():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model as the config describes it, with the weights that a run would begin with."""
-    config = get_config()
+    config = plain_steps(get_config())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "CAPTIONS_FOR_TOKENIZER", 200)
         tokenizer = stages._tokenizer(config, tmp_path_factory.mktemp("none"), Scenes(config))
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def config(folder):
     """A run from that folder that trains nothing."""
-    config = get_config()
+    config = plain_steps(get_config())
     config.start, config.seed = str(folder), 5  # a seed of its own: fresh weights would be others
     for stage in (config.autoencoder, config.words, config.diffusion, config.decoder):
         stage.steps = 0

@@ -66,6 +66,18 @@ def get_config() -> TrainConfig:
     )
 
 
+def plain_steps(config: TrainConfig) -> TrainConfig:
+    """The same with the least around the U-Net's step and one level of the autoencoder: half to compile."""
+    stage = config.diffusion
+    stage.accumulate, stage.ema, stage.ema_sigma_rel, stage.ema_snapshot_every = 1, (0.9,), (), 0
+    config.vae |= {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    return config
+
+
 def saved(folder: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
     """Every array of a checkpoint, the newest by default, by its path: params, averages, optimizer state."""
     with ocp.CheckpointManager(folder.absolute()) as manager:

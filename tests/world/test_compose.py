@@ -57,7 +57,7 @@ def test_sprites_are_drawn_where_the_layout_says():
         assert np.ptp(columns) + 1 == pytest.approx(width * SIZE, abs=2)
 
 
-def test_angle_and_mirror_turn_what_is_drawn():
+def test_angle_and_mirror_turn_what_is_drawn(monkeypatch):
     """A sprite that is dark in its upper left corner, in four positions."""
     found = laid([scene("head")] * 4, [0] * 4)
     side = np.full_like(found.side, 0.8)
@@ -68,7 +68,14 @@ def test_angle_and_mirror_turn_what_is_drawn():
     mirrored[2:, 0] = True
     marked = plain_atlas().pixels.copy()
     marked[3, 20:40, 20:40] = (0, 0, 0, 255)
-    table = compose.textures(atlas.from_pixels(THINGS, marked), variants=1)
+    with monkeypatch.context() as patch:  # the backgrounds, which take seconds to paint, are left out
+        patch.setattr(
+            compose.backgrounds,
+            "table",
+            lambda *_: np.zeros((1, compose.GROUND, compose.GROUND, 4), np.uint8),
+        )
+        table = compose.textures(atlas.from_pixels(THINGS, marked), variants=1)
+    table = table._replace(grounds=tables().grounds)
     rows = np.minimum(np.arange(BATCH), 3)
     found = found._replace(side=side, centre=centre, angle=angle, mirrored=mirrored)
     image = np.asarray(compose.compose(table, Layout(*(a[rows] for a in found)), SIZE)).astype(int)
