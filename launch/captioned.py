@@ -240,7 +240,7 @@ def _caption(source: Source, i: int, needed: bool) -> str | None:
     item = source.read(i)
     with item.file as file:
         settings = _settings(read_header(file, SETTINGS_KEY).settings)
-    if "sheet" in settings or "frames" in settings:
+    if not {"sheet", "frames", "words"}.isdisjoint(settings):
         return None
     if item.caption is not None:
         return item.caption

@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
     # JAX comes with these: --help should be quick.
     from engine.jobs.processes import find_processes
     from engine.parallel import meet
+    from engine.pipeline import use_compilation_cache
     from engine.train import dry_run, finetune, stages
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells much
@@ -86,6 +87,7 @@ def main(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory() as nowhere:
             train(config, pathlib.Path(nowhere), dry_run.fit)
         return cli.DONE
+    use_compilation_cache()  # a run that goes on need not compile again
     try:
         result = train(config, pathlib.Path(workdir))
     except OSError as error:

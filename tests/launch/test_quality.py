@@ -203,14 +203,14 @@ def test_the_sheet_is_whole(of_model, monkeypatch, tmp_path):
 
 def test_a_folder_of_single_pictures(measure, draw, clip, tmp_path):
     """What launch.generate leaves beside them is no picture; of others, the captions lie beside them."""
-    assert draw("a fox", "a car", "--frames", 2).code == cli.DONE
+    assert draw("a fox", "a car", "--frames", 2, "--words").code == cli.DONE
     assert measure("--pictures", tmp_path / "out", "--clip", clip).code == cli.DONE
     assert report(tmp_path)["pictures"] == 2
     whole = report(tmp_path)["clip_score"]
     plain = tmp_path / "plain"
     plain.mkdir()
     for i, path in enumerate(sorted((tmp_path / "out").glob("0*[!p].png"))):
-        if "strip" not in path.name:
+        if not path.suffixes[:-1]:  # neither a strip nor a sheet of words
             Image.fromarray(np.asarray(Image.open(path))).save(plain / f"{i}.png")
             (plain / f"{i}.txt").write_text(finish.read_settings(path)["prompt"])
     assert measure("--pictures", plain, "--clip", clip).code == cli.DONE
