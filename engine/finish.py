@@ -28,11 +28,13 @@ from engine.types import UserError
 
 SETTINGS_KEY = "fogsculpt"  # the JSON that makes the picture again
 READABLE_KEY = "parameters"  # the same for people, under the key that picture viewers show
+BESIDE = {"sheet", "frames", "words"}  # settings of files that stand beside pictures and show them
 SETTINGS_LIMIT = 16 * 2**20  # characters of JSON
 FILE_LIMIT = 2**30  # bytes of a PNG that we are asked to read
 
 PAPER, INK = (255, 255, 255), (60, 60, 60)  # of contact sheets
 LABEL_SIZE = 12  # px
+WORDS_PIXELS = 2**25  # of a sheet of words, at most: those of large pictures and many words are made smaller
 DARK = 0.15  # of the brightness is left where a word is not heeded
 
 Picture = UInt8[np.ndarray, "H W 3"]
@@ -115,15 +117,22 @@ def lit(image: Picture, heat: Float[np.ndarray, "h w"], most: float) -> Picture:
 def words_sheet(image: Picture, heats: Sequence[tuple[str, Float[np.ndarray, "h w"]]]) -> Larger:
     """The picture, and what each word steered: the same picture, lit where the word was heeded (see `lit`).
 
-    All words share one scale. Under each it stands how many times its own mean its brightest place has.
+    All words share one scale. Under each it stands how many times its own mean its brightest place has, and
+    the word, or which of the prompt it is where it cannot be written in ASCII.
 
     Args:
       heats: words, and how much each place attends to them.
     """
+    height, width, _ = image.shape
+    share = (WORDS_PIXELS / (len(heats) + 1) / (height * width)) ** 0.5
+    if share < 1:
+        size = max(int(width * share), 1), max(int(height * share), 1)
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
     times = [float(heat.max() / heat.mean()) for _, heat in heats]
     parts = [image, *(lit(image, heat, max(times)) for _, heat in heats)]
-    labels = ["", *(f"{word} {n:.1f}" for (word, _), n in zip(heats, times, strict=True))]
-    return contact_sheet(np.stack(parts), labels=labels)
+    names = [in_ascii(word).strip() or f"(word {i})" for i, (word, _) in enumerate(heats, start=1)]
+    labels = [f"{n:.1f} {name}" for name, n in zip(names, times, strict=True)]
+    return contact_sheet(np.stack(parts), labels=["", *labels])
 
 
 def slug(prompt: str, limit: int = 60) -> str:

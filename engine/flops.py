@@ -17,9 +17,10 @@ def count(function: Callable, *arguments: Any) -> int:
     Args:
       arguments: arrays or jax.ShapeDtypeStruct; nothing is computed.
 
-    Scans count their body once for each step, kernels theirs once for each block, and of a branch the
-    costliest counts. Where platforms have branches of their own, what counts is the one for all others, whose
-    padding is none. All else (norms, activations) is left out, as in the field's figures of utilisation.
+    Scans count their body once for each step, kernels theirs once for each block, what is mapped over devices
+    counts once for each of them, and of a branch the costliest. Where platforms have branches of their own,
+    what counts is the one for all others, whose padding is none. All else (norms, activations) is left out,
+    as in the field's figures of utilisation.
     """
     return _of_jaxpr(jaxpr_of(function, *arguments))
 
@@ -46,6 +47,8 @@ def _of_equation(equation: Any) -> int:
     inside = [_of_jaxpr(jaxpr) for jaxpr in _inner(equation.params.values())]
     if name == "scan":
         return equation.params["length"] * sum(inside)
+    if name == "shard_map":  # in which each device has its part
+        return equation.params["mesh"].size * sum(inside)
     if name == "pallas_call":
         return math.prod(equation.params["grid_mapping"].grid) * sum(inside)
     if name == "cond":

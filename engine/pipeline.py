@@ -23,11 +23,11 @@ from engine.diffusion.scheduler_config import sampler_name
 from engine.diffusion.segments import chosen_stages
 from engine.models.tiles import check_tile
 from engine.parallel import Devices, pad
-from engine.programs import Programs, watched
+from engine.programs import Programs
 from engine.requests import Batch, Context, Edit, Frames, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.types import UserError
-from engine.ways import check_refiner_start, grid_of, ways_of
+from engine.ways import check_heat, check_refiner_start, grid_of, ways_of
 from engine.weights import quantized
 from engine.weights.decoder import with_decoder
 from engine.weights.folder import Model, load_folder
@@ -238,7 +238,8 @@ class Pipeline:
         if given is not None and len(given) != len(prompts):
             raise UserError(f"{len(given)} pictures for {len(prompts)} prompts: give one for each")
         edits.checked(given, self.made_for, settings)
-        self.check_heat(heat, settings)
+        if heat:
+            check_heat(settings, self.programs, self.refiner)
         contexts = self.encode([*prompts, *negatives], settings.batch_size)
         indices = range(first_index, first_index + len(prompts))
         requests = [
@@ -336,12 +337,6 @@ class Pipeline:
                 good = min(max(round(side / scale), 1) * scale, MAX_SIDE)
                 raise UserError(f"{name}={side}: this model makes multiples of {scale}; write {good}")
         return settings
-
-    def check_heat(self, heat: bool, settings: Settings) -> None:
-        """Raises UserError where the model's own part of the way is too short to see what words do on it."""
-        way, *_ = ways_of(settings, self.programs, self.refiner)
-        if heat and not watched(way):
-            raise UserError("which word steered what shows after the first step: write --steps 2 or more")
 
     def steps_of(self, settings: Settings) -> int:
         """Steps of the sampler that a picture takes, in which the U-Net runs once."""

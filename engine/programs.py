@@ -184,7 +184,7 @@ class Programs:
           traces: of the way, on which something is `watched`.
         """
         before, chosen = samplers.find(way.sampler).steps_before, watched(way)
-        x = np.concatenate([np.asarray(trace.x) for trace in traces], axis=1)
+        x = np.concatenate(self.devices.fetch([trace.x for trace in traces]), axis=1)
         stages = self.devices.shard_batch(x[:, [before(i) - 1 for i in chosen]])
         shared = self.devices.share({"levels": jnp.asarray(way.sigmas[chosen])})
         program = self.steering_program(way.kind)

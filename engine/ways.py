@@ -8,7 +8,7 @@ from engine.diffusion import samplers, schedules
 from engine.diffusion.samplers import Sampler
 from engine.diffusion.scheduler_config import SchedulerConfig, for_sampler
 from engine.models import merging
-from engine.programs import Programs, Way
+from engine.programs import Programs, Way, watched
 from engine.requests import Settings
 from engine.types import UserError
 from engine.weights.folder import Model
@@ -76,6 +76,17 @@ def check_refiner_start(given: float | None, refined: bool) -> float | None:
     if not 0 < start < 1:
         raise UserError(f"refiner_start={start}: write a share of the way, above 0 and below 1")
     return start
+
+
+def check_heat(settings: Settings, programs: Programs, refiner: Programs | None) -> None:
+    """Raises UserError where the model's own part of the way is too short to see what words do on it."""
+    way, *_ = ways_of(settings, programs, refiner)
+    if not watched(way):
+        raise UserError(
+            "which word steered what shows behind the first step of a model: write more steps"
+            + (", or a larger strength" if settings.strength < 1 else "")
+            + (", or a larger refiner_start" if refiner else "")
+        )
 
 
 def _within(settings: Settings, sigmas: np.ndarray, distilled: bool) -> tuple[float, float] | None:

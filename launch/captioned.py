@@ -16,7 +16,7 @@ from PIL import Image
 
 from engine.config import JobConfig
 from engine.evaluate.quality import Batch
-from engine.finish import SETTINGS_KEY
+from engine.finish import BESIDE, SETTINGS_KEY
 from engine.jobs import folder, formats
 from engine.jobs.given import OfRows
 from engine.jobs.plan import Program, request, settle_with
@@ -66,13 +66,16 @@ def drawn(config: JobConfig, rows: Rows, most: int | None, pipe: Pipeline) -> Ca
             raise UserError(f"{_named(config, row)} cannot be drawn: {program}")
         groups.setdefault(program, []).append(number)
     height, width = pipe.default_size
-    filled = pipe.settings(config.steps, config.sampler, config.guidance_scale, config.height, config.width)
+    options = (config.steps, config.sampler, config.guidance_scale, config.height, config.width)
+    filled = pipe.settings(*options, **config.of_the_way())
     about = {name: getattr(config, name) for name in ("prompts_file", "model", "seed", "negative_prompt")}
     about |= {"prompts": count, "rows_sha256": rows.digest}
     about |= {"sampler": filled.sampler, "steps": config.steps, "guidance_scale": config.guidance_scale}
     about |= {"height": config.height or height, "width": config.width or width, "dtype": config.dtype}
-    files = {name: getattr(config, name) for name in ("lora", "embedding", "decoder", "refiner", "quantize")}
-    about |= {name: value for name, value in (files | config.of_the_way()).items() if value}
+    names = ("lora", "embedding", "decoder", "refiner", "quantize", "tile")
+    chosen = {name: getattr(config, name) for name in names} | config.of_the_way()
+    chosen["refiner_start"] = filled.refiner_start
+    about |= {name: value for name, value in chosen.items() if value}
     about |= {"parallel": config.parallel, "batch_size": sorted({p.settings.batch_size for p in groups})}
     return Captioned(count, _draw(config, rows, groups, pipe, settle.pictures), about)
 
@@ -240,7 +243,7 @@ def _caption(source: Source, i: int, needed: bool) -> str | None:
     item = source.read(i)
     with item.file as file:
         settings = _settings(read_header(file, SETTINGS_KEY).settings)
-    if not {"sheet", "frames", "words"}.isdisjoint(settings):
+    if not BESIDE.isdisjoint(settings):
         return None
     if item.caption is not None:
         return item.caption

@@ -90,6 +90,11 @@ def check(given: Mapping[str, Any]) -> None:
         raise UserError(f"--{foreign[0]} is not for FID or CLIP score; leave it out")
     if empty := [name for name in KINDS if name != "negative_prompt" and given.get(name) == ""]:
         raise UserError(f"--{empty[0]} is empty; write a value, or leave it out")
+    foreign = [name for name in OWN if name in given]
+    if foreign and given.keys().isdisjoint(("prompts_file", "pictures", "clip", "inception")):
+        raise UserError(
+            f"--{foreign[0]} is for FID and CLIP score of --prompts_file FILE; without one, leave it out"
+        )
     check_instruments(given)
     if "prompts_file" in given and "pictures" in given:
         raise UserError("--prompts_file draws pictures and --pictures reads them; leave out one")

@@ -315,6 +315,22 @@ def test_a_sheet_of_words_has_one_scale():
     assert parts[1].max() == 200 and 200 * finish.DARK < parts[2].max() < 120
 
 
+def test_words_without_ascii_are_numbered_and_large_sheets_made_smaller(monkeypatch):
+    image, heat = np.full((64, 32, 3), 200, np.uint8), np.ones((4, 2), np.float32)
+    told = {}
+
+    def contact_sheet(images, labels):
+        told.update(labels=labels, shape=images.shape)
+        return images[0]
+
+    monkeypatch.setattr(finish, "contact_sheet", contact_sheet)
+    finish.words_sheet(image, [("fox", heat), ("\u732b", heat)])
+    assert told == {"labels": ["", "1.0 fox", "1.0 (word 2)"], "shape": (3, 64, 32, 3)}
+    monkeypatch.setattr(finish, "WORDS_PIXELS", 3 * 64 * 32 // 4)
+    finish.words_sheet(image, [("fox", heat), ("\u732b", heat)])
+    assert told["shape"] == (3, 32, 16, 3)
+
+
 def test_upscale():
     image = noise(5, 7, 3)
     np.testing.assert_array_equal(finish.upscale(image, 1), image)

@@ -255,7 +255,7 @@ def test_what_words_steer_is_each_pictures_own(pipe):
 
 
 def test_one_step_shows_nothing_of_words(pipe):
-    with pytest.raises(UserError, match="write --steps 2 or more"):
+    with pytest.raises(UserError, match=r"behind the first step.*write more steps$"):
         stream(pipe, heat=True, steps=1)
 
 

@@ -18,6 +18,7 @@ from engine.pipeline import Pipeline
 from engine.requests import Edit, Frames, Settings
 from engine.text.prompts import check_prompt, check_prompts
 from engine.types import UserError
+from engine.ways import check_heat
 
 BATCH_IMAGES = 16  # pictures a device draws at once, unless told: so that the first are soon there,
 BATCH_PIXELS = 8 * 512 * 512  # and all fit into its memory
@@ -77,7 +78,8 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     settings = dataclasses.replace(settings, batch_size=batch_size, strength=strength)
     edits.check_strength(settings)
     edits.checked(None if edit is None else [edit], pipe.made_for, settings)
-    pipe.check_heat(config.words, settings)
+    if config.words:
+        check_heat(settings, pipe.programs, pipe.refiner)
     known = dataclasses.asdict(settings) | {"dtype": pipe.dtype, "parallel": pipe.devices.mode}
     if edit is None:
         del known["strength"]
@@ -124,7 +126,7 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
             if i in batch.spoilt:
                 yield Drawn(index, prompt, None, ())
                 continue
-            image = finish.upscale(image, config.upscale)
+            small, image = image, finish.upscale(image, config.upscale)
             settings = remember(config, prompt, index)
             path = free_path(plan.folder / finish.picture_name(index, prompt), settings)
             finish.write_png(path, image, settings)
@@ -132,7 +134,7 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
             if batch.frames is not None:
                 files += _write_stages(path, Frames(*(part[i] for part in batch.frames)), settings, config)
             if batch.heat is not None:
-                files += _write_words(path, image, batch.heat[i], tokenizer.words(prompt), settings)
+                files += _write_words(path, small, batch.heat[i], tokenizer.words(prompt), settings)
             yield Drawn(index, prompt, image, tuple(files))
 
 

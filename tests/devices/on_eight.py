@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 import engine
+from engine import flops
 from engine.benchmark import scaling
 from engine.benchmark.drawing import Asked, Case
 from engine.config import AutoencoderStage, OptimConfig
@@ -331,6 +332,14 @@ def test_a_training_has_kernels_on_each_devices_part(monkeypatch, shard_params):
     # Not by the interpreter for TPUs: there the two kernels of a derivative wait for each other for good.
     monkeypatch.setattr(pallas, "pallas_call", functools.partial(pallas.pallas_call, interpret=True))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), trained(True), expected)
+
+
+def test_arithmetic_is_that_of_all_devices():
+    x, w = np.ones((8, 4), np.float32), np.ones((4, 3), np.float32)
+    for count in (1, 2, 8):
+        devices = Devices("shard_map", jax.devices()[:count])
+        mapped = devices.map(lambda shared, batched: batched @ shared)
+        assert flops.count(mapped, devices.share(w), devices.shard_batch(x)) == 2 * 8 * 4 * 3
 
 
 def test_parts_of_a_batch_stay_on_their_devices():

@@ -75,7 +75,7 @@ WRONG = {
         ["x", "--dtype=float16"],
         "dtype='float16' is unknown (did you mean bfloat16?); write float32 or",
     ),
-    "words of one step": (["x", "--words", "--steps=1"], "after the first step", "write --steps 2 or more"),
+    "words of one step": (["x", "--words", "--steps=1"], "behind the first step", "write more steps"),
     "one frame": (["x", "--frames=1"], "frames=1 is out of range", "write 2 to 3"),
     "too many frames": (["x", "--frames=9"], "frames=9 is out of range", "write 2 to 3"),
     "bytes that are no text": (["caf\udce9"], "character 4 is not Unicode text; use UTF-8"),

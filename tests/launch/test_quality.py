@@ -269,6 +269,10 @@ def test_ctrl_c(of_model, monkeypatch, tmp_path):
 
 # F a prompts file, C a CLIP, I an Inception, P photographs (no captions), E an empty folder
 MISTAKES = {
+    "for prompts alone": (
+        "--cache_interval 3",
+        "--cache_interval is for FID and CLIP score",
+    ),
     "no instrument": ("--prompts_file F", "nothing to measure with"),
     "no pictures": ("--clip C", "no pictures to judge"),
     "no reference": ("--prompts_file F --inception I", "write --reference PATH"),

@@ -101,7 +101,7 @@ ROWS = {
     "SD, LoRA": (SD, "euler", How(beside=with_lora())),
     "SD, half a LoRA": (LEAST, "euler", How(beside=with_lora(0.5))),
     "SD, a word of textual inversion": (LEAST, "euler", How(beside=with_word)),
-    "SD, tiles": (LEAST, "dpmpp_2m", How(scale=1.0, size=(24, 40), tile=16)),
+    "SD, tiles": (SD, "dpmpp_2m", How(scale=1.0, size=(24, 40), tile=16)),
     "SD with TAESD, words": (TAESD, "euler", WORDS),
     "SD without a mid block, words": (PRUNED_SD, "euler", WORDS),
     "SD Turbo, one step": (LEAST, "euler, trailing", How(steps=1, scale=1.0)),

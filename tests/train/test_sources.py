@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
+from engine import finish
 from engine.config import DataConfig
 from engine.errors import UserError
 from engine.text.tokenizer import Tokenizer
@@ -20,6 +22,7 @@ from tests.train.laid_out import (
     assert_same,
     listed,
     made,
+    picture,
     plain_png,
     rows,
     write,
@@ -115,6 +118,18 @@ def test_caption_field(tmp_path):
     folder = write(tmp_path / "data", files)
     for field, caption in (("", "of the file"), ("text", "short"), ("long", "a long caption")):
         assert made(folder, tmp_path, caption_field=field).rows(0, 0, 1)[1] == [caption]
+
+
+def test_what_shows_pictures_is_none_of_them(tmp_path):
+    """A strip and a sheet of words beside a picture, as launch.generate leaves them: told, and left out."""
+    files = {"0.png": plain_png(0), "0.txt": "a fox"}
+    for i, beside in enumerate(({}, {"frames": 2}, {"words": True}, {"sheet": ["a.png"]}), start=1):
+        files[f"{i}.png"] = finish.encode_png(np.asarray(picture(i)), {"prompt": "a car", **beside})
+    found = made(write(tmp_path / "data", files), tmp_path)
+    assert sorted(found.rows(0, 0, 2)[1]) == ["a car", "a fox"]
+    skipped = listed(tmp_path)
+    assert [pathlib.Path(file).name for file, _ in skipped] == ["2.png", "3.png", "4.png"]
+    assert {reason for _, reason in skipped} == {"a strip or a sheet that launch.generate made of pictures"}
 
 
 def test_mistakes_are_told(tmp_path):

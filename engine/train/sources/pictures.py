@@ -4,6 +4,7 @@ import bisect
 import concurrent.futures
 import hashlib
 import itertools
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from engine.finish import SETTINGS_KEY
+from engine.finish import BESIDE, SETTINGS_KEY
 from engine.pixels import Crop, read_header, read_pixels
 from engine.train.sources.item import Accept, Item, Source, Unusable, caption_in_json, required
 
@@ -103,4 +104,7 @@ class Pictures:
 def _caption_inside(settings: str | None) -> str | None:
     if settings is None:
         return None
-    return caption_in_json(settings.encode("utf-8", "surrogatepass"), "prompt")
+    caption = caption_in_json(settings.encode("utf-8", "surrogatepass"), "prompt")
+    if not BESIDE.isdisjoint(json.loads(settings)):
+        raise Unusable("a strip or a sheet that launch.generate made of pictures")
+    return caption
