@@ -8,6 +8,8 @@ import pytest
 
 from engine.world import compose, drawing
 
+MANY = drawing.tables  # as users have them
+
 
 @functools.cache
 def _table() -> compose.Textures:
