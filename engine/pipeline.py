@@ -229,7 +229,7 @@ class Pipeline:
         Args:
           frames: how many stages from static to picture to keep of each picture.
           heat: whether to keep how much each place of the latents attends to each token of its prompt, a
-            share (engine.models.watching). `Tokenizer.words` says which word has which tokens.
+            share (engine.models.watching). `model.first_tokenizer.words` says which word has which.
           progress: called after each segment with the number of sampling steps it took.
         """
         prompts = check_prompts(prompts)
@@ -258,9 +258,8 @@ class Pipeline:
             spoilt = np.flatnonzero(~np.asarray(finite)[:count]).tolist()
             if kept is not None:
                 kept = Frames(kept.noisy[:count], kept.denoised[:count])
-            if steering is not None:
-                steering = np.asarray(steering)[:count]
-            yield Batch(first, np.asarray(images)[:count], spoilt, kept, steering)
+            heats = None if steering is None else np.asarray(steering)[:count]
+            yield Batch(first, np.asarray(images)[:count], spoilt, kept, heats)
 
     def encode(self, prompts: Sequence[str], batch_size: int) -> dict[str, Context]:
         """The context of each distinct prompt, computed in batches of one size."""

@@ -88,8 +88,7 @@ def tell_what_is_chosen_or_left_out(config: GenerateConfig, plan: pictures.Plan,
     """The fresh seed, and what the model will not read of the prompts."""
     if config.seed is None:
         cli.tell(f"seed {plan.config.seed}")
-    _, tokenizer = next(iter(pipe.model.readers.values()))  # two of one model read alike
-    for warning in unread([*plan.prompts, config.negative_prompt], tokenizer):
+    for warning in unread([*plan.prompts, config.negative_prompt], pipe.model.first_tokenizer):
         cli.tell(f"warning: {warning}")
 
 

@@ -119,7 +119,7 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
         given=None if plan.given is None else [plan.given] * len(plan.prompts),
         image_guidance_scale=config.image_guidance_scale,
     )
-    _, tokenizer = next(iter(pipe.model.readers.values()))  # two of one model read alike
+    words = pipe.model.first_tokenizer.words
     for batch in batches:
         for i, image in enumerate(batch.images):
             prompt, index = plan.prompts[batch.first + i], config.first_index + batch.first + i
@@ -134,7 +134,7 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
             if batch.frames is not None:
                 files += _write_stages(path, Frames(*(part[i] for part in batch.frames)), settings, config)
             if batch.heat is not None:
-                files += _write_words(path, small, batch.heat[i], tokenizer.words(prompt), settings)
+                files += _write_words(path, small, batch.heat[i], words(prompt), settings)
             yield Drawn(index, prompt, image, tuple(files))
 
 

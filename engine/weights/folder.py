@@ -70,6 +70,11 @@ class Model:
             kind: (parts[kind], getattr(self, name)) for kind, name in TOKENIZERS.items() if kind in parts
         }
 
+    @property
+    def first_tokenizer(self) -> Tokenizer:
+        """That of its first text encoder. Two of one model read alike."""
+        return next(tokenizer for _, tokenizer in self.readers.values())
+
 
 def load_folder(
     path: str | Path,

@@ -159,10 +159,14 @@ def caption_in(row: Any, field: str) -> str:
 
 def caption_in_json(data: bytes, field: str) -> str:
     """As `caption_in`, from bytes of JSON."""
+    return caption_in(row_in_json(data), field)
+
+
+def row_in_json(data: bytes) -> Any:
+    """What bytes of JSON say. Raises Unusable where they are damaged."""
     try:
-        row = json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise Unusable(NOT_UTF8) from None
     except (ValueError, RecursionError):
         raise Unusable("the caption's JSON is damaged") from None
-    return caption_in(row, field)

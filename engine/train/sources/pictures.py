@@ -4,7 +4,6 @@ import bisect
 import concurrent.futures
 import hashlib
 import itertools
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from PIL import Image
 
 from engine.finish import BESIDE, SETTINGS_KEY
 from engine.pixels import Crop, read_header, read_pixels
-from engine.train.sources.item import Accept, Item, Source, Unusable, caption_in_json, required
+from engine.train.sources.item import Accept, Item, Source, Unusable, caption_in, required, row_in_json
 
 AT_ONCE = 256  # pictures that a thread looks at before it takes others
 
@@ -104,7 +103,7 @@ class Pictures:
 def _caption_inside(settings: str | None) -> str | None:
     if settings is None:
         return None
-    caption = caption_in_json(settings.encode("utf-8", "surrogatepass"), "prompt")
-    if not BESIDE.isdisjoint(json.loads(settings)):
+    row = row_in_json(settings.encode("utf-8", "surrogatepass"))
+    if isinstance(row, dict) and not BESIDE.isdisjoint(row):
         raise Unusable("a strip or a sheet that launch.generate made of pictures")
-    return caption
+    return caption_in(row, "prompt")
