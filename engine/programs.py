@@ -200,10 +200,11 @@ class Programs:
     # ---- the programs; (shared, batched) -> batched
 
     def _encode(self, params: Any, ids: Any) -> Context:
-        return conditions.encoded(self.model, self.computed(params), ids)
+        return conditions.encoded(self.model, self.devices.whole(self.computed(params)), ids)
 
     def _decode(self, params: Any, latents: Any) -> Any:
-        config, decode = self.model.vae.config, module(self.model.vae, self.computed(params)).decode
+        params = self.devices.whole(self.computed(params))
+        config, decode = self.model.vae.config, module(self.model.vae, params).decode
         scaled = latents / config.scaling_factor
         with self._kernels():
             image = decode_in_tiles(decode, scaled, self.tile // config.scale, config.scale)
@@ -213,7 +214,7 @@ class Programs:
 
     def _looked_at(self, params: Any, given: Any) -> Any:
         with self._kernels():
-            vae = module(self.model.vae, self.computed(params))
+            vae = module(self.model.vae, self.devices.whole(self.computed(params)))
             return edits.looked_at(vae, given, self.made_for)
 
     def computed(self, params: Any) -> Any:
@@ -281,9 +282,9 @@ class Programs:
         merge: float = 0.0,
     ) -> guidance.ContextApply:
         """The U-Net with (traced) params: (x, t, told) -> F. To be called inside of a program."""
-        unet = module(self.model.unet, params)
 
         def apply(x, t, told):
+            unet = module(self.model.unet, self.devices.whole(params, after=x))  # at each step anew
             added = None if told.numbers is None else (told.context.pooled, told.numbers)
             size = unet.config.finest_attention(*x.shape[1:3])
             with self._kernels(), merging(merge, size):

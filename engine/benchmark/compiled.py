@@ -2,14 +2,27 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from engine import chips, flops
 from engine.benchmark.memory_traffic import arrays, main_memory
 from engine.benchmark.outline import Program
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\((?:.*?channel_id=(\d+))?")
+_SCATTERS = re.compile(r"%all-reduce-scatter\S* \(")  # how a reduce-scatter begins in a program for TPUs
+
+# kind -> (bytes that it gives, devices) -> bytes that each of them sends (Thakur et al. 2005, in a ring)
+SENT: dict[str, Callable[[int, int], float]] = {
+    "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
+    "all-gather": lambda size, n: size * (n - 1) / n,
+    "reduce-scatter": lambda size, n: size * (n - 1),
+    "all-to-all": lambda size, n: size * (n - 1) / n,
+    "collective-permute": lambda size, n: size,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +36,7 @@ class Cost:
     arguments: int  # bytes
     results: int  # bytes, those that reuse the memory of arguments left out
     collectives: dict[str, int]  # kind -> how many
-    moved: int  # bytes of what the collectives give
+    moved: int  # bytes that the collectives send from one device to others
 
 
 def least_seconds(cost: Cost, main_memory: float, chip: chips.Chip) -> dict[str, float]:
@@ -43,7 +56,7 @@ def cost(program: Program) -> Cost:
     made = program.function.lower(*program.arguments).compile()
     counted: Any = made.cost_analysis()
     memory, text = made.memory_analysis(), made.as_text()
-    kinds, moved = collectives(text)
+    kinds, moved = collectives(text, _devices(program))
     return Cost(
         counted["flops"],
         counted["bytes accessed"],
@@ -56,17 +69,33 @@ def cost(program: Program) -> Cost:
     )
 
 
-def collectives(text: str) -> tuple[dict[str, int], int]:
-    """The collectives in a program's text: how many of each kind, and the bytes that they give."""
-    found, moved = dict.fromkeys(COLLECTIVES, 0), 0
-    for shapes, kind, start in _COLLECTIVE.findall(text):
-        found[kind] += 1
+def _devices(program: Program) -> int:
+    places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(program.arguments)]
+    return max((len(place.device_set) for place in places if place), default=1)
+
+
+def collectives(text: str, devices: int) -> tuple[dict[str, int], int]:
+    """The collectives in a program's text: how many of each kind, and the bytes that each device sends."""
+    found, moved, channels, scatters = dict.fromkeys(COLLECTIVES, 0), 0.0, set(), False
+    for line in text.splitlines():
+        if not line.startswith(" "):  # another computation begins
+            scatters = _SCATTERS.match(line) is not None
+        if not (match := _COLLECTIVE.search(line)):
+            continue
+        shapes, kind, start, channel = match.groups()
+        if channel in channels:  # the same one, in what is done meanwhile
+            continue
+        channels |= {channel} - {None}
         sizes = [array.size for array in arrays(shapes)]
         if start and kind != "all-reduce":  # (what is given, what comes, and numbers of their own)
             sizes = [size for size in sizes if size > 4]
             sizes = sizes[len(sizes) // 2 :]
-        moved += sum(sizes)
-    return {kind: count for kind, count in found.items() if count}, moved
+        size = sum(sizes)
+        if scatters:
+            kind, size = "reduce-scatter", size // devices
+        found[kind] += 1
+        moved += SENT[kind](size, devices)
+    return {kind: count for kind, count in found.items() if count}, round(moved)
 
 
 def arithmetic(program: Program) -> int:

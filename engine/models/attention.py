@@ -47,6 +47,10 @@ def _attend_in_blocks(q, k, v):
     return jax.lax.map(one_head, heads).reshape(B, N, T, K)
 
 
+def _attend_on_platform(q, k, v):
+    return jax.lax.platform_dependent(q, k, v, cpu=_attend_in_blocks, default=_attend)
+
+
 def attend(
     q: Float[Array, "B T N K"],
     k: Float[Array, "B S N K"],
@@ -71,7 +75,8 @@ def attend(
     elif mask is not None or B * N * T * k.shape[2] <= CPU_SCORES:
         out = _attend(q, k, v, mask)
     else:
-        out = jax.lax.platform_dependent(q, k, v, cpu=_attend_in_blocks, default=_attend)
+        # Its loop over batch and heads is one that the compiler would spread over devices as it likes.
+        out = kernels.on_each_device(_attend_on_platform)(q, k, v)
     return out.swapaxes(1, 2)
 
 

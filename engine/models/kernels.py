@@ -57,6 +57,11 @@ def flash(q: Float[Array, "B N T K"], k: Float[Array, "B N S K"]) -> Kernel | No
     return None
 
 
+def on_each_device(f: Kernel) -> Kernel:
+    """`f`, done by each device for its own part of the batch where a program said how it is spread."""
+    return f if (here := _here.get()) is None else here[1](f)
+
+
 @functools.cache
 def cudnn_attends(channels: int, dtype: np.dtype) -> bool:
     """Whether cuDNN has a kernel for heads of so many channels on this GPU: a small one is compiled."""

@@ -58,11 +58,12 @@ def program(
     init = functools.partial(steps.init, optimizer=optimizer, config=config)
     places = devices.shardings(jax.eval_shape(init, params))
 
-    def with_kernels(*arguments: Any) -> Any:
+    def on_devices(params: Params, frozen: Any, batch: steps.Batch, key: Any) -> Any:
+        # These are of the dtype that is computed in: of half precision, half as much travels.
         with kernels(devices.platform, devices.over_batch):
-            return loss(*arguments)
+            return loss(devices.whole(params), devices.whole(frozen), batch, key)
 
-    step = steps.train_step(with_kernels, optimizer, config)
+    step = steps.train_step(on_devices, optimizer, config)
     return Program(
         devices,
         jax.jit(init, out_shardings=places),

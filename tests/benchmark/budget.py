@@ -26,7 +26,9 @@ def environment() -> dict[str, str]:
 
 
 def measured() -> dict:
-    """jaxlib's version; program -> what it takes; and how many programs a job compiles."""
+    """jaxlib's version; program -> what it takes; how the devices of a training whose state is split exchange
+    its params; and how many programs a job compiles."""
+    import jax
     import jaxlib
 
     from engine.benchmark import compiled, outline
@@ -37,9 +39,8 @@ def measured() -> dict:
     programs = outline.drawing(model, Devices(), SIDE, BATCH, "dpmpp_2m")
     del programs["unet"]  # it is in the sampler
     programs["train"] = outline.training(model, Devices("jit", rules=SPLIT), SIDE, BATCH)
-    found = {}
-    for name, program in programs.items():
-        cost = compiled.cost(program)
+    found, costs = {}, {name: compiled.cost(program) for name, program in programs.items()}
+    for name, cost in costs.items():
         found[name] = {
             "flops": cost.flops,
             "accessed": cost.accessed,
@@ -47,7 +48,14 @@ def measured() -> dict:
             "collectives": sum(cost.collectives.values()),
             "moved": cost.moved,
         }
-    return {"jaxlib": jaxlib.__version__, "programs": found, "compilations": compilations()}
+    params = 4 * sum(leaf.size for leaf in jax.tree.leaves(model.unet.params))
+    exchange = {"kinds": sorted(costs["train"].collectives), "params": params}
+    return {
+        "jaxlib": jaxlib.__version__,
+        "programs": found,
+        "exchange": exchange,
+        "compilations": compilations(),
+    }
 
 
 def compilations() -> int:

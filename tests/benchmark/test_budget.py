@@ -38,5 +38,11 @@ def test_drawing_needs_no_collective(found):
     assert {name for name, cost in found["programs"].items() if cost["collectives"]} == {"train"}
 
 
+def test_a_split_training_exchanges_params_and_gradients_alone(found):
+    """CPUs gather them once and sum gradients on every device, in float32: three times the params."""
+    assert set(found["exchange"]["kinds"]) == {"all-gather", "all-reduce"}
+    assert found["programs"]["train"]["moved"] <= 3 * found["exchange"]["params"]
+
+
 def test_a_job_compiles_no_more_programs_than_before(found):
     assert found["compilations"] <= KNOWN["compilations"], WRITE

@@ -55,15 +55,27 @@ def test_text_of_another_kind_is_no_program():
 
 
 COLLECTIVES = """
-  %all-gather-start = (f32[4,8]{1,0}, f32[32,8]{1,0}) all-gather-start(%x), replica_groups={{0,1}}
+%all-reduce-scatter.fused (input: bf16[16,8]) -> bf16[4,8] {
+  %all-reduce.1 = bf16[16,8]{1,0} all-reduce(%input), channel_id=4, to_apply=%add
+}
+
+%meanwhile (x: f32[8,8]) -> f32[32,8] {
+  %all-gather = f32[32,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+}
+
+ENTRY %main {
+  %all-gather-start = (f32[8,8]{1,0}, f32[32,8]{1,0}) all-gather-start(%x), channel_id=1, dimensions={0}
   %all-gather-done = f32[32,8]{1,0} all-gather-done(%all-gather-start)
   %reduce-scatter = bf16[4,8]{1,0} reduce-scatter(%y), to_apply=%add
-  %all-reduce = f32[]{:T(128)} all-reduce(%z), to_apply=%add
-  %fusion = f32[8]{0} fusion(%all-reduce), calls=%all-reduce-scatter.fused
+  %all-reduce = f32[]{:T(128)} all-reduce(%z), channel_id=2, to_apply=%add
+  %permute = f32[4]{0} collective-permute(%z), channel_id=3, source_target_pairs={{0,1},{1,0}}
+  %fusion = bf16[4,8]{1,0} fusion(%all-reduce), calls=%all-reduce-scatter.fused
+}
 """
 
 
-def test_collectives_are_counted_with_what_they_give():
-    kinds, moved = collectives(COLLECTIVES)
-    assert kinds == {"all-reduce": 1, "all-gather": 1, "reduce-scatter": 1}
-    assert moved == 32 * 8 * 4 + 4 * 8 * 2 + 4
+def test_collectives_are_counted_with_what_each_of_four_devices_sends():
+    kinds, moved = collectives(COLLECTIVES, 4)
+    assert kinds == {"all-reduce": 1, "all-gather": 1, "reduce-scatter": 2, "collective-permute": 1}
+    gathered, scattered, summed, permuted = 32 * 8 * 4 * 3 / 4, 4 * 8 * 2 * 3, 2 * 4 * 3 / 4, 16
+    assert moved == gathered + 2 * scattered + summed + permuted

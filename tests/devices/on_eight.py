@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec
 import engine
 from engine import flops
 from engine.benchmark import scaling
+from engine.benchmark.compiled import collectives
 from engine.benchmark.drawing import Asked, Case
 from engine.config import AutoencoderStage, OptimConfig
-from engine.models import kernels
+from engine.models import attention, kernels
 from engine.models.attention import attend
 from engine.parallel import MODES, SPLIT, Devices
 from engine.train import checkpoint, loop, optim, stages, step
@@ -230,9 +231,10 @@ def test_split_params_draw_the_same_picture(folder, pipelines):
     assert COLLECTIVES.findall(split.devices.calls["segment"].compiled().as_text())
 
 
-def test_a_split_xl_and_its_refiner_draw_the_same_picture(tmp_path):
+def test_a_split_xl_and_its_refiner_draw_the_same_picture(tmp_path, monkeypatch):
     base = tiny_folder(tmp_path / "base", **shallow(XL))
     refiner = tiny_folder(tmp_path / "refiner", seed=1, **shallow(REFINER))
+    monkeypatch.setattr(attention, "CPU_SCORES", 1)  # in blocks, as larger pictures attend
     split = engine.load(base, parallel=Watched("jit", rules=SPLIT), refiner=refiner)
     whole = engine.load(base, parallel=Watched(devices=jax.devices()[:1]), refiner=refiner)
     for part in (*split.model.parts.values(), *split.refiner.model.parts.values()):
@@ -241,6 +243,11 @@ def test_a_split_xl_and_its_refiner_draw_the_same_picture(tmp_path):
     images = draw(split, refiner_start=0.5)
     assert largest_difference(images, draw(whole, refiner_start=0.5)) <= 1
     assert largest_difference(images, draw(whole, refiner_start=0.9, steps=10)) > 8
+    for stage in ("_encode", "segment", "_decode"):  # params come to the pictures, and not the other way
+        call = split.devices.calls[stage]
+        kinds, moved = collectives(call.compiled().as_text(), 8)
+        assert set(kinds) == {"all-gather"}
+        assert moved < sum(leaf.nbytes for leaf in jax.tree.leaves(call.arguments[0])), stage
 
 
 def test_a_parameter_without_a_rule_stops_the_loading(folder):
