@@ -59,6 +59,7 @@ FLAGS: cli.Groups = {
         "remat": ("NAME", "for train: none, dots or blocks"),
         "quantize": ("TYPE", "for drawing: int8 or fp8"),
         "merge_tokens": ("S", "for drawing: share of the tokens that attend together with others"),
+        "split_params": ("", "for drawing: the model over the chips, as train has it, not a copy on each"),
     },
     "Where": {
         "out": ("FILE", "all of it as JSON, with the command, the day and the hardware"),
@@ -80,6 +81,7 @@ DEFAULTS: dict[str, Any] = {
     "remat": "none",
     "quantize": "",
     "merge_tokens": 0.0,
+    "split_params": False,
 }
 KINDS = {name: type(value) for name, value in DEFAULTS.items()}
 KINDS |= {"side": str, "sampler": str, "out": str, "plot": str}
@@ -97,9 +99,10 @@ def main(argv: Sequence[str]) -> int:
         return cli.DONE
     if options["rounds"] < 1:
         raise UserError(f"rounds={options['rounds']}: write a number from 1")
-    for name in ("quantize", "merge_tokens"):
+    for name in ("quantize", "merge_tokens", "split_params"):
         if options[name] and mode != "compile":
-            raise UserError(f"{name} is for compile; spare measures what it does to pictures")
+            pictures = "" if name == "split_params" else "; spare measures what it does to pictures"
+            raise UserError(f"{name} is for compile{pictures}")
     several = any("," in str(options.get(name) or "") for name in ("batch_sizes", "side", "steps"))
     if options.get("plot") and (mode in ("load", "compile") or (mode != "scale" and not several)):
         raise UserError("plot: nothing changes; write several batch_sizes, sides, steps or devices")
@@ -224,6 +227,7 @@ def compile_programs(options: dict[str, Any], argv: Sequence[str]) -> int:
         options["remat"],
         options["quantize"],
         options["merge_tokens"],
+        options["split_params"],
     ):
         found.append(row)
         cli.tell(f"{row['program']}: compiled in {row['_compile seconds']:.0f} s")

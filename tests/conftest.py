@@ -5,6 +5,7 @@ The models of the tests are tiny: their time is the compiler's. FOGSCULPT_LONG=1
 
 import gc
 import os
+import sys
 
 import pytest
 
@@ -31,4 +32,6 @@ install_import_hook("engine", "beartype.beartype(conf=beartype.BeartypeConf(is_p
 @pytest.fixture(scope="module", autouse=True)
 def swept():
     yield
+    if (jax := sys.modules.get("jax")) is not None:
+        jax.clear_caches()
     gc.collect()

@@ -27,11 +27,13 @@ def rows(
     remat: str,
     quantize: str = "",
     merge: float = 0.0,
+    split: bool = False,
 ) -> Iterator[Row]:
     """One for each program and batch size, as they are compiled; a training splits its state over the chips.
 
     Args:
       quantize, merge: for drawing, see `outline`.
+      split: for drawing: the chips share the model.
 
     Raises:
       UserError: a name is unknown, or the model cannot do it.
@@ -45,14 +47,17 @@ def rows(
         raise UserError(f"merge_tokens={merge}: write a share of the tokens, from 0 to {merging.MOST}")
     if (quantize or merge) and "train" in parts:
         raise UserError("quantize and merge_tokens are for drawing: leave train out of parts")
+    if quantize and split:
+        raise UserError(f"quantize={quantize!r} with split_params: leave one of them out")
     model, found = outline.model(name, quantize=quantize), tpu_compiler.chips(topology)
     side = side or model.default_size[0]
+    sharing = Devices("jit", found, rules=SPLIT)
+    devices = sharing if split else Devices("shard_map", found)
     for batch in batch_sizes:
-        drawing = outline.drawing(model, Devices("shard_map", found), side, batch, merge=merge)
+        drawing = outline.drawing(model, devices, side, batch, merge=merge)
         for part in parts:
             if part == "train":
-                devices = Devices("jit", found, rules=SPLIT)
-                program = outline.training(model, devices, side, batch, remat)
+                program = outline.training(model, sharing, side, batch, remat)
             else:
                 program = drawing[part]
             yield {"model": name, "pixels": side, **row(part, batch, program, found[0])}
