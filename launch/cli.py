@@ -1,6 +1,7 @@
 """What entry points share: flags that fill a config, help worth reading, and one line for each mistake."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import time
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -31,6 +33,7 @@ def main(job: Job) -> NoReturn:
     nowhere = open(os.devnull, "w")  # noqa: SIM115, stands in for closed streams to the end
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     sys.stdout.reconfigure(errors="surrogateescape")  # a path may hold any bytes; print them as they are
+    warnings.showwarning = functools.partial(_warned, warnings.showwarning)
     try:
         code = exit_code(job, sys.argv[1:])
     except Exception:  # a fault of ours; Python's own code for it is 1, which says something else here
@@ -57,6 +60,14 @@ def exit_code(job: Job, argv: Sequence[str]) -> int:
         return TERMINATED if isinstance(stop, Terminated) else STOPPED
     except BrokenPipeError:  # whoever read our stdout has gone, as in `... | head -1`
         return FAILED
+
+
+def _warned(as_python: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any):
+    """What the engine warns of is for users, and has no place in a file; other warnings are Python's."""
+    if category is UserWarning:
+        tell(f"warning: {message}")
+    else:
+        as_python(message, category, *where)
 
 
 class Terminated(KeyboardInterrupt):
