@@ -76,21 +76,22 @@ def _devices(program: Program) -> int:
 
 def collectives(text: str, devices: int) -> tuple[dict[str, int], int]:
     """The collectives in a program's text: how many of each kind, and the bytes that each device sends."""
-    found, moved, channels, scatters = dict.fromkeys(COLLECTIVES, 0), 0.0, set(), False
+    found, moved, gathers, scatters = dict.fromkeys(COLLECTIVES, 0), 0.0, set(), False
     for line in text.splitlines():
         if not line.startswith(" "):  # another computation begins
             scatters = _SCATTERS.match(line) is not None
         if not (match := _COLLECTIVE.search(line)):
             continue
         shapes, kind, start, channel = match.groups()
-        if channel in channels:  # the same one, in what is done meanwhile
-            continue
-        channels |= {channel} - {None}
         sizes = [array.size for array in arrays(shapes)]
         if start and kind != "all-reduce":  # (what is given, what comes, and numbers of their own)
             sizes = [size for size in sizes if size > 4]
             sizes = sizes[len(sizes) // 2 :]
         size = sum(sizes)
+        if kind == "all-gather" and channel:
+            if (channel, size) in gathers:  # the same one, as it goes on beside other work
+                continue
+            gathers.add((channel, size))
         if scatters:
             kind, size = "reduce-scatter", size // devices
         found[kind] += 1
