@@ -4,6 +4,7 @@ The compiler's own count of bytes has all that instructions read and write, wher
 the chip's fast memory, where a layout says S(1), and what is fetched into it ahead of time counts twice.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ _NAME = re.compile(r"%([\w.\-]+)")
 FAST = re.compile(r"S\([1-9]\)")
 # Move nothing, or what their start has moved.
 FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "after-all")
+# Parts of a collective that goes on beside other work, and what of it they hand on where it lies.
+_MEANWHILE = re.compile(r"^\s+%async-collective|calls=%async_collective_fusion")
+_HANDED_ON = re.compile(r"\{(\d*)\}: \((\d+), ")
 STARTS = ("copy-start", "slice-start", "async-start")  # of what is moved while others are at work
 KERNEL = "tpu_custom_call"  # counted apart: `engine.benchmark.kernel_traffic`
 
@@ -66,12 +70,17 @@ def _moved(lines: list[str]) -> int:
         places[name] = arrays(shapes)
         if kind in FREE or kind.endswith("-done") or KERNEL in line:
             continue
-        operands = [a for other in _NAME.findall(rest.split("), ")[0]) for a in places.get(other, [])]
+        results = arrays(shapes)
+        operands = [places.get(other, []) for other in _NAME.findall(rest.split("), ")[0])]
         if kind in STARTS:
-            to = _destination(kind, shapes)
-            total += to.size * (2 if not to.fast and operands and not operands[0].fast else 1)
-        else:
-            total += sum(a.size for a in (*places[name], *operands) if not a.fast)
+            to, origin = _destination(kind, shapes), operands[0] if operands else []
+            total += to.size * (2 if not to.fast and origin and not origin[0].fast else 1)
+            continue
+        if _MEANWHILE.search(line):
+            kept = [(int(result or 0), int(operand)) for result, operand in _HANDED_ON.findall(line)]
+            results = [a for i, a in enumerate(results) if i not in {result for result, _ in kept}]
+            operands = [each for i, each in enumerate(operands) if i not in {operand for _, operand in kept}]
+        total += sum(a.size for a in itertools.chain(results, *operands) if not a.fast)
     return total
 
 

@@ -152,7 +152,7 @@ def test_kernels_work_on_each_devices_part_where_the_compiler_partitions(folder,
         return engine.load(folder, parallel=devices).generate(PROMPTS[:2], seed=7, steps=2)
 
     expected = drawn(Devices("jit", two))
-    monkeypatch.setattr(kernels, "MIN_QUERIES", 1)
+    monkeypatch.setattr(kernels, "MIN_TOKENS", 1)
     monkeypatch.setattr(Devices, "platform", "tpu")
     with pltpu.force_tpu_interpret_mode():
         found = drawn(Devices("jit", two))
@@ -314,7 +314,7 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_four_and_on_one(tmp_path):
 @pytest.mark.parametrize("shard_params", [False, True], ids=["copies", "shards"])
 def test_a_training_has_kernels_on_each_devices_part(monkeypatch, shard_params):
     """With their derivatives, interpreted: three steps on two devices are the ones without kernels."""
-    monkeypatch.setattr(kernels, "MIN_QUERIES", 1)
+    monkeypatch.setattr(kernels, "MIN_TOKENS", 1)
     stage = AutoencoderStage(batch_size=8, accumulate=2, ema=(), shard_params=shard_params)
     params = {"kernel": jax.random.normal(jax.random.key(0), (3, 32, 32))}
     batch = {"x": np.asarray(jax.random.normal(jax.random.key(1), (8, 136, 32)))}

@@ -28,7 +28,7 @@ def whole(f):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(kernels, "MIN_QUERIES", 1)
+    monkeypatch.setattr(kernels, "MIN_TOKENS", 1)
 
 
 @pytest.mark.parametrize(
@@ -45,18 +45,20 @@ def test_kernel_equals_the_compilers_attention(small, T, S, K):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-def uses_kernel(queries: int, platform: str, mask=None) -> bool:
+def uses_kernel(queries: int, keys: int, platform: str, mask=None) -> bool:
     with kernels.kernels(platform, whole):
-        jaxpr = jax.make_jaxpr(lambda *a: attention.attend(*a, mask=mask))(*arrays(queries, 8, 8))
+        jaxpr = jax.make_jaxpr(lambda *a: attention.attend(*a, mask=mask))(*arrays(queries, keys, 8))
     return "pallas_call" in str(jaxpr)
 
 
 def test_kernels_are_for_long_sequences_on_tpus():
-    assert uses_kernel(kernels.MIN_QUERIES, "tpu")
-    assert not uses_kernel(kernels.MIN_QUERIES - 1, "tpu")
-    assert not uses_kernel(kernels.MIN_QUERIES, "cpu")
-    assert not uses_kernel(kernels.MIN_QUERIES, "tpu", mask=jnp.ones((1, 1, kernels.MIN_QUERIES, 8), bool))
-    assert "pallas_call" not in str(jax.make_jaxpr(attention.attend)(*arrays(kernels.MIN_QUERIES, 8, 8)))
+    many = kernels.MIN_TOKENS
+    assert uses_kernel(many, many, "tpu")
+    assert not uses_kernel(many - 1, many - 1, "tpu")
+    assert not uses_kernel(many, 77, "tpu")  # the words of a prompt
+    assert not uses_kernel(many, many, "cpu")
+    assert not uses_kernel(many, many, "tpu", mask=jnp.ones((1, 1, many, many), bool))
+    assert "pallas_call" not in str(jax.make_jaxpr(attention.attend)(*arrays(many, many, 8)))
 
 
 @pytest.mark.parametrize("length", [128, 1024, 4096, 8320, 128 * 31, 16384])
