@@ -18,7 +18,7 @@ class DataConfig:
     .arrayrecord, .parquet) or a folder of shards. What cannot be used is skipped, and listed.
     """
 
-    paths: tuple[str, ...] = ()  # none: the drawn world
+    paths: tuple[str, ...] = ()  # none: the drawn world, from scratch alone
     kind: str = "auto"  # what the paths hold, where that is not plain; or "world", the drawn one
     repeats: tuple[int, ...] = (1,)  # how often an epoch shows each picture: of all paths, or one for each
     caption_field: str = ""  # in JSON and Parquet; none: the first of caption, text, prompt

@@ -90,10 +90,8 @@ class FinetuneConfig:
         self.lora.validate("lora")
         if self.what == "textual_inversion":
             self.inversion.validate("inversion")
-            if not self.data.paths:
-                raise UserError(
-                    f"what={self.what!r} without pictures: write data.paths, such as ('pictures',)"
-                )
+        if not self.data.paths and not self.latents:
+            raise UserError(f"what={self.what!r} without pictures: write data.paths, such as ('pictures',)")
         self.prior.validate("prior")
         self.samples.validate("samples")
         if self.latents:
