@@ -125,13 +125,14 @@ class Devices:
         parts = [part if fit else None for part, fit in zip(parts, fits, strict=True)]
         return NamedSharding(self.mesh, PartitionSpec(*parts))
 
-    def whole(self, tree: Any, after: Any = None) -> Any:
-        """Inside a program of mode "jit": split params, whole on each device; their gradients split again.
+    def whole(self, tree: Any, parts: Any = None, after: Any = None) -> Any:
+        """Inside a program of mode "jit": params that are split, whole on each device.
 
         Without it the compiler is free to move pictures instead of params, and does: it computed attention on
         other devices than the convolutions around it, and moved ten times as many bytes.
 
         Args:
+          parts: where each of them stays (see `shardings`), if there are gradients, which are to come there.
           after: arrays that must be known first. In a loop, those that change: else the compiler brings the
             params together before the loop, and keeps them whole all the while.
         """
@@ -139,7 +140,11 @@ class Devices:
             return tree
         if after is not None:
             tree, _ = jax.lax.optimization_barrier((tree, after))
-        return jax.tree.map(lambda x, part: _gathered(x, self._whole, part), tree, self.shardings(tree))
+        if parts is not None:
+            # A gradient goes the way back: it is summed on all devices, and then in parts. Without the first,
+            # the derivative of a convolution is computed in as many pieces as there are devices.
+            tree = jax.lax.with_sharding_constraint(tree, parts)
+        return jax.lax.with_sharding_constraint(tree, self._whole)
 
     def share(self, tree: Any) -> Any:
         """Copies small values (sigmas, a scale) to all devices."""
@@ -238,22 +243,6 @@ def meet(coordinator: str | None, processes: int, process_id: int) -> None:
             f"the {processes} processes did not find each other ({reason}); write --coordinator HOST:PORT "
             "of process 0"
         ) from None
-
-
-def _gathered(x: Array, whole: Sharding, part: Sharding) -> Array:
-    """`x` on every device; what comes back for it is summed over devices into the parts that it came from."""
-
-    @jax.custom_vjp
-    def gather(x):
-        return jax.lax.with_sharding_constraint(x, whole)
-
-    def scatter(_, cotangent):
-        # Whole first: else a convolution's derivative is computed in as many pieces as there are devices.
-        summed = jax.lax.with_sharding_constraint(cotangent, whole)
-        return (jax.lax.with_sharding_constraint(summed, part),)
-
-    gather.defvjp(lambda x: (gather(x), None), scatter)
-    return gather(x)
 
 
 def _put(tree: Any, sharding: Sharding) -> Any:

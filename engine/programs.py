@@ -284,11 +284,19 @@ class Programs:
         """The U-Net with (traced) params: (x, t, told) -> F. To be called inside of a program."""
 
         def apply(x, t, told):
-            unet = module(self.model.unet, self.devices.whole(params, after=x))  # at each step anew
             added = None if told.numbers is None else (told.context.pooled, told.numbers)
-            size = unet.config.finest_attention(*x.shape[1:3])
-            with self._kernels(), merging(merge, size):
-                return unet(x, t, told.context.words, guidance_scale, added, recall)
+            size = self.model.unet.config.finest_attention(*x.shape[1:3])
+
+            def call(recall):
+                unet = module(self.model.unet, self.devices.whole(params, after=x))  # at each step anew
+                with self._kernels(), merging(merge, size):
+                    return unet(x, t, told.context.words, guidance_scale, added, recall)
+
+            if recall is None or self.devices.rules is None:
+                return call(recall)
+            return caching.either(
+                call, recall
+            )  # so that split params of lower levels come where they are used
 
         return apply
 

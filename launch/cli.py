@@ -18,7 +18,7 @@ from absl import flags
 from tqdm import tqdm
 
 from engine.config import IN_WORDS, nearest
-from engine.errors import UserError
+from engine.errors import UserError, UserNotice
 
 # Exit codes, as shells and schedulers read them.
 DONE, FAILED, MISTAKE, CRASHED, STOPPED, TERMINATED = 0, 1, 2, 70, 130, 143
@@ -63,8 +63,8 @@ def exit_code(job: Job, argv: Sequence[str]) -> int:
 
 
 def _warned(as_python: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any):
-    """What the engine warns of is for users, and has no place in a file; other warnings are Python's."""
-    if category is UserWarning:
+    """What the engine warns of is for users, whom a place in its code would not help; others are Python's."""
+    if issubclass(category, UserNotice):
         tell(f"warning: {message}")
     else:
         as_python(message, category, *where)

@@ -16,8 +16,9 @@ for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 # What the workers have imported is hundreds of thousands of objects: looked through as often as Python
-# would, they take a fifteenth of the time of all tests. Once a file suffices (`swept`), and it must be: with
-# thousands of dead programs in memory, an exception in C++ takes milliseconds to find its way past them.
+# would, they take a fifteenth of the time of all tests. Once a file suffices (`swept`), and it must be, with
+# the programs that JAX keeps: among thousands of them in memory, an exception in C++, of which PyTorch and
+# JAX throw and catch many, takes milliseconds to find its way.
 gc.set_threshold(100_000, 50, 100)
 
 if not os.environ.get("FOGSCULPT_LONG"):

@@ -13,6 +13,7 @@ from engine.benchmark.outline import Program
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\((?:.*?channel_id=(\d+))?")
+_MEANWHILE = re.compile(r"%(fused_computation|async_collective_fusion)")
 _SCATTERS = re.compile(r"%all-reduce-scatter\S* \(")  # how a reduce-scatter begins in a program for TPUs
 
 # kind -> (bytes that it gives, devices) -> bytes that each of them sends (Thakur et al. 2005, in a ring)
@@ -76,10 +77,11 @@ def _devices(program: Program) -> int:
 
 def collectives(text: str, devices: int) -> tuple[dict[str, int], int]:
     """The collectives in a program's text: how many of each kind, and the bytes that each device sends."""
-    found, moved, gathers, scatters = dict.fromkeys(COLLECTIVES, 0), 0.0, set(), False
+    found, moved, gathers = dict.fromkeys(COLLECTIVES, 0), 0.0, set()
+    scatters = meanwhile = False
     for line in text.splitlines():
         if not line.startswith(" "):  # another computation begins
-            scatters = _SCATTERS.match(line) is not None
+            scatters, meanwhile = bool(_SCATTERS.match(line)), bool(_MEANWHILE.match(line))
         if not (match := _COLLECTIVE.search(line)):
             continue
         shapes, kind, start, channel = match.groups()
@@ -88,10 +90,10 @@ def collectives(text: str, devices: int) -> tuple[dict[str, int], int]:
             sizes = [size for size in sizes if size > 4]
             sizes = sizes[len(sizes) // 2 :]
         size = sum(sizes)
-        if kind == "all-gather" and channel:
-            if (channel, size) in gathers:  # the same one, as it goes on beside other work
+        if meanwhile and kind == "all-gather":  # as it goes on beside other work, it stands in each
+            if channel in gathers:
                 continue
-            gathers.add((channel, size))
+            gathers.add(channel)
         if scatters:
             kind, size = "reduce-scatter", size // devices
         found[kind] += 1

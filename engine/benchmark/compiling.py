@@ -45,8 +45,8 @@ def rows(
             )
     if not 0 <= merge <= merging.MOST:
         raise UserError(f"merge_tokens={merge}: write a share of the tokens, from 0 to {merging.MOST}")
-    if (quantize or merge) and "train" in parts:
-        raise UserError("quantize and merge_tokens are for drawing: leave train out of parts")
+    if (quantize or merge or split) and "train" in parts:
+        raise UserError("quantize, merge_tokens and split_params are for drawing: leave train out of parts")
     if quantize and split:
         raise UserError(f"quantize={quantize!r} with split_params: leave one of them out")
     model, found = outline.model(name, quantize=quantize), tpu_compiler.chips(topology)

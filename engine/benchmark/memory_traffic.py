@@ -19,7 +19,7 @@ FAST = re.compile(r"S\([1-9]\)")
 # Move nothing, or what their start has moved.
 FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "after-all")
 # Parts of a collective that goes on beside other work, and what of it they hand on where it lies.
-_MEANWHILE = re.compile(r"^\s+%async-collective|calls=%async_collective_fusion")
+_MEANWHILE = re.compile(r"^\s+(?:ROOT )?%async-collective|calls=%async_collective_fusion")
 _HANDED_ON = re.compile(r"\{(\d*)\}: \((\d+), ")
 STARTS = ("copy-start", "slice-start", "async-start")  # of what is moved while others are at work
 KERNEL = "tpu_custom_call"  # counted apart: `engine.benchmark.kernel_traffic`
@@ -70,7 +70,7 @@ def _moved(lines: list[str]) -> int:
         places[name] = arrays(shapes)
         if kind in FREE or kind.endswith("-done") or KERNEL in line:
             continue
-        results = arrays(shapes)
+        results = places[name]
         operands = [places.get(other, []) for other in _NAME.findall(rest.split("), ")[0])]
         if kind in STARTS:
             to, origin = _destination(kind, shapes), operands[0] if operands else []

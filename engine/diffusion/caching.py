@@ -36,15 +36,32 @@ class State(NamedTuple):
 class Recall:
     """What stands between a U-Net and its lower levels in one call; `kept` is what is kept after it."""
 
-    def __init__(self, kept: Kept, fresh: Bool[Array, ""]):
+    def __init__(self, kept: Kept, fresh: Bool[Array, ""] | bool):
         """fresh: whether they are computed; may be traced."""
-        self.kept, self._fresh = kept, fresh
+        self.kept, self.fresh = kept, fresh
 
     def __call__(self, compute: Callable[[], Float[Array, "BR H W D"]]) -> Float[Array, "BR H W D"]:
         last = self.kept.reshape(-1, *self.kept.shape[2:])
-        feature = jax.lax.cond(self._fresh, compute, lambda: last)
+        if isinstance(self.fresh, bool):
+            feature = compute() if self.fresh else last
+        else:
+            feature = jax.lax.cond(self.fresh, compute, lambda: last)
         self.kept = feature.reshape(self.kept.shape)
         return feature
+
+
+def either(call: Callable[[Recall], Array], recall: Recall) -> Array:
+    """`call` of what stands in for `recall`, in one branch of the program for each of the two kinds of steps.
+
+    For what is done before the U-Net is called, and is for its lower levels.
+    """
+
+    def branch(fresh: bool) -> tuple[Array, Kept]:
+        own = Recall(recall.kept, fresh)
+        return call(own), own.kept
+
+    out, recall.kept = jax.lax.cond(recall.fresh, lambda: branch(True), lambda: branch(False))
+    return out
 
 
 def keeping(

@@ -16,14 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from engine.errors import UserNotice
+
 LANES = 128  # queries, keys, and channels beyond as many, come in multiples of this
 BLOCK = 1024  # queries, and keys, at work at a time: 4 MiB of scores, of the 16 that a kernel may have
-BACK_BLOCK = (
-    256  # keys, in the derivative of queries: JAX writes as many copies of a sum, of which 128 are read
-)
 WIDE_BLOCK = 2048  # queries where channels are few: keys are fetched again for each block of queries
-# Queries, and keys: fewer have scores that the compiler keeps in its fast memory by itself. So have many that
-# meet the 77 keys of a prompt: there a kernel moves 3 to 8 times as many bytes, in training 12 to 34 times.
+# Keys at a time in the derivative of queries: of a sum, JAX writes as many copies, and reads 128 of them.
+BACK_BLOCK = 256
+# Queries, and keys: fewer have scores that the compiler for TPUs keeps in fast memory by itself. So have many
+# that meet the 77 keys of a prompt: there a kernel moves 3 to 8 times the bytes, in training 12 to 34 times.
+# GPUs have the same limit, and were not measured.
 MIN_TOKENS = 1024
 HIDDEN = -1e30  # score of a key that only fills a block
 CUDNN_CHANNELS = 128  # of a head, at most, on every GPU, with derivatives
@@ -81,7 +83,7 @@ def cudnn_attends(channels: int, dtype: np.dtype) -> bool:
         jax.jit(jax.grad(loss, (0, 1, 2))).lower(like, like, like).compile()
     except (RuntimeError, ValueError) as error:  # no cuDNN, one that is too old, or a GPU that has none of it
         why = str(error).partition("\n")[0]
-        warnings.warn(f"attention without cuDNN, slower and with more memory: {why}", stacklevel=2)
+        warnings.warn(f"attention without cuDNN, slower and with more memory: {why}", UserNotice, 2)
         return False
     return True
 

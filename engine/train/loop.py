@@ -60,8 +60,9 @@ def program(
 
     def on_devices(params: Params, frozen: Any, batch: steps.Batch, key: Any) -> Any:
         # These are of the dtype that is computed in: of half precision, half as much travels.
+        params, frozen = devices.whole(params, parts=places.params), devices.whole(frozen)
         with kernels(devices.platform, devices.over_batch):
-            return loss(devices.whole(params), devices.whole(frozen), batch, key)
+            return loss(params, frozen, batch, key)
 
     step = steps.train_step(on_devices, optimizer, config)
     return Program(

@@ -40,6 +40,7 @@ def test_drawing_needs_no_collective(found):
 
 def test_a_split_training_exchanges_params_and_gradients_alone(found):
     """CPUs gather them once and sum gradients on every device, in float32: three times the params."""
+    assert found["exchange"] == KNOWN["exchange"]
     assert set(found["exchange"]["kinds"]) == {"all-gather", "all-reduce"}
     assert found["programs"]["train"]["moved"] <= 3 * found["exchange"]["params"]
 

@@ -49,6 +49,26 @@ def test_what_lies_in_fast_memory_and_kernels_do_not_count():
     assert main_memory(PROGRAM) == copied + sliced + fused + loop
 
 
+GATHER = """
+ENTRY %main (x: bf16[4,128]) -> bf16[32,128] {
+  %x = bf16[4,128]{1,0} parameter(0)
+  %y = bf16[8,128]{1,0} parameter(1)
+  %async-collective-start.1 = (bf16[4,128]{1,0}, bf16[32,128]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%fused.1
+  %shard = bf16[4,128]{1,0} get-tuple-element(%async-collective-start.1), index=0
+  %whole = bf16[32,128]{1,0} get-tuple-element(%async-collective-start.1), index=1
+  %fusion.2 = (bf16[8,128]{1,0}, bf16[4,128]{1,0}, bf16[32,128]{1,0}) fusion(%shard, %whole, %y), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%async_collective_fusion.2
+  %other = bf16[4,128]{1,0} get-tuple-element(%fusion.2), index=1
+  %more = bf16[32,128]{1,0} get-tuple-element(%fusion.2), index=2
+  ROOT %async-collective-done.1 = bf16[32,128]{1,0} fusion(%more), kind=kCustom, output_to_operand_aliasing={{}: (0, {})}, calls=%fused.3
+}
+"""  # noqa: E501
+
+
+def test_a_gather_beside_other_work_counts_once():
+    gathered, beside = 32 * 128 * 2, 2 * 8 * 128 * 2  # written; read and written
+    assert main_memory(GATHER) == gathered + beside
+
+
 def test_text_of_another_kind_is_no_program():
     with pytest.raises(AssertionError):
         main_memory("module @jit_f {}")
@@ -59,8 +79,12 @@ COLLECTIVES = """
   %all-reduce.1 = bf16[16,8]{1,0} all-reduce(%input), channel_id=4, to_apply=%add
 }
 
-%meanwhile (x: f32[8,8]) -> f32[32,8] {
-  %all-gather = f32[32,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+%fused_computation.1 (x: f32[8,8]) -> f32[32,8] {
+  %all-gather = f32[32,8]{1,0} all-gather(%x), channel_id=5, dimensions={0}
+}
+
+%async_collective_fusion.2 (x: f32[8,8]) -> f32[32,8] {
+  %all-gather = f32[32,8]{1,0} all-gather(%x), channel_id=5, dimensions={0}
 }
 
 ENTRY %main {
@@ -76,6 +100,6 @@ ENTRY %main {
 
 def test_collectives_are_counted_with_what_each_of_four_devices_sends():
     kinds, moved = collectives(COLLECTIVES, 4)
-    assert kinds == {"all-reduce": 1, "all-gather": 1, "reduce-scatter": 2, "collective-permute": 1}
+    assert kinds == {"all-reduce": 1, "all-gather": 2, "reduce-scatter": 2, "collective-permute": 1}
     gathered, scattered, summed, permuted = 32 * 8 * 4 * 3 / 4, 4 * 8 * 2 * 3, 2 * 4 * 3 / 4, 16
-    assert moved == gathered + 2 * scattered + summed + permuted
+    assert moved == 2 * gathered + 2 * scattered + summed + permuted

@@ -29,14 +29,20 @@ def test_merged_tokens_attend_less():
     assert counts[1] < counts[0]
 
 
+DRAWING = "quantize, merge_tokens and split_params are for drawing: leave train out of parts"
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"quantize": "int8"}, "quantize and merge_tokens are for drawing: leave train out of parts"),
+        ({"quantize": "int8"}, DRAWING),
+        ({"split": True}, DRAWING),
+        ({"quantize": "int8", "split": True}, "quantize='int8' with split_params: leave one of them out"),
         ({"merge": 0.9}, "merge_tokens=0.9: write a share of the tokens, from 0 to 0.75"),
     ],
 )
 def test_mistakes(options, message):
     with pytest.raises(UserError) as error:
-        list(compiling.rows("tiny", "v5e:2x2", [1], None, ["train"], "none", **options))
+        parts = ["unet"] if len(options) > 1 else ["train"]
+        list(compiling.rows("tiny", "v5e:2x2", [1], None, parts, "none", **options))
     assert str(error.value) == message

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 import engine
 from engine import flops
-from engine.benchmark import scaling
+from engine.benchmark import outline, scaling
 from engine.benchmark.compiled import collectives
 from engine.benchmark.drawing import Asked, Case
 from engine.config import AutoencoderStage, OptimConfig
@@ -26,7 +26,7 @@ from engine.train import checkpoint, loop, optim, stages, step
 from engine.train.objectives import autoencoder_loss
 from engine.types import UserError
 from tests.compiled import COMPILED
-from tests.tiny import REFINER, SHALLOW, XL, shallow, tiny_folder, tiny_tokenizer
+from tests.tiny import REFINER, SHALLOW, XL, shallow, tiny_folder, tiny_model, tiny_tokenizer
 from tests.train.tiny_run import get_config
 
 PROMPTS = [f"{color} {thing}" for color in ("a red", "a blue") for thing in ("fox", "car", "cat", "dog")]
@@ -220,9 +220,9 @@ def test_scale_one_runs_no_unconditional_pass(pipelines):
 
 def test_split_params_draw_the_same_picture(folder, pipelines):
     rules = [
-        (r"resnets.*conv\d\.kernel", PartitionSpec(None, None, None, "data")),
+        (r"^(unet|vae).*resnets.*conv\d\.kernel", PartitionSpec(None, None, None, "data")),
         (r"(to_q|to_k|to_v|q_proj|fc1)\.kernel", PartitionSpec(None, "data")),
-        (r".*", PartitionSpec()),
+        (r"^(unet|vae|text_encoder)\.", PartitionSpec()),  # a name begins with the part
     ]
     split = engine.load(folder, parallel=Watched("jit", rules=rules))
     kernel = split.model.unet.params["down_blocks"][0]["resnets"][0]["conv1"]["kernel"]
@@ -248,6 +248,21 @@ def test_a_split_xl_and_its_refiner_draw_the_same_picture(tmp_path, monkeypatch)
         kinds, moved = collectives(call.compiled().as_text(), 8)
         assert set(kinds) == {"all-gather"}
         assert moved < sum(leaf.nbytes for leaf in jax.tree.leaves(call.arguments[0])), stage
+
+
+def test_split_params_come_together_at_each_step_and_not_before_all():
+    program = outline.drawing(tiny_model(), Devices("jit", rules=SPLIT), 32, 1)["sampler"]
+    text = program.function.lower(*program.arguments).compile().as_text()
+    assert collectives(text, 8)[1] > 0 == collectives(text[text.index("ENTRY") :], 8)[1]
+
+
+def test_split_params_of_the_lower_levels_come_together_where_these_are_computed(folder, pipelines):
+    split = engine.load(folder, parallel=Watched("jit", rules=SPLIT))
+    images = draw(split, cache_interval=2)
+    assert largest_difference(images, draw(pipelines["jit"], cache_interval=2)) <= 1
+    text = split.devices.calls["segment"].compiled().as_text()
+    always, all_of_it = collectives(text[text.index("ENTRY") :], 8)[1], collectives(text, 8)[1]
+    assert 0 <= always < 0.5 * all_of_it
 
 
 def test_a_parameter_without_a_rule_stops_the_loading(folder):

@@ -44,9 +44,9 @@ def model(tmp_path_factory):
     return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def load_once():
-    """engine.load with a memory: what it has compiled serves all tests."""
+    """engine.load with a memory: what it has compiled serves all tests of a file."""
     cached = functools.cache(pipeline.load)
 
     def load(model, dtype, parallel, lora=(), embeddings=(), decoder=None, tile=0, refiner=None, quantize=""):

@@ -350,14 +350,14 @@ def test_ctrl_c_is_put_off_to_where_it_is_safe(draw, monkeypatch, moment):
 
 def test_a_warning_of_the_engine_is_one_line_and_others_are_pythons():
     code = (
-        "import warnings; from launch import cli\n"
-        "def job(argv): warnings.warn('slower'); warnings.warn('old', FutureWarning); return 0\n"
+        "import warnings; from launch import cli; from engine.errors import UserNotice\n"
+        "def job(argv): warnings.warn('slower', UserNotice); warnings.warn('a library'); return 0\n"
         "cli.main(job)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stderr.splitlines()[0] == "warning: slower"
-    assert "FutureWarning: old" in done.stderr
+    assert "<string>:2: UserWarning: a library" in done.stderr
 
 
 def test_a_fault_of_ours_has_a_code_of_its_own():

@@ -7,6 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from engine import flops
+from engine.errors import UserNotice
 from engine.models import attention, kernels
 
 
@@ -127,7 +128,7 @@ def test_without_cudnn_it_says_so_and_attends(small):
     expected = attention.attend(*args)
     with (
         kernels.kernels("gpu", whole),
-        pytest.warns(UserWarning, match="without cuDNN.*: cuDNN is not detected"),
+        pytest.warns(UserNotice, match="without cuDNN.*: cuDNN is not detected"),
     ):
         found = attention.attend(*args)
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))

@@ -1,6 +1,5 @@
 """What all tests beside PyTorch need to be quick."""
 
-import jax
 import numpy as np
 import pytest
 from diffusers import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
@@ -14,12 +13,6 @@ def numbers_instead_of_tensors():
         for scheduler in (KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler):
             patch.setattr(scheduler, "_sigma_to_t", _of_arrays(scheduler._sigma_to_t))
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_the_programs_of_other_files():
-    """PyTorch throws many exceptions in C++, and each looks through all programs in memory."""
-    jax.clear_caches()
 
 
 def _of_arrays(look_up):
