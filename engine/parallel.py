@@ -34,7 +34,8 @@ MODES = ("shard_map", "jit", "pmap")
 # (pattern of the parameter's dotted path, how its last axes are split over the mesh)
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-# Every matrix and kernel by its outputs; the rest is small. Devices gather what they need when they need it.
+# Every matrix and kernel by its outputs; the rest is small. Drawing, devices gather what they need when they
+# need it; a training step has all of it once, in the dtype that it computes in, and its gradient.
 SPLIT: Rules = ((r"\.(kernel|embedding)$", PartitionSpec("data")), (r"", PartitionSpec()))
 
 # On CPUs, convolutions are left to Eigen: those of YNNPACK, which XLA prefers, made drawing and training with

@@ -62,7 +62,9 @@ class StageConfig:
     batch_size: int = 32  # of all devices together, and of all parts of a step
     accumulate: int = 1  # the parts of a batch whose gradients are averaged: less memory, more time
     compute_dtype: str = "float32"  # or "bfloat16": of the networks; params, averages and optimizer stay
-    shard_params: bool = False  # params, averages and optimizer over the devices (FSDP), not a copy on each
+    # Params, averages and optimizer over the devices (FSDP), not a copy on each. While it is at work, a step
+    # has one of the params, in compute_dtype, and of their gradient.
+    shard_params: bool = False
     remat: str = "none"  # "blocks": their insides are computed again for the gradient; "dots": no products
     ema: tuple[float, ...] = (0.999,)  # decays of averages of the params; the first is what a stage ends with
     ema_sigma_rel: tuple[float, ...] = ()  # widths of power-function averages; (0.05, 0.1) serve for all
