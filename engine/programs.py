@@ -294,9 +294,7 @@ class Programs:
 
             if recall is None or self.devices.rules is None:
                 return call(recall)
-            return caching.either(
-                call, recall
-            )  # so that split params of lower levels come where they are used
+            return caching.either(call, recall)  # split params of lower levels come where they are used
 
         return apply
 
