@@ -11,11 +11,6 @@ from engine import chips, flops
 from engine.benchmark.memory_traffic import arrays, main_memory
 from engine.benchmark.outline import Program
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\((?:.*?channel_id=(\d+))?")
-_MEANWHILE = re.compile(r"%(fused_computation|async_collective_fusion)")
-_SCATTERS = re.compile(r"%all-reduce-scatter\S* \(")  # how a reduce-scatter begins in a program for TPUs
-
 # kind -> (bytes that it gives, devices) -> bytes that each of them sends (Thakur et al. 2005, in a ring)
 SENT: dict[str, Callable[[int, int], float]] = {
     "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
@@ -24,6 +19,9 @@ SENT: dict[str, Callable[[int, int], float]] = {
     "all-to-all": lambda size, n: size * (n - 1) / n,
     "collective-permute": lambda size, n: size,
 }
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(SENT)})(-start)?\((?:.*?channel_id=(\d+))?")
+_MEANWHILE = re.compile(r"%(fused_computation|async_collective_fusion)")
+_SCATTERS = re.compile(r"%all-reduce-scatter\S* \(")  # how a reduce-scatter begins in a program for TPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,7 @@ def _devices(program: Program) -> int:
 
 def collectives(text: str, devices: int) -> tuple[dict[str, int], int]:
     """The collectives in a program's text: how many of each kind, and the bytes that each device sends."""
-    found, moved, gathers = dict.fromkeys(COLLECTIVES, 0), 0.0, set()
+    found, moved, gathers = dict.fromkeys(SENT, 0), 0.0, set()
     scatters = meanwhile = False
     for line in text.splitlines():
         if not line.startswith(" "):  # another computation begins

@@ -55,12 +55,12 @@ def flash(q: Float[Array, "B N T K"], k: Float[Array, "B N S K"]) -> Kernel | No
     """softmax(q k^T) v of such q and k, and v as k; None where the compiler does it as well."""
     if (here := _here.get()) is None or min(q.shape[2], k.shape[2]) < MIN_TOKENS:
         return None
-    platform, over_batch = here
+    platform, _ = here
     if platform == "tpu":
-        return over_batch(_flash)
+        return on_each_device(_flash)
     # An odd number of keys has no derivative in JAX's rules for cuDNN.
     if platform == "gpu" and k.shape[2] % 2 == q.shape[2] % 2 == 0 and cudnn_attends(q.shape[3], q.dtype):
-        return over_batch(_cudnn)
+        return on_each_device(_cudnn)
     return None
 
 

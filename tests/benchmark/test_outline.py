@@ -30,19 +30,19 @@ def test_merged_tokens_attend_less():
 
 
 DRAWING = "quantize, merge_tokens and split_params are for drawing: leave train out of parts"
+BOTH = "quantize='int8' with split_params: leave one of them out"
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "part, options, message",
     [
-        ({"quantize": "int8"}, DRAWING),
-        ({"split": True}, DRAWING),
-        ({"quantize": "int8", "split": True}, "quantize='int8' with split_params: leave one of them out"),
-        ({"merge": 0.9}, "merge_tokens=0.9: write a share of the tokens, from 0 to 0.75"),
+        ("train", {"quantize": "int8"}, DRAWING),
+        ("train", {"split": True}, DRAWING),
+        ("train", {"merge": 0.9}, "merge_tokens=0.9: write a share of the tokens, from 0 to 0.75"),
+        ("unet", {"quantize": "int8", "split": True}, BOTH),
     ],
 )
-def test_mistakes(options, message):
+def test_mistakes(part, options, message):
     with pytest.raises(UserError) as error:
-        parts = ["unet"] if len(options) > 1 else ["train"]
-        list(compiling.rows("tiny", "v5e:2x2", [1], None, parts, "none", **options))
+        list(compiling.rows("tiny", "v5e:2x2", [1], None, [part], "none", **options))
     assert str(error.value) == message
