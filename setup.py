@@ -49,6 +49,7 @@ setup(
         "tqdm>=4.66",  # progress bars
         "platformdirs>=4.0",  # where each system keeps caches
         "tenacity>=9.0",  # trying again, where a disk or a network fails for a while
+        "scipy>=1.13",  # LAPACK's Cholesky with pivots, for FID; JAX needs it, too
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.8"],

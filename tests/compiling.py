@@ -7,7 +7,8 @@ from collections.abc import MutableMapping
 
 # A sixth of the compiler's time for tiny models, and their programs are no slower.
 LEAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-FLAGS = ("--xla_cpu_use_fusion_emitters=false",)
+# In one piece, since each of many pieces takes time of its own, and the workers have the cores: a fifth less.
+FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 
 # compiler_options of single functions
 FUSING = {"xla_cpu_use_fusion_emitters": True}  # as users have it

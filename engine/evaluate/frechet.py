@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from scipy.linalg.lapack import dpstrf as pstrf
 
 from engine.types import UserError
 from engine.weights.files import new_file
@@ -104,11 +105,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def _root(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D R"]:
     """A root with root root^T = covariance, R its rank: S^½ but for a rotation and columns of zeros.
 
-    Singular values of products with it are those with S^½.
+    Singular values of products with it are those with S^½. Cholesky's factor with pivots (LAPACK's pstrf)
+    is one; it ends where what is left is rounding, D eps max(diagonal), and takes a tenth of the time of
+    eigenvalues, far less where there are few pictures.
     """
-    values, vectors = np.linalg.eigh(covariance)
-    above = values > len(values) * np.finfo(values.dtype).eps * values[-1]  # numpy's bound of matrix_rank
-    return vectors[:, above] * np.sqrt(values[above])
+    factor, pivots, rank, _ = pstrf(covariance, lower=1)
+    root = np.empty((len(covariance), rank))
+    root[pivots - 1] = np.tril(factor)[:, :rank]
+    return root
 
 
 def check(moments: Moments) -> None:
