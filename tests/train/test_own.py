@@ -1,5 +1,6 @@
 """A model from scratch on a folder of pictures with captions: every stage, stopped, exported, begun anew."""
 
+import contextvars
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import pytest
 import engine
 from configs import own as own_config
 from engine.config import DataConfig
+from engine.models import layers
 from engine.train import dry_run, export, stages
 from engine.train.sources import pictures
 from engine.train.stage_data import OwnPictures, Scenes, stage_data
@@ -248,8 +250,9 @@ def test_scenes_do_not_go_on_with_pictures_nor_pictures_with_scenes(uninterrupte
 
 
 def test_the_config_is_sound(folder, tmp_path, monkeypatch):
-    """Its shapes, on small pictures; to compile it would take minutes."""
+    """Its shapes, on small pictures; to compile it would take minutes, to draw its weights ten seconds."""
     looked_at = {}
+    monkeypatch.setattr(layers, "_outlining", contextvars.ContextVar("outlining", default=True))
 
     def fit(name, loss, params, frozen, optimizer, stage, *, batch_at, **_):
         key = jax.random.key(0, impl="threefry2x32")
