@@ -12,6 +12,7 @@ They come in as data, which the one way from noise to picture takes up where it 
          (inpainting, Rombach et al. 2022); or the picture (Brooks et al. 2023, InstructPix2Pix)
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,8 @@ def check_strength(settings: Settings) -> None:
     if not 0 < strength <= 1:
         raise UserError(f"strength={strength}: write a number above 0 and up to 1")
     if not settings.intervals:
-        raise UserError(f"strength={strength} takes none of {steps} steps: write {1 / steps:.2g} or more")
+        least = math.ceil(1000 / steps) / 1000
+        raise UserError(f"strength={strength} takes none of {steps} steps: write {least} or more")
 
 
 def pixels(edits: Sequence[Edit]) -> dict[str, np.ndarray]:

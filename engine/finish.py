@@ -155,6 +155,8 @@ def prepare_folder(path: Path) -> pathlib.Path:
     Raises:
       UserError: it cannot be made or written to.
     """
+    if "://" in str(path):
+        raise UserError(f"{path}: write a folder of this machine; jobs (--prompts_file) write elsewhere, too")
     folder = pathlib.Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,9 @@ functions in the same order with the same values, and gets all results.
 """
 
 import functools
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -237,13 +238,27 @@ def meet(coordinator: str | None, processes: int, process_id: int) -> None:
       UserError: the others cannot be found.
     """
     try:
-        jax.distributed.initialize(coordinator, processes, process_id)
+        jax.distributed.initialize(coordinator, processes, process_id, gpus_of_node())
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"the {processes} processes did not find each other ({reason}); write --coordinator HOST:PORT "
             "of process 0"
         ) from None
+
+
+def gpus_of_node(environ: Mapping[str, str] = os.environ) -> list[int] | None:
+    """The GPUs that this process is to have, where it is the only task of its node: all.
+
+    None leaves it to JAX, which gives each task of SLURM and Open MPI the one GPU of its number, the only
+    task of a node, too.
+    """
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
+    if not re.fullmatch(r"1(\(x\d+\))?", tasks):
+        return None
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    count = len(visible.split(",")) if visible else int(environ.get("SLURM_GPUS_ON_NODE", 0))
+    return list(range(count)) or None
 
 
 def _put(tree: Any, sharding: Sharding) -> Any:

@@ -75,7 +75,7 @@ def load(
         raise UserError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}; write {' or '.join(DTYPES)}")
     devices = Devices(parallel) if isinstance(parallel, str) else parallel
     use_compilation_cache()
-    folder, place = SHIPPED if model is None else pathlib.Path(model), devices.place
+    folder, place = SHIPPED if model is None else pathlib.Path(model).expanduser(), devices.place
     if quantize:
         if devices.rules is not None:
             raise UserError(f"quantize={quantize!r} where devices split the model: leave it whole")

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from engine.errors import Trouble as Trouble
 from engine.errors import UserError as UserError
 
 Images = UInt8[Array, "B H W 3"]  # finished pictures, 0..255

@@ -86,6 +86,7 @@ DEFAULTS: dict[str, Any] = {
 KINDS = {name: type(value) for name, value in DEFAULTS.items()}
 KINDS |= {"side": str, "sampler": str, "out": str, "plot": str}
 PEERS = ("diffusers", "diffusers-compiled")
+NOT_COMPILED = ("dtype", "guidance_scale", "parallel", "sampler", "steps")  # what compile has but one of
 MODES = ("generate", "train", "spare", "scale", "load", "compile")
 
 
@@ -103,6 +104,9 @@ def main(argv: Sequence[str]) -> int:
         if options[name] and mode != "compile":
             pictures = "" if name == "split_params" else "; spare measures what it does to pictures"
             raise UserError(f"{name} is for compile{pictures}")
+    for name in NOT_COMPILED if mode == "compile" else ():
+        if options.get(name) != DEFAULTS.get(name):
+            raise UserError(f"{name} is not for compile, which is bfloat16 and guided: leave it out")
     several = any("," in str(options.get(name) or "") for name in ("batch_sizes", "side", "steps"))
     if options.get("plot") and (mode in ("load", "compile") or (mode != "scale" and not several)):
         raise UserError("plot: nothing changes; write several batch_sizes, sides, steps or devices")

@@ -37,7 +37,7 @@ def run(options: dict[str, Any]) -> int:
     told = (config.processes, config.process_id)
     processes = Processes(0, 1, "elastic") if config.elastic else find_processes(*told)
     formats.check_installed(config.format)
-    with read_rows(config.prompts_file, sys.stdin.buffer) as rows:
+    with read_rows(config.prompts_file, cli.stdin()) as rows:
         for warning in unread_columns(rows.columns):
             cli.tell(f"warning: {warning}")
         store = open_store(config.out, config.patience, cli.tell, pause=cli.pause)
@@ -103,8 +103,10 @@ def work(job: Job, settle: Settle, pipe: Pipeline, store: Store, part: Claims | 
       part: claims, or (number of this process, number of all).
     """
     description, finished = job.describe(), agreed(job, folder.done(store), pipe)
-    done = sum(folder.pictures_of(description, int(name)) for name in finished)
-    total = sum(group.count for group in job.groups)
+    # Without claims a worker knows its part, of which the bar tells.
+    mine = range(job.shards) if isinstance(part, Claims) else range(job.shards)[part[0] :: part[1]]
+    done = sum(folder.pictures_of(description, int(name)) for name in finished if int(name) in mine)
+    total = sum(folder.pictures_of(description, number) for number in mine)
     cli.tell(
         f"{job.pictures} pictures of {len(job.rows)} rows in {job.shards} shards, "
         f"{sum(group.settings is not None for group in job.groups)} programs to compile"
@@ -210,7 +212,7 @@ class Progress:
 
     def __init__(self, total: int, done: int):
         """Args:
-        total: pictures of the job, and rows that cannot be drawn.
+        total: pictures of the job or of this worker's part of it, and rows that cannot be drawn.
         done: those that were done before.
         """
         self._total, self._done, self._mine = total, done, 0

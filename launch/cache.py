@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"batch_size={options['batch_size']}: write 1 or more")
     config = DataConfig(paths=(options["data"],), **{name: options[name] for name in SETTINGS})
     config.validate()
-    encode(config, options["model"], pathlib.Path(options["out"]), options["batch_size"])
+    encode(config, options["model"], pathlib.Path(options["out"]).expanduser(), options["batch_size"])
     cli.say(options["out"])
     return cli.DONE
 

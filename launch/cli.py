@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 import signal
 import sys
@@ -12,16 +13,17 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from absl import flags
 from tqdm import tqdm
 
 from engine.config import IN_WORDS, nearest
-from engine.errors import UserError, UserNotice
+from engine.errors import Trouble, UserError, UserNotice
 
 # Exit codes, as shells and schedulers read them.
 DONE, FAILED, MISTAKE, CRASHED, STOPPED, TERMINATED = 0, 1, 2, 70, 130, 143
+PASSING = 75  # sysexits.h's EX_TEMPFAIL: the same command may go well later
 
 # heading -> flag -> (what stands for its value, what it does)
 Groups = Mapping[str, Mapping[str, tuple[str, str]]]
@@ -54,12 +56,17 @@ def exit_code(job: Job, argv: Sequence[str]) -> int:
         return job(argv)
     except UserError as error:
         tell(f"error: {error}")
-        return MISTAKE
+        return PASSING if isinstance(error, Trouble) else MISTAKE
     except KeyboardInterrupt as stop:
         tell(f"stopped: {stop}" if str(stop) else "stopped")
         return TERMINATED if isinstance(stop, Terminated) else STOPPED
     except BrokenPipeError:  # whoever read our stdout has gone, as in `... | head -1`
         return FAILED
+
+
+def stdin() -> BinaryIO:
+    """Standard input as bytes; none, where it is closed."""
+    return sys.stdin.buffer if sys.stdin else io.BytesIO()
 
 
 def _warned(as_python: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any):

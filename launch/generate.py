@@ -147,10 +147,11 @@ FLAGS: cli.Groups = {
     "A job": {
         "prompts_file": (
             "FILE",
-            ".txt (a prompt a line), .jsonl, .csv or .parquet (columns: prompt; and where a row has\n"
-            "its own: id, negative_prompt, seed, index, steps, guidance_scale, height, width, sampler,\n"
-            "image, mask, strength, image_guidance_scale; all others are carried through), or - for\n"
-            "standard input. Paths in it go from its folder on, and do not lead out of it",
+            ".txt (a prompt a line, those with # in front left out), .jsonl, .csv or .parquet\n"
+            "(columns: prompt; and where a row has its own: id, negative_prompt, seed, index, steps,\n"
+            "sampler, width, height, guidance_scale, image, mask, strength, image_guidance_scale; all\n"
+            "others are carried through), or - for standard input. Paths in it go from its folder on,\n"
+            "and do not lead out of it",
         ),
         "format": ("FORMAT", "of its shards: files, webdataset, arrayrecord or parquet"),
         "shard_size": ("N", "pictures of a shard; a shard is in memory until it is written"),

@@ -5,7 +5,6 @@ import datetime
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +60,7 @@ def prepare_places(given: Mapping[str, Any], judges: bool) -> pathlib.Path | Non
     if reference and not os.path.isdir(reference) and not quality.is_npz(reference):
         raise UserError(f"no folder {reference}: write a folder of pictures, or .npz with mu and sigma")
     if "save_reference" in given:
-        finish.prepare_folder(pathlib.Path(os.path.expanduser(given["save_reference"])).parent)
+        finish.prepare_folder(os.path.dirname(os.path.expanduser(given["save_reference"])) or ".")
     return finish.prepare_folder(os.path.expanduser(given.get("out", quality.OUT))) if judges else None
 
 
@@ -81,7 +80,7 @@ def open_pictures(given: Mapping[str, Any], stack: contextlib.ExitStack) -> capt
         how = given.get("kind", "auto"), given.get("caption_field", "")
         return captioned.found(given["pictures"], *how, need_captions="clip" in given)
     config = quality.drawing_config(given)
-    rows = stack.enter_context(read_rows(config.prompts_file, sys.stdin.buffer))
+    rows = stack.enter_context(read_rows(config.prompts_file, cli.stdin()))
     for warning in unread_columns(rows.columns):
         cli.tell(f"warning: {warning}")
     return captioned.drawn(config, rows, given.get("num_prompts"), open_model(config))

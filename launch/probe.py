@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -e '.[train]'") from None
 
-    workdir = pathlib.Path(options["workdir"])
+    workdir = pathlib.Path(options["workdir"]).expanduser()
     start = pathlib.Path(options["start"]).expanduser() if options["start"] else None
     stage = reader_training.stage(options["steps"], further=start is not None)
     params = train(workdir, stage, start, options["tellers"])

@@ -34,7 +34,9 @@ Exit code: 0 trained, or stopped and saved; 2 a mistake, explained in one line; 
 Ctrl-C where there was nothing to save.
 """
 
+import ast
 import pathlib
+import re
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +48,8 @@ from engine.config import FinetuneConfig
 from engine.errors import UserError
 from launch import cli
 
+# A scheduler's config says what differs from that of the model: it is empty, and knows no name beforehand.
+SCHEDULER = re.compile(r"--?config\.scheduler\.(\w+)=(.*)", re.DOTALL)
 FLAGS: cli.Groups = {
     "What to train": {
         "config": ("FILE", "of Python, whose get_config() gives a TrainConfig or a FinetuneConfig"),
@@ -79,7 +83,8 @@ def main(argv: Sequence[str]) -> int:
     from engine.train import dry_run, finetune, stages
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells much
-    processes = find_processes(given["processes"], given["process_id"])
+    # The tasks of an array are trainings of their own.
+    processes = find_processes(given["processes"], given["process_id"], array=False)
     if processes.count > 1:
         meet(given["coordinator"], processes.count, processes.id)
     train = finetune.train if isinstance(config, FinetuneConfig) else stages.train
@@ -89,12 +94,20 @@ def main(argv: Sequence[str]) -> int:
         return cli.DONE
     use_compilation_cache()  # a run that goes on need not compile again
     try:
-        result = train(config, pathlib.Path(workdir))
+        result = train(config, pathlib.Path(workdir).expanduser())
     except OSError as error:
         raise UserError(f"{workdir} cannot be written: {error.strerror or error}") from None
     if result is not None:
         cli.say(f"model: {result}")
     return cli.DONE
+
+
+def literal(text: str) -> Any:
+    """A number, True, False, None or a list of them as Python writes it; else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
@@ -103,6 +116,8 @@ def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     Raises:
       UserError: for whatever of `argv` cannot be read.
     """
+    of_scheduler = dict(found.groups() for arg in argv if (found := SCHEDULER.fullmatch(arg)))
+    argv = [arg for arg in argv if not SCHEDULER.fullmatch(arg)]
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file(
         "config", flag_values=values, lock_config=False, sys_argv=["", *argv]
@@ -135,6 +150,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
             f"--config: get_config() gives a {type(chosen).__name__}, "
             "neither a TrainConfig nor a FinetuneConfig of engine.config"
         )
+    chosen.scheduler.update({name: literal(text) for name, text in of_scheduler.items()})
     names = ("workdir", "dry_run", "processes", "process_id", "coordinator")
     return chosen, {name: values[name].value for name in names}
 

@@ -47,6 +47,8 @@ class OptimConfig:
         for field in ("b1", "b2"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(f"{where}.{field}={getattr(self, field)}: write a number from 0 to below 1")
+        if isinstance(self.no_weight_decay, str):
+            raise UserError(f"{where}.no_weight_decay={self.no_weight_decay!r}: write a tuple, with a comma")
         for pattern in self.no_weight_decay:
             try:
                 re.compile(pattern)

@@ -97,6 +97,8 @@ def commit(
         store.publish(data, f"shards/{data.name}")
     if failures:
         store.write(f"failures/{name}.jsonl", _lines(failures))
+    else:  # of an attempt before, whose manifest was removed or never came
+        store.delete(f"failures/{name}.jsonl")
     # One line a picture, so that people and line tools can read it.
     head = json.dumps({key: value for key, value in manifest.items() if key != "pictures"})
     pictures = ",\n".join(json.dumps(picture) for picture in manifest["pictures"])
@@ -134,10 +136,12 @@ def read_failures_of(store: Store, file: str) -> list[dict[str, Any]]:
 
 
 def write_failures(store: Store) -> int:
-    """Gathers failures.jsonl; returns how many there are."""
+    """Gathers failures.jsonl, which is there only if there are any; returns how many."""
     failures = list(read_failures(store))
     if failures:
         store.write("failures.jsonl", _lines(failures))
+    else:
+        store.delete("failures.jsonl")
     return len(failures)
 
 

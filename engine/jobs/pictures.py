@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -128,7 +129,8 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
                 continue
             small, image = image, finish.upscale(image, config.upscale)
             settings = remember(config, prompt, index)
-            path = free_path(plan.folder / finish.picture_name(index, prompt), settings)
+            name = finish.picture_name(index, prompt)
+            path = free_path(plan.folder / name, settings, _beside(settings, config))
             finish.write_png(path, image, settings)
             files = [path]
             if batch.frames is not None:
@@ -136,6 +138,13 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
             if batch.heat is not None:
                 files += _write_words(path, small, batch.heat[i], words(prompt), settings)
             yield Drawn(index, prompt, image, tuple(files))
+
+
+def _beside(settings: dict[str, Any], config: GenerateConfig) -> dict[str, dict[str, Any] | None]:
+    """What else is written under a picture's name: suffix -> its settings; None where it remembers none."""
+    files = {".strip.png": settings | {"frames": config.frames}} if config.frames is not None else {}
+    files |= {".words.png": settings | {"words": True}} if config.words else {}
+    return files | ({".webp": None} if config.animate else {})
 
 
 def _write_stages(
@@ -221,14 +230,29 @@ def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     return {name: getattr(config, name) for name in options}, str(version)
 
 
-def free_path(path: pathlib.Path, settings: Mapping[str, Any]) -> pathlib.Path:
+def free_path(
+    path: pathlib.Path,
+    settings: Mapping[str, Any],
+    beside: Mapping[str, Mapping[str, Any] | None] = types.MappingProxyType({}),
+) -> pathlib.Path:
     """The path, or its name with -2, -3, ...: the first that no picture of other settings has.
 
     So nothing is lost when runs share a folder, and the same run twice leaves one set of pictures.
+
+    Args:
+      beside: suffixes of the files that come with it, each with its settings. What remembers none belongs to
+        the picture of its name.
     """
+
+    def free(name: pathlib.Path, settings: Mapping[str, Any] | None) -> bool:
+        return not os.path.lexists(name) or (settings is not None and _settings_of(name) == settings)
+
     others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-    names = itertools.chain([path], others)
-    return next(name for name in names if not os.path.lexists(name) or _settings_of(name) == settings)
+    for name in itertools.chain([path], others):
+        with_it = [(name.with_suffix(suffix), known) for suffix, known in beside.items()]
+        if free(name, settings) and all(free(*each) for each in with_it if each[1] or not name.exists()):
+            return name
+    raise AssertionError("there are names without end")
 
 
 def _settings_of(path: pathlib.Path) -> dict[str, Any] | None:

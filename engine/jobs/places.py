@@ -258,7 +258,7 @@ class Objects:
             text = f"{name}: {error}"
             if isinstance(error, TimeoutError) or "Timeout" in name:
                 raise TimeoutError(errno.ETIMEDOUT, f"no answer within {self._timeout:g} s") from error
-            if FORBIDDEN.search(text):
+            if FORBIDDEN.search(text) and not isinstance(error, FileNotFoundError):
                 raise PermissionError(errno.EACCES, text) from error
             if isinstance(error, OSError):
                 raise

@@ -25,7 +25,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 
-from engine.errors import UserError
+from engine.errors import Trouble, UserError
 
 METADATA_HOST = "metadata.google.internal"
 METADATA_TRIES = 3
@@ -66,7 +66,7 @@ def read_metadata(key: str, host: str) -> str | None:
     """An attribute of this machine, asked from the metadata server; None where it has no such attribute.
 
     Raises:
-      UserError: the server does not answer. A guess would let every host draw everything.
+      Trouble: the server does not answer. A guess would let every host draw everything.
     """
     url = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
@@ -83,7 +83,7 @@ def read_metadata(key: str, host: str) -> str | None:
             problem = str(getattr(error, "reason", error))
         if again:
             time.sleep(METADATA_PAUSE)
-    raise UserError(
+    raise Trouble(
         f"this machine has a TPU, but its metadata server {host} does not say {key} ({problem}); "
         "write --processes and --process_id"
     )
@@ -94,6 +94,7 @@ def find_processes(
     process_id: int | None,
     environ: Environ = os.environ,
     metadata: Callable[[str], str | None] = tpu_metadata,
+    array: bool = True,
 ) -> Processes:
     """Which of how many processes this is: what was told by hand, else what the cluster says, else 0 of 1.
 
@@ -103,6 +104,8 @@ def find_processes(
       processes: of all, as told by hand.
       process_id: of this one, likewise.
       metadata: key -> what the metadata server of a TPU VM says.
+      array: whether the tasks of a SLURM array share the work. They are jobs of their own, which need not run
+        at the same time, so that they cannot compute together.
 
     Raises:
       UserError: one number without the other, a number out of range, or an environment that contradicts
@@ -112,8 +115,8 @@ def find_processes(
         return _told(processes, process_id)
     # Open MPI before SLURM: its daemons are a step of their own, with one task a node.
     inside = _open_mpi(environ) or _slurm_step(environ)
-    if array := _slurm_array(environ):
-        return _inside(array, inside or Processes(0, 1, ""), "SLURM array")
+    if array and (tasks := _slurm_array(environ)):
+        return _inside(tasks, inside or Processes(0, 1, ""), "SLURM array")
     found = inside or _kubernetes(environ) or _tpu_environment(environ) or _tpu_vm(environ, metadata)
     return found or Processes(0, 1, "alone")
 

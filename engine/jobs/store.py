@@ -23,7 +23,7 @@ import tenacity
 
 from engine import finish
 from engine.jobs.places import Disk, Files, Objects
-from engine.types import UserError
+from engine.types import Trouble, UserError
 
 T = TypeVar("T")
 
@@ -239,7 +239,7 @@ def _excuse(place: str, error: OSError, verb: str) -> UserError:
     reason = _reason(error)
     if verb == WRITTEN and (isinstance(error, OF_THE_FOLDER) or error.errno in OF_THE_DISK):
         return finish.unwritable(place, OSError(error.errno, reason))
-    return UserError(f"{place}: cannot be {verb}: {reason}; once that is mended, the same command goes on")
+    return Trouble(f"{place}: cannot be {verb}: {reason}; once that is mended, the same command goes on")
 
 
 def _reason(error: BaseException | None) -> str:

@@ -21,11 +21,12 @@ from engine.train.samples import Samples
 from engine.train.sources import training_batches
 from engine.train.step import Loss
 from engine.train.workdir import STAGE, check_same_run, remember
-from engine.types import Params
+from engine.types import Params, UserError
 from engine.weights import embeddings, lora_files
 from engine.weights.component import KINDS
 from engine.weights.files import read_json
 from engine.weights.folder import Model, load_trainable, save_folder
+from engine.weights.index import WORDS, channels
 from engine.weights.lora import Lora, merged
 
 SETTLED = ("model", "what", "seed", "scheduler", "lora", "inversion")  # settings that a run keeps
@@ -104,6 +105,8 @@ def begin(config: FinetuneConfig) -> Task:
     """Loads the model, and says what of it is trained."""
     folder = folder_of(config)
     model = load_trainable(folder)
+    if channels(model.unet.config, model.vae.config) != WORDS:
+        raise UserError(f"{folder} draws from a picture beside words, and is not trained: give its base")
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = SchedulerConfig.from_json(read_json(file) | config.scheduler, str(file))
     model = dataclasses.replace(model, scheduler=scheduler)
@@ -174,8 +177,10 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path) -> BatchA
     if not config.prior.num_images:
         return own
     folder = draw_prior(config, task.model, workdir / "prior")
+    # its own metadata, and the size that it is drawn in
+    drawn = {"paths": (str(folder),), "kind": "files", "repeats": (1,), "caption_field": "", "min_size": 1}
     prior = training_batches(
-        dataclasses.replace(config.data, paths=(str(folder),), kind="files", repeats=(1,)),
+        dataclasses.replace(config.data, **drawn),
         stage.batch_size,
         tokenizer,
         workdir=workdir / "prior-data",
@@ -189,10 +194,18 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path) -> BatchA
 
 
 def draw_prior(config: FinetuneConfig, model: Model, folder: pathlib.Path) -> pathlib.Path:
-    """Draws the pictures of the prior that are not there yet: PNGs, and metadata.jsonl when all are."""
+    """Draws the pictures of the prior that are not there yet: PNGs, and metadata.jsonl when all are.
+
+    Raises:
+      UserError: those that are there were drawn of another prompt.
+    """
     wanted, prompt = config.prior.num_images, config.prior.prompt
     folder = finish.prepare_folder(folder)
     names = [f"{index:06d}.png" for index in range(wanted)]
+    if (folder / names[0]).exists():
+        drawn = finish.read_settings(folder / names[0])["prompt"]
+        if drawn != prompt:
+            raise UserError(f"{folder} has pictures of {drawn!r}, not of {prompt!r}: give another --workdir")
     missing = [index for index, name in enumerate(names) if not (folder / name).exists()]
     if missing:
         print(f"prior: drawing {len(missing)} pictures of {prompt!r}", flush=True)

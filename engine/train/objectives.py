@@ -64,7 +64,7 @@ def words_loss(graphdef: nnx.GraphDef, facts: Mapping[str, int]) -> Loss:
         context = build(params["text_encoder"]).context(batch["ids"])
         read = context.sum(1) / context.shape[1] ** 0.5  # of unit variance for unlike words
         heads = [params["heads"][name] for name in facts]  # a dict inside jit is sorted by name
-        told = [read @ head["kernel"] + head["bias"] for head in heads]
+        told = [(read @ head["kernel"] + head["bias"]).astype(jnp.float32) for head in heads]
         truths = batch["facts"].T
         losses = map(optax.softmax_cross_entropy_with_integer_labels, told, truths)
         right = jnp.stack([logits.argmax(-1) == truth for logits, truth in zip(told, truths, strict=True)])

@@ -33,7 +33,17 @@ Fit = Callable[..., Params | None]  # see loop.fit
 Parts = dict[str, Component]  # "vae", "text_encoder", "unet"
 
 # Settings that a run keeps to its end.
-SETTLED = ("seed", "image_size", "vocab_size", "max_tokens", "start", "vae", "unet", "text_encoder")
+SETTLED = (
+    "seed",
+    "image_size",
+    "vocab_size",
+    "max_tokens",
+    "start",
+    "scheduler",
+    "vae",
+    "unet",
+    "text_encoder",
+)
 
 CAPTIONS_FOR_TOKENIZER = 20_000
 LATENT_IMAGES = 512
@@ -248,6 +258,13 @@ def part_configs(config: TrainConfig, vocab_size: int) -> dict[str, Any]:
       UserError: an option of theirs is wrong, or they do not fit together.
     """
     vae = AutoencoderConfig.from_json({"sample_size": config.image_size, **config.vae}, "config.vae")
+    if config.autoencoder.steps:  # its latents are brought to unit variance by these convolutions
+        if vae.scaling_factor != 1:
+            raise UserError(
+                f"vae.scaling_factor={vae.scaling_factor}: write 1.0, as training scales the latents"
+            )
+        if not (vae.use_quant_conv and vae.use_post_quant_conv):
+            raise UserError("vae.use_quant_conv and use_post_quant_conv: write True to train an autoencoder")
     if config.image_size < vae.scale or config.image_size % vae.scale:
         raise UserError(f"image_size={config.image_size}: this autoencoder takes multiples of {vae.scale}")
     if config.data.buckets > 1 and config.data.multiple % vae.scale:

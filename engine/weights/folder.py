@@ -52,7 +52,7 @@ class Model:
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width, in pixels, that the model was trained for."""
-        size, scale = self.unet.config.sample_size, self.vae.config.scale
+        size, scale = self.unet.config.sample_size or 64, self.vae.config.scale  # 64, as PyTorch diffusers
         height, width = size if isinstance(size, tuple) else (size, size)
         return height * scale, width * scale
 

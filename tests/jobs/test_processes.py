@@ -11,6 +11,7 @@ from jax._src.clusters import ClusterEnv, cloud_tpu_cluster
 from engine.errors import UserError
 from engine.jobs import processes
 from engine.jobs.processes import Processes, find_processes, has_tpu, read_metadata, tpu_metadata
+from engine.parallel import gpus_of_node
 
 STEP = {
     "SLURM_JOB_ID": "7",
@@ -94,6 +95,27 @@ EVERY = SHARED | OURS
 @pytest.mark.parametrize("environ, found", EVERY.values(), ids=EVERY)
 def test_finds_its_part(environ, found):
     assert find_processes(None, None, environ, nothing) == Processes(*found)
+
+
+def test_tasks_of_an_array_that_do_not_work_together():
+    environ = array(3, 0, 7, 8, 1)
+    assert find_processes(None, None, environ, nothing).count == 8
+    assert find_processes(None, None, environ, nothing, array=False) == Processes(0, 1, "alone")
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_GPUS_ON_NODE": "8"}, [*range(8)]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "2,3"}, [0, 1]),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,1,2"}, [0, 1, 2]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x4)", "SLURM_GPUS_ON_NODE": "8"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, None),
+        ({}, None),
+    ],
+)
+def test_the_only_task_of_a_node_has_all_its_gpus(environ, found):
+    assert gpus_of_node(environ) == found
 
 
 @pytest.mark.parametrize("environ", [environ for environ, _ in EVERY.values()], ids=EVERY)

@@ -222,6 +222,7 @@ def test_out_is_a_file(draw, tmp_path):
 
 def test_out_cannot_be_written(draw):
     check_refused(draw("x", "--out", "/proc/none"), "/proc/none: cannot be written")
+    check_refused(draw("x", "--out", "gs://bucket/x"), "gs://bucket/x: write a folder of this machine")
 
 
 def test_no_space_left(draw, tmp_path, monkeypatch):
@@ -312,11 +313,11 @@ def test_ctrl_c_keeps_the_pictures_so_far(model, tmp_path):
         tmp_path,
     )
     command = [sys.executable, "-m", "launch.generate", *map(str, argv)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}  # readline takes one line
     with subprocess.Popen(command, cwd=ROOT, **pipes) as program:
-        first = program.stdout.readline()
+        first = program.stdout.readline().decode()
         program.send_signal(signal.SIGINT)
-        more, told = program.communicate(timeout=600)
+        more, told = (said.decode() for said in program.communicate(timeout=600))
     paths = [pathlib.Path(line) for line in [first.strip(), *more.splitlines()]]
     assert program.returncode == cli.STOPPED
     assert told.splitlines()[-1] == f"stopped: {len(paths)} of 10000 pictures are in {tmp_path}"

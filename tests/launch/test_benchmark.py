@@ -115,6 +115,7 @@ def test_train_beside_diffusers(model, tmp_path, capsys):
         (["spare", "--plot", "x.png"], "plot: nothing changes"),
         (["generate", "--quantize", "int8"], "quantize is for compile; spare measures what it does"),
         (["generate", "--split_params"], "split_params is for compile"),
+        (["compile", "--dtype", "float32", "--steps", "5"], "steps is not for compile, which is bfloat16"),
         (["scale", "--devices", "0"], "devices='0': write whole numbers from 1"),
         (["generate", "--stepz", "3"], "unknown flag --stepz (did you mean --steps?)"),
     ],

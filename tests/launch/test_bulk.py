@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from engine import finish
 from engine.jobs import folder
 from engine.jobs.formats import read_pngs
 from engine.jobs.store import open_store
-from launch import cli
+from launch import bulk, cli
 from tests.compiled import COMPILED
 from tests.launch.conftest import ROWS
 
@@ -183,6 +184,58 @@ def test_a_nan_is_one_picture_s_failure(job, run, tmp_path, load_once, model, mo
     assert "NaN" in failure["reason"]
     assert sorted(pictures(out)) == [0, 2, 3, 4, 5, 6]
     assert run("--verify", out).code == cli.DONE
+
+
+def test_a_failure_that_was_mended_is_taken_back(job, run, tmp_path, load_once, model, monkeypatch):
+    pipe = load_once(str(model), "float32", "shard_map")
+    dispatch, out = pipe.dispatch, tmp_path / "out"
+
+    def struck(requests, *rest):
+        images, finite = dispatch(requests, *rest)
+        return images, finite & False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "dispatch", struck)
+        assert job().code == cli.FAILED
+    assert (out / "failures.jsonl").exists() and len([*out.glob("failures/*")]) == 6
+    for manifest in out.glob("manifests/*"):
+        manifest.unlink()
+    assert job().code == cli.DONE
+    assert not (out / "failures.jsonl").exists() and not [*out.glob("failures/*")]
+    assert run("--verify", out).code == cli.DONE
+
+
+def test_a_job_without_standard_input(job, prompts, draw, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it where it was closed
+    assert job().code == cli.DONE
+    assert draw("--prompts_file", "-").code == cli.MISTAKE
+
+
+def test_weights_are_told_apart_wherever_they_lie(job, model, tmp_path, monkeypatch):
+    """A shell leaves the ~ of --model=~/tiny as it is."""
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert job(f"--model=~/{model.name}").code == cli.DONE
+    there = json.loads((tmp_path / "out" / "job.json").read_text())
+    shutil.rmtree(tmp_path / "out")
+    assert job().code == cli.DONE
+    here = json.loads((tmp_path / "out" / "job.json").read_text())
+    assert there["fingerprint"]["weights"] == here["fingerprint"]["weights"]
+
+
+def test_a_process_tells_of_its_own_part(job, monkeypatch):
+    parts = []
+
+    class Noted(bulk.Progress):
+        def __init__(self, total, done):
+            parts.append((total, done))
+            super().__init__(total, done)
+
+    monkeypatch.setattr(bulk, "Progress", Noted)
+    assert job("--processes", 2, "--process_id", 1).code == cli.DONE
+    assert job("--processes", 2, "--process_id", 1).code == cli.DONE
+    assert job("--processes", 2, "--process_id", 0).code == cli.DONE
+    (first, none), again, (second, nothing) = parts
+    assert (none, nothing) == (0, 0) and again == (first, first) and first + second == len(ROWS)
 
 
 def test_two_processes_share_the_shards(job, run, tmp_path):

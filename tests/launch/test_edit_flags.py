@@ -83,6 +83,10 @@ def test_mistakes_are_one_line(run, image, tmp_path):
         (["--strength", 0.5], "strength=0.5 without a picture: write --image FILE, too"),
         (["--image", image, "--strength", 2], "strength=2.0: write a number above 0 and up to 1"),
         (["--image", image, "--strength", 0.01], "takes none of 4 steps: write 0.25 or more"),
+        (
+            ["--image", image, "--strength", 0.033, "--steps", 30],
+            "of 30 steps: write 0.034 or more",
+        ),
     ):
         told = run("a fox", "--steps", 4, "--out", tmp_path / "out", *flags)
         assert told.code == cli.MISTAKE, flags

@@ -196,6 +196,22 @@ def test_a_file_of_someone_else_is_never_replaced(draw, tmp_path):
     assert theirs.read_text() == "precious"
 
 
+def test_files_of_someone_else_beside_a_picture_are_never_replaced(draw, tmp_path):
+    (tmp_path / "out").mkdir()
+    ends = ("-2.strip.png", "-3.words.png", "-4.webp")
+    for theirs in (files := [tmp_path / "out" / f"00000-a-fox{end}" for end in ends]):
+        theirs.write_text("precious")
+    flags = ("--seed", 1, "--frames", 2, "--animate", "--words")
+    assert draw("a fox", *flags).paths[0].name == "00000-a-fox.png"
+    first = draw("a fox", *flags).paths
+    assert first[0].name == "00000-a-fox.png", "the same run twice leaves one set"
+    strip = first[1].read_bytes()
+    other = draw("a fox", "--seed", 1, "--frames", 3, "--animate", "--words").paths
+    assert {path.name.partition(".")[0] for path in other} == {"00000-a-fox-5"}
+    assert first[1].read_bytes() == strip
+    assert all(theirs.read_text() == "precious" for theirs in files)
+
+
 # several at a glance
 
 

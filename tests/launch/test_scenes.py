@@ -22,9 +22,9 @@ def drawn(out, *options):
 def test_a_folder_of_captioned_scenes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(drawing, "tables", backgrounds.MANY)
     captions, pictures = drawn(tmp_path / "all", "--seed=5")
-    images, told, _ = world.batch(5, 0, 3, 32)
-    assert captions == told
-    np.testing.assert_array_equal(pictures, images)
+    singly = [world.batch(5, index, 1, 32) for index in range(3)]
+    assert captions == [caption for _, (caption,), _ in singly]
+    np.testing.assert_array_equal(pictures, [image for (image,), _, _ in singly])
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "all")]
 
     in_style, neon = drawn(tmp_path / "neon", "--seed=5", "--style=neon", "--easy=1")

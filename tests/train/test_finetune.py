@@ -118,6 +118,8 @@ def test_the_prior_is_drawn_once_and_learned_beside(config, tmp_path):
     assert [file.stat().st_mtime_ns for file in files] == times
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(line["prior_loss"] > 0 for line in metrics)
+    with pytest.raises(UserError, match="prior has pictures of 'a car', not of 'a fox': give another"):
+        finetune.train(config(prior=PriorConfig(prompt="a fox", num_images=3), steps=3), tmp_path)
     plain = tmp_path / "plain"
     finetune.train(config(steps=2), plain)
     first = json.loads((plain / "metrics.jsonl").read_text().splitlines()[0])
@@ -271,6 +273,20 @@ def test_mistakes_are_told_before_anything_is_written(config, tmp_path, options,
         finetune.train(config(**options), tmp_path / "run")
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_draws_from_a_picture_is_refused(config, tmp_path):
+    other = tiny_folder(tmp_path / "inpaints", unet={"in_channels": 9})
+    with pytest.raises(UserError, match="draws from a picture beside words, and is not trained"):
+        finetune.train(dataclasses.replace(config(), model=str(other)), tmp_path / "run")
+
+
+def test_a_scheduler_s_settings_are_flags():
+    argv = ["--config=configs/finetune.py", "--workdir=w", "--config.finetune.steps=3"]
+    asked = ["prediction_type=v_prediction", "rescale_betas_zero_snr=True", "beta_end=0.02"]
+    config, _ = train_command.parse([*argv, *(f"--config.scheduler.{each}" for each in asked)])
+    wanted = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "beta_end": 0.02}
+    assert (config.scheduler, config.finetune.steps) == (wanted, 3)
 
 
 def test_another_model_in_the_same_folder_is_refused(config, tmp_path):

@@ -249,6 +249,22 @@ def test_scenes_do_not_go_on_with_pictures_nor_pictures_with_scenes(uninterrupte
         stages.train(config, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ({"scaling_factor": 0.18}, "vae.scaling_factor=0.18: write 1.0"),
+        ({"use_quant_conv": False}, "vae.use_quant_conv and use_post_quant_conv: write True"),
+    ],
+)
+def test_an_autoencoder_whose_latents_would_not_fit(config, tmp_path, option, told):
+    config.vae |= option
+    with pytest.raises(UserError, match=told):
+        stages.train(config, tmp_path / "run")
+    config.start, config.autoencoder.steps = "nowhere", 0  # of a model that has it so
+    with pytest.raises(UserError, match="nowhere"):
+        stages.train(config, tmp_path / "run")
+
+
 def test_the_config_is_sound(folder, tmp_path, monkeypatch):
     """Its shapes, on small pictures; to compile it would take minutes, to draw its weights ten seconds."""
     looked_at = {}
