@@ -86,6 +86,9 @@ class Checkpoints:
 
         A checkpoint that cannot be read is told of in one line, and keeps its files under another name.
 
+        Args:
+          like: of arrays, or of their shapes, which take no memory.
+
         Raises:
           UserError: the checkpoints are of another model, optimizer or set of averages; or none can be read.
         """
@@ -120,7 +123,7 @@ class Checkpoints:
         items = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
         _compare(position, {name: items[name] for name in wanted})
 
-        def scalar(name: str, like: jax.Array) -> jax.Array:
+        def scalar(name: str, like: Any) -> jax.Array:
             return jax.device_put(np.asarray(position[name], like.dtype), like.sharding)
 
         tally = Tally(**{name: scalar(name, value) for name, value in like.tally._asdict().items()})

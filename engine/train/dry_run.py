@@ -11,7 +11,7 @@ from engine import flops
 from engine.config import StageConfig
 from engine.train import step as steps
 from engine.train.data import BatchAt
-from engine.train.loop import program
+from engine.train.loop import placed, program
 from engine.types import Params
 
 GIB = 2**30
@@ -70,14 +70,6 @@ def table(
         ("arithmetic of a step", f"{arithmetic / 1e12:.4g} TFLOP"),
         ("of a picture", f"{arithmetic / config.batch_size / 1e12:.4g} TFLOP"),
     ]
-
-
-def placed(tree: Any, shardings: Any) -> Any:
-    """Arrays or their shapes as shapes that know where they lie; `shardings`: a tree of shapes -> where."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings(shapes)
-    )
 
 
 def _count(tree: Any) -> int:

@@ -89,6 +89,14 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def placed(tree: Any, shardings: Any) -> Any:
+    """Arrays or their shapes as shapes that know where they lie; `shardings`: a tree of shapes -> where."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings(shapes)
+    )
+
+
 def fit(
     name: str,
     loss: steps.Loss,
@@ -117,12 +125,13 @@ def fit(
     devices, init, step = program(name, loss, params, optimizer, config)
     base_key = jax.random.key(seed, impl="threefry2x32")
     with Checkpoints(workdir / name, config.keep_last, config.keep_best) as checkpoints:
-        state = init(devices.place_tree(params))
+        # A fresh state beside the one that is read would be twice the memory that the run began with.
+        state = checkpoints.restore(placed(jax.eval_shape(init, params), devices.shardings))
+        if state is None:
+            state = init(devices.place_tree(params))
+        elif devices.leads:
+            print(f"{name}: goes on from step {int(state.step)}", flush=True)
         frozen = devices.place_tree(frozen)
-        if (newest := checkpoints.restore(state)) is not None:
-            state = newest
-            if devices.leads:
-                print(f"{name}: goes on from step {int(state.step)}", flush=True)
         first = int(state.step)
         if first < config.steps:
             progress = Progress(name, workdir, first, config, None, devices.leads)
@@ -132,11 +141,11 @@ def fit(
                 contextlib.closing(progress),
                 contextlib.closing(batches(batch_at, first)) as data,
             ):
-                placed = map(devices.shard_own, data)
-                head = next(placed)
+                own = map(devices.shard_own, data)
+                head = next(own)
                 # Traced here, and with a batch that lies where it will, the step is not traced again.
                 progress.arithmetic = arithmetic(step, devices.devices, state, frozen, head, base_key)
-                rest = itertools.chain([head], placed)
+                rest = itertools.chain([head], own)
                 ended = run.to_end(state, lambda state: step(state, frozen, next(rest), base_key), stop)
             if ended is None:
                 return None
