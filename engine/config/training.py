@@ -97,6 +97,9 @@ def check_stage(name: str, stage: StageConfig, least_steps: int) -> None:
         raise UserError(
             f"{name}.accumulate={stage.accumulate} does not divide {name}.batch_size={stage.batch_size}"
         )
+    for field in ("ema", "ema_sigma_rel"):
+        if not isinstance(getattr(stage, field), (tuple, list)):
+            raise UserError(f"{name}.{field}={getattr(stage, field)!r}: write a tuple, with a comma")
     if not stage.ema or not all(0 <= decay < 1 for decay in stage.ema):
         raise UserError(f"{name}.ema={stage.ema}: write one or more numbers from 0 to below 1")
     if not all(0 < width <= MAX_SIGMA_REL for width in stage.ema_sigma_rel):

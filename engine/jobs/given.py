@@ -25,7 +25,7 @@ from engine.requests import Edit
 from engine.text.row_files import PATHS, SHOWN
 from engine.text.row_paths import astray
 from engine.text.rows import Row
-from engine.types import UserError
+from engine.types import Trouble, UserError
 
 LATENTS = 8  # sides are multiples of so many, as most U-Nets halve them three times
 LARGEST = 2**28  # bytes of a file
@@ -275,7 +275,7 @@ class OfRows:
         except OSError as error:
             reason = error.strerror or error
             again = "once that is mended, the same command goes on"
-            raise UserError(f"{path}: cannot be read: {reason}; {again}") from None
+            raise Trouble(f"{path}: cannot be read: {reason}; {again}") from None
 
     def _astray(self, row: Row) -> str:
         for name in PATHS:

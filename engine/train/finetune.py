@@ -77,7 +77,7 @@ def train(
     task = begin(config)
     loss, frozen = objective(config, task)
     remember(config, workdir)
-    batch_at = batches(config, task, workdir)
+    batch_at = batches(config, task, workdir, fit is not loop.fit)
     samples = Samples(config.samples, task.model, workdir / "samples")
     params = fit(
         STAGE,
@@ -159,8 +159,12 @@ def with_prior(loss: Loss, weight: float) -> Loss:
     return both
 
 
-def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path) -> BatchAt:
-    """The data: pictures, and beside them those of the prior."""
+def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path, shapes_only: bool = False) -> BatchAt:
+    """The data: pictures, and beside them those of the prior.
+
+    Args:
+      shapes_only: do not draw the prior; batches of one's own pictures have its shapes.
+    """
     stage, tokenizer = config.finetune, task.model.tokenizer
     hosts = {"process": jax.process_index(), "processes": jax.process_count()}
     if config.latents:
@@ -176,6 +180,8 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path) -> BatchA
     own = training_batches(config.data, stage.batch_size, tokenizer, workdir=workdir, **options, **captions)
     if not config.prior.num_images:
         return own
+    if shapes_only:
+        return lambda step: {**own(step), "prior": own(step)}
     folder = draw_prior(config, task.model, workdir / "prior")
     # its own metadata, and the size that it is drawn in
     drawn = {"paths": (str(folder),), "kind": "files", "repeats": (1,), "caption_field": "", "min_size": 1}

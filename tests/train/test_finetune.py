@@ -1,6 +1,7 @@
 """Models that exist, trained further: all of the U-Net, with the text encoder, a LoRA, beside a prior."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -224,7 +225,9 @@ def given_back(model, files):
 
 
 def test_a_dry_run_says_what_it_takes(config, tmp_path, capsys):
-    assert finetune.train(config("lora"), tmp_path, dry_run.fit) is None
+    prior = PriorConfig(prompt="a car", num_images=3)
+    assert finetune.train(config("lora", prior=prior), tmp_path, dry_run.fit) is None
+    assert not (tmp_path / "prior").exists(), "to draw it takes hours"
     said = capsys.readouterr().out
     rows = dict(line.split("  ", 1) for line in said.splitlines() if "  " in line)
     trained = int(rows["parameters that are trained"].replace(",", ""))
@@ -273,6 +276,16 @@ def test_mistakes_are_told_before_anything_is_written(config, tmp_path, options,
         finetune.train(config(**options), tmp_path / "run")
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("ema", 0.9), ("optim.no_weight_decay", "bias$")])
+def test_a_tuple_without_its_comma(config, name, value):
+    chosen = config()
+    *parents, field = f"finetune.{name}".split(".")
+    setattr(functools.reduce(getattr, parents, chosen), field, value)
+    with pytest.raises(UserError) as error:
+        chosen.validate()
+    assert str(error.value) == f"finetune.{name}={value!r}: write a tuple, with a comma"
 
 
 def test_a_model_that_draws_from_a_picture_is_refused(config, tmp_path):
