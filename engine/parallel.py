@@ -257,7 +257,7 @@ def gpus_of_node(environ: Mapping[str, str] = os.environ) -> list[int] | None:
     if not re.fullmatch(r"1(\(x\d+\))?", tasks):
         return None
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-    count = len(visible.split(",")) if visible else int(environ.get("SLURM_GPUS_ON_NODE", 0))
+    count = len(visible.split(",")) if visible else int(environ.get("SLURM_GPUS_ON_NODE") or 0)
     return list(range(count)) or None
 
 

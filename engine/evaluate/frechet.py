@@ -106,8 +106,8 @@ def _root(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D R"]:
     """A root with root root^T = covariance, R its rank: S^½ but for a rotation and columns of zeros.
 
     Singular values of products with it are those with S^½. Cholesky's factor with pivots (LAPACK's pstrf)
-    is one; it ends where what is left is rounding, D eps max(diagonal), and takes a tenth of the time of
-    eigenvalues, far less where there are few pictures.
+    is one; it ends where what is left is rounding, D eps max(diagonal), and takes an eighth of the time of
+    eigenvalues at 2048 features, far less where there are few pictures.
     """
     factor, pivots, rank, _ = pstrf(covariance, lower=1)
     root = np.empty((len(covariance), rank))

@@ -244,15 +244,15 @@ def free_path(
         the picture of its name.
     """
 
-    def free(name: pathlib.Path, settings: Mapping[str, Any] | None) -> bool:
-        return not os.path.lexists(name) or (settings is not None and _settings_of(name) == settings)
+    def own(file: pathlib.Path, known: Mapping[str, Any] | None) -> bool:
+        return not os.path.lexists(file) or (known is not None and _settings_of(file) == known)
+
+    def free(name: pathlib.Path) -> bool:
+        known = {suffix: of for suffix, of in beside.items() if of is not None or not os.path.lexists(name)}
+        return own(name, settings) and all(own(name.with_suffix(suffix), of) for suffix, of in known.items())
 
     others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-    for name in itertools.chain([path], others):
-        with_it = [(name.with_suffix(suffix), known) for suffix, known in beside.items()]
-        if free(name, settings) and all(free(*each) for each in with_it if each[1] or not name.exists()):
-            return name
-    raise AssertionError("there are names without end")
+    return next(name for name in itertools.chain([path], others) if free(name))
 
 
 def _settings_of(path: pathlib.Path) -> dict[str, Any] | None:
