@@ -173,8 +173,11 @@ class Devices:
         return self._whole
 
     def fetch(self, tree: Any) -> Any:
-        """Copies results to the host, those of the other hosts included. Waits for them."""
-        return jax.tree.map(np.asarray, self.gather(tree))
+        """Copies results to the host, those of the other hosts included. Waits for them.
+
+        One array after the other: devices that keep parts of a model have no room for all of it.
+        """
+        return jax.tree.map(lambda x: np.asarray(self.gather(x)), tree)
 
     def gather(self, tree: Any) -> Any:
         """Results such that each host can read all of them; does not wait."""

@@ -13,7 +13,7 @@ import numpy as np
 from engine import finish
 from engine.config import FinetuneConfig
 from engine.diffusion.scheduler_config import SchedulerConfig
-from engine.parallel import Devices
+from engine.parallel import SPLIT, Devices
 from engine.pipeline import SHIPPED, SHIPPED_NAME, Pipeline
 from engine.train import adapters, inversion, latents, loop, objectives, optim
 from engine.train.data import Batch, BatchAt
@@ -25,7 +25,7 @@ from engine.types import Params, UserError
 from engine.weights import embeddings, lora_files
 from engine.weights.component import KINDS
 from engine.weights.files import read_json
-from engine.weights.folder import Model, load_trainable, save_folder
+from engine.weights.folder import Model, load_trainable, on_devices, save_folder
 from engine.weights.index import WORDS, channels
 from engine.weights.lora import Lora, merged
 
@@ -78,7 +78,7 @@ def train(
     loss, frozen = objective(config, task)
     remember(config, workdir)
     batch_at = batches(config, task, workdir, fit is not loop.fit)
-    samples = Samples(config.samples, task.model, workdir / "samples")
+    samples = Samples(config.samples, task.model, workdir / "samples", config.finetune.shard_params)
     params = fit(
         STAGE,
         loss,
@@ -215,7 +215,8 @@ def draw_prior(config: FinetuneConfig, model: Model, folder: pathlib.Path) -> pa
     missing = [index for index, name in enumerate(names) if not (folder / name).exists()]
     if missing:
         print(f"prior: drawing {len(missing)} pictures of {prompt!r}", flush=True)
-        pipe = Pipeline(model, Devices(), config.model, "float32", folder)
+        devices = Devices("jit", rules=SPLIT) if config.finetune.shard_params else Devices()
+        pipe = Pipeline(on_devices(model, devices), devices, config.model, "float32", folder)
         for first in range(missing[0], wanted, PRIOR_BATCH):
             count = min(PRIOR_BATCH, wanted - first)
             images = pipe.generate([prompt] * count, seed=config.seed, first_index=first)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -28,7 +27,7 @@ class Inversion:
     @property
     def params(self) -> Params:
         """As the training begins."""
-        return {"embedding": jnp.asarray(self.words.vectors)}
+        return {"embedding": self.words.vectors}
 
     def loss(self, loss: Loss) -> Loss:
         """`loss` of the U-Net's params, as `objectives.text_to_image_loss`, seen as one of the vectors.
@@ -110,7 +109,7 @@ def begin(model: Model, config: InversionConfig, seed: int) -> tuple[Model, Inve
                 f"inversion.num_vectors={config.num_vectors}: {template!r} is then too long for this model, "
                 f"which reads {tokenizer.model_max_length - 2} tokens; write less, or shorter templates"
             )
-    flat[embeddings.TABLE] = jnp.asarray(words.table(table))
+    flat[embeddings.TABLE] = words.table(table)
     text_encoder = dataclasses.replace(model.text_encoder, params=traverse_util.unflatten_dict(flat))
     model = with_words(dataclasses.replace(model, text_encoder=text_encoder), words)
     return model, Inversion(config, seed, words)

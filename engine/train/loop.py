@@ -210,7 +210,8 @@ class _Run:
         self.progress.add(step, metrics)
 
     def _keep_averages(self, done: int, state: steps.TrainState) -> None:
-        averages = self.devices.gather(state.ema_params)
+        kept = map(ema.power_name, self.config.ema_sigma_rel)
+        averages = {name: on_this_host(self.devices, state.ema_params[name]) for name in kept}
         if self.devices.leads:
             ema.save_snapshots(self.workdir / self.name / "ema", done, averages, self.config)
 

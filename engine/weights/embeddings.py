@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float
@@ -157,7 +158,7 @@ class Words:
 def with_rows(params: Params, ids: Sequence[int], vectors: Float[Array, "N D"]) -> Params:
     """A text encoder's params with these vectors in the rows `ids` of its table. Pure."""
     flat = traverse_util.flatten_dict(params)
-    flat[TABLE] = flat[TABLE].at[np.array(ids)].set(vectors.astype(flat[TABLE].dtype))
+    flat[TABLE] = jnp.asarray(flat[TABLE]).at[np.array(ids)].set(vectors.astype(flat[TABLE].dtype))
     return traverse_util.unflatten_dict(flat)
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.parallel import Devices
 from engine.text.tokenizer import Tokenizer
 from engine.types import UserError
 from engine.weights import embeddings, index, lora, lora_files
@@ -125,11 +127,24 @@ def _changes(
 
 
 def load_trainable(path: str | Path) -> Model:
-    """`load_folder` in float32; UserError for a model of SDXL."""
+    """`load_folder` in float32, of arrays on the host: devices are to hold what a step needs, and that once.
+
+    Raises:
+      UserError: as there; or a model of SDXL.
+    """
     folder = Path(os.path.expanduser(path))
     if "text_encoder_2" in index.read_index(folder).classes:
         raise UserError(f"{path} is one of SDXL, which draws here, but cannot be trained yet")
-    return load_folder(folder)
+    return load_folder(folder, place=lambda name, array: np.ascontiguousarray(array))
+
+
+def on_devices(model: Model, devices: Devices) -> Model:
+    """The model with the params of all its parts where `devices` keep them."""
+    parts = {
+        kind: dataclasses.replace(part, params=devices.place_tree(part.params))
+        for kind, part in model.parts.items()
+    }
+    return dataclasses.replace(model, **parts)
 
 
 def with_words(model: Model, learned: embeddings.Words) -> Model:

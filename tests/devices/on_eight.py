@@ -12,18 +12,20 @@ import pytest
 from jax.experimental import pallas
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
+from PIL import Image
 
 import engine
 from engine import flops
 from engine.benchmark import outline, scaling
 from engine.benchmark.compiled import collectives
 from engine.benchmark.drawing import Asked, Case
-from engine.config import AutoencoderStage, OptimConfig
+from engine.config import AutoencoderStage, OptimConfig, SamplesConfig
 from engine.models import attention, kernels
 from engine.models.attention import attend
 from engine.parallel import MODES, SPLIT, Devices
 from engine.train import checkpoint, loop, optim, stages, step
 from engine.train.objectives import autoencoder_loss
+from engine.train.samples import Samples
 from engine.types import UserError
 from tests.compiled import COMPILED
 from tests.tiny import REFINER, SHALLOW, XL, shallow, tiny_folder, tiny_model, tiny_tokenizer
@@ -324,6 +326,24 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_four_and_on_one(tmp_path):
         assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(found)} == {count}
         jax.tree.map(np.testing.assert_array_equal, found, state)
     jax.tree.map(np.testing.assert_array_equal, checkpoint.restore_params(tmp_path, "ema_0.9"), params)
+
+
+def test_samples_of_a_training_can_be_drawn_with_a_split_model(tmp_path, monkeypatch):
+    model = tiny_model(**SHALLOW)
+    config = SamplesConfig(prompts=("a cat", "a red fox"), every=1, steps=2)
+    pixels, parts = {}, {}
+    for split in (False, True):
+        samples = Samples(config, model, tmp_path / str(split), split)
+
+        def generate(*args, draw=samples._pipe.generate, pipe=samples._pipe, split=split, **options):
+            kernel = pipe.model.unet.params["conv_in"]["kernel"]
+            parts[split] = kernel.size // kernel.addressable_shards[0].data.size
+            return draw(*args, **options)
+
+        monkeypatch.setattr(samples._pipe, "generate", generate)
+        pixels[split] = np.asarray(Image.open(samples.draw(1, {"unet": model.unet.params})), np.int32)
+    assert parts == {False: 1, True: 8}
+    assert np.abs(pixels[True] - pixels[False]).max() <= 1
 
 
 @pytest.mark.parametrize("shard_params", [False, True], ids=["copies", "shards"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import shutil
 
@@ -25,6 +26,7 @@ from engine.config import (
 from engine.finish import to_uint8
 from engine.train import dry_run, finetune
 from engine.train.objectives import applier, to_float
+from engine.train.samples import Samples
 from engine.types import UserError
 from engine.weights.folder import load_folder
 from launch import cache as cache_command
@@ -191,6 +193,21 @@ def test_samples_show_the_way(config, tmp_path):
     sheets = [Image.open(tmp_path / "samples" / f"{step:08d}.png") for step in (2, 4)]
     assert sheets[0].size == sheets[1].size and sheets[0].size[0] >= 2 * 16
     assert sheets[0].tobytes() != sheets[1].tobytes()
+
+
+def test_samples_leave_no_copy_of_the_model_on_the_devices(config, tmp_path):
+    """Nor does the training: what it does not train of a model stays on the host, but for the step's own."""
+    drawn = dataclasses.replace(config(), samples=SamplesConfig(prompts=("a cat",), every=1, steps=2))
+    task = finetune.begin(drawn)
+    leaves = [jax.tree.leaves(part.params) for part in task.model.parts.values()]
+    assert all(isinstance(leaf, np.ndarray) for each in leaves for leaf in each)
+    samples = Samples(drawn.samples, task.model, tmp_path)
+    gc.collect()
+    before = sum(leaf.nbytes for leaf in jax.live_arrays())
+    samples.draw(1, task.params)
+    gc.collect()
+    kept = sum(leaf.nbytes for leaf in jax.live_arrays()) - before
+    assert kept < 0.01 * sum(leaf.nbytes for leaf in jax.tree.leaves(task.params))
 
 
 def test_four_pictures_are_learned_by_heart(config, tmp_path):
