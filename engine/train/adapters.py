@@ -1,13 +1,16 @@
 """Training of LoRAs: a loss over the weights of a model becomes one over a LoRA; the weights stay."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+from flax import traverse_util
+from jax.typing import DTypeLike
 
 from engine.config import LoraConfig
-from engine.train.step import Loss
+from engine.train.step import Loss, cast
 from engine.weights.component import Component
-from engine.weights.lora import KINDS, Lora, fresh, merged
+from engine.weights.lora import KINDS, Lora, fresh, layer_name, merged
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -32,7 +35,8 @@ def lora_loss(loss: Loss, alphas: Mapping[str, float]) -> Loss:
     """`loss` of the U-Net's params, as `objectives.text_to_image_loss`, seen as one of a LoRA's layers.
 
     params: the layers; frozen: what `loss` takes and "unet", its params. "text_encoder" in it is merged, too.
-    The model is called with merged weights, so that any model and any loss goes.
+    The model is called with merged weights, so that any model and any loss goes. To be put `around` the cast
+    to a type of half precision (see `train_step`): in it, a small change is lost beside the weight.
     """
 
     def over_layers(layers, frozen, batch, key):
@@ -41,3 +45,18 @@ def lora_loss(loss: Loss, alphas: Mapping[str, float]) -> Loss:
         return loss(rest.pop("unet"), rest, batch, key)
 
     return over_layers
+
+
+def kept(frozen: Mapping[str, Any], lora: Lora, dtype: DTypeLike) -> dict[str, Any]:
+    """What stays, in the type that is computed in; in float32 the kernels that the LoRA changes."""
+
+    def one(kind: str, params: Any) -> Any:
+        if kind not in KINDS:
+            return cast(params, dtype)
+        flat = traverse_util.flatten_dict(params)
+        for path in flat:
+            if path[-1] != "kernel" or layer_name(kind, path) not in lora.layers:
+                flat[path] = cast(flat[path], dtype)
+        return traverse_util.unflatten_dict(flat)
+
+    return {kind: one(kind, params) for kind, params in frozen.items()}

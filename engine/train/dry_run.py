@@ -26,10 +26,11 @@ def fit(
     config: StageConfig,
     *,
     batch_at: BatchAt,
+    around: steps.Around = steps.itself,
     **_: Any,
 ) -> Params:
     """In place of `loop.fit`: prints the table, and gives the params back as they are."""
-    rows = table(name, loss, params, frozen, optimizer, config, batch_at(0))
+    rows = table(name, loss, params, frozen, optimizer, config, batch_at(0), around)
     width = max(len(what) for what, _ in rows)
     print("\n".join(f"{what:{width}}  {value}" for what, value in rows) + "\n", flush=True)
     return params
@@ -43,13 +44,14 @@ def table(
     optimizer: optax.GradientTransformation,
     config: StageConfig,
     batch: Mapping[str, np.ndarray],
+    around: steps.Around,
 ) -> list[tuple[str, str]]:
     """Compiles the step of a stage for the devices at hand, and says what the compiler thinks of it.
 
     Args:
       params, frozen, batch: arrays or shapes; nothing is computed with them.
     """
-    devices, init, step = program(name, loss, params, optimizer, config)
+    devices, init, step = program(name, loss, params, optimizer, config, around=around)
     state = placed(jax.eval_shape(init, params), devices.shardings)
     kept = placed(frozen, devices.shardings)
     rows = jax.tree.map(

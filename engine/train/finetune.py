@@ -1,10 +1,11 @@
 """A model that exists, trained further: its U-Net, with the text encoder, or a LoRA or a word beside them."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from engine.train import adapters, inversion, latents, loop, objectives, optim
 from engine.train.data import Batch, BatchAt
 from engine.train.samples import Samples
 from engine.train.sources import training_batches
-from engine.train.step import Loss
+from engine.train.step import Around, Loss, cast, itself
 from engine.train.workdir import STAGE, check_same_run, remember
 from engine.types import Params, UserError
 from engine.weights import embeddings, lora_files
@@ -75,7 +76,7 @@ def train(
     config.validate()
     check_same_run(config, workdir, SETTLED)
     task = begin(config)
-    loss, frozen = objective(config, task)
+    loss, frozen, around = objective(config, task)
     remember(config, workdir)
     batch_at = batches(config, task, workdir, fit is not loop.fit)
     samples = Samples(config.samples, task.model, workdir / "samples", config.finetune.shard_params)
@@ -90,6 +91,7 @@ def train(
         batch_at=batch_at,
         workdir=workdir,
         watch=loop.Watch(samples.every, lambda step, own: samples.draw(step, task.parts(own))),
+        around=around,
     )
     if params is None or fit is not loop.fit or jax.process_index():
         return None
@@ -119,9 +121,17 @@ def begin(config: FinetuneConfig) -> Task:
     return Task(model, {kind: getattr(model, kind).params for kind in config.what.split("+")}, None)
 
 
-def objective(config: FinetuneConfig, task: Task) -> tuple[Loss, dict[str, Any]]:
-    """The loss of what is trained, and what else it needs: the params that stay."""
-    model = task.model
+class Objective(NamedTuple):
+    """What is minimised."""
+
+    loss: Loss
+    frozen: dict[str, Any]  # what else it needs: the params that stay
+    around: Around = itself  # see `train_step`
+
+
+def objective(config: FinetuneConfig, task: Task) -> Objective:
+    """The loss of what is trained."""
+    model, dtype = task.model, config.finetune.compute_dtype
     if config.latents:
         loss = objectives.cached_loss(
             model.unet.graphdef, model.scheduler, config.finetune, model.vae.config.scaling_factor
@@ -140,11 +150,13 @@ def objective(config: FinetuneConfig, task: Task) -> tuple[Loss, dict[str, Any]]
         frozen["empty_ids"] = model.tokenizer.encode([""])[0]
     if config.prior.num_images:
         loss = with_prior(loss, config.prior.weight)
-    if task.word is not None:
-        return task.word.loss(loss), frozen
     if task.lora is not None:
-        return adapters.lora_loss(loss, task.lora.alphas), frozen
-    return objectives.over_parts(loss), {name: own for name, own in frozen.items() if name not in task.params}
+        around = functools.partial(adapters.lora_loss, alphas=task.lora.alphas)
+        return Objective(loss, adapters.kept(frozen, task.lora, dtype), around)
+    if task.word is not None:
+        return Objective(task.word.loss(loss), cast(frozen, dtype))
+    rest = {name: own for name, own in frozen.items() if name not in task.params}
+    return Objective(objectives.over_parts(loss), cast(rest, dtype))
 
 
 def with_prior(loss: Loss, weight: float) -> Loss:

@@ -46,10 +46,13 @@ def program(
     optimizer: optax.GradientTransformation,
     config: StageConfig,
     chips: Sequence[jax.Device] | None = None,
+    around: steps.Around = steps.itself,
 ) -> Program:
     """Builds the step; compiles nothing. With config.shard_params each device keeps a part of the state.
 
-    chips: the devices to work on; None: all that there are.
+    Args:
+      chips: the devices to work on; None: all that there are.
+      around: see `train_step`.
     """
     # Mode jit: the compiler adds the sum of the gradients over the devices.
     rules = SPLIT if config.shard_params else None
@@ -60,11 +63,11 @@ def program(
 
     def on_devices(params: Params, frozen: Any, batch: steps.Batch, key: Any) -> Any:
         # These are of the dtype that is computed in: of half precision, half as much travels.
-        params, frozen = devices.whole(params, parts=places.params), devices.whole(frozen)
+        params, frozen = devices.whole((params, frozen), parts=devices.shardings((params, frozen)))
         with kernels(devices.platform, devices.over_batch):
             return loss(params, frozen, batch, key)
 
-    step = steps.train_step(on_devices, optimizer, config)
+    step = steps.train_step(on_devices, optimizer, config, around)
     return Program(
         devices,
         jax.jit(init, out_shardings=places),
@@ -109,6 +112,7 @@ def fit(
     batch_at: BatchAt,
     workdir: pathlib.Path,
     watch: Watch | None = None,
+    around: steps.Around = steps.itself,
 ) -> Params | None:
     """Trains `params` to the end of the stage, from its newest checkpoint if there is one.
 
@@ -118,11 +122,12 @@ def fit(
     Args:
       batch_at: the data, see `engine.train.data`; of several processes, the part of the batch that is this
         one's.
+      around: see `train_step`.
 
     Returns:
       The averaged params, or None when a signal stopped the run (the checkpoint is then saved).
     """
-    devices, init, step = program(name, loss, params, optimizer, config)
+    devices, init, step = program(name, loss, params, optimizer, config, around=around)
     base_key = jax.random.key(seed, impl="threefry2x32")
     with Checkpoints(workdir / name, config.keep_last, config.keep_best) as checkpoints:
         # A fresh state beside the one that is read would be twice the memory that the run began with.

@@ -22,7 +22,7 @@ from engine.train.data import BatchAt, captions_with_facts
 from engine.train.kept import kept_latents
 from engine.train.scaling import scaled_once
 from engine.train.stage_data import SEEDS, StageData, stage_data
-from engine.train.step import Loss
+from engine.train.step import Loss, cast
 from engine.train.workdir import check_same_pictures, check_same_run, remember
 from engine.types import Params, UserError
 from engine.weights.component import KINDS, Component, abstract
@@ -188,7 +188,7 @@ def _fit(
         name,
         loss,
         params,
-        frozen,
+        cast(frozen, stage.compute_dtype),
         optim.optimizer(stage.optim, stage.steps),
         stage,
         seed=run.config.seed + SEEDS[name],

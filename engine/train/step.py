@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from engine.config import StageConfig
@@ -17,8 +18,13 @@ Batch = dict[str, Array]
 Metrics = dict[str, Array]
 # (params, frozen, batch, key) -> (mean loss, metrics); `frozen` is what the loss needs and does not train
 Loss = Callable[[Params, Any, Batch, Key[Array, ""]], tuple[Array, Metrics]]
+Around = Callable[[Loss], Loss]
 
 LOSS_STEPS = 100.0  # that the average of the loss looks back on
+
+
+def itself(loss: Loss) -> Loss:
+    return loss
 
 
 class Tally(NamedTuple):
@@ -45,14 +51,21 @@ def init(params: Params, optimizer: optax.GradientTransformation, config: StageC
     return TrainState(jnp.zeros((), jnp.int32), params, averages, optimizer.init(params), tally)
 
 
-def train_step(loss: Loss, optimizer: optax.GradientTransformation, config: StageConfig):
+def train_step(
+    loss: Loss, optimizer: optax.GradientTransformation, config: StageConfig, around: Around = itself
+):
     """(state, frozen, batch, base key) -> (state, metrics), to be jitted with the state donated.
+
+    `around` stands around the cast to the type that is computed in: it makes, in float32, the params that
+    `loss` takes of those that are trained.
 
     The key of a step is fold_in(base, step): a resumed run draws what the uninterrupted one would have.
     Where the loss or a gradient is not finite, params, averages and optimizer stay as they are; the step
     counts, so that the next one has other data and another key.
     """
-    gradients = accumulated(jax.value_and_grad(computed(loss, config), has_aux=True), config.accumulate)
+    gradients = accumulated(
+        jax.value_and_grad(around(computed(loss, config)), has_aux=True), config.accumulate
+    )
     shares = ema.shares(config)
 
     def step(state: TrainState, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
@@ -120,19 +133,23 @@ def computed(loss: Loss, config: StageConfig) -> Loss:
     """`loss`, computed in `config.compute_dtype`; its networks' blocks heed `config.remat`.
 
     The params that are trained stay float32, and so do their gradients: the cast is part of the loss
-    (Micikevicius et al. 2018, section 3.1).
+    (Micikevicius et al. 2018, section 3.1). So may be those that stay, see `cast`.
     """
 
-    def cast(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda x: x.astype(config.compute_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-        )
-
     def chosen(params, frozen, batch, key):
+        params, frozen = cast((params, frozen), config.compute_dtype)
         with remat(config.remat):
-            if config.compute_dtype == "float32":
-                return loss(params, frozen, batch, key)
-            value, metrics = loss(cast(params), cast(frozen), batch, key)
-            return value.astype(jnp.float32), metrics
+            value, metrics = loss(params, frozen, batch, key)
+        return value.astype(jnp.float32), metrics
 
     return chosen
+
+
+def cast(tree: Any, dtype: DTypeLike) -> Any:
+    """The floats of a tree, on the host or on devices, in another type; the rest as it is."""
+
+    def one(x: ArrayLike) -> ArrayLike:
+        same = x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating)
+        return x if same else x.astype(dtype)
+
+    return jax.tree.map(one, tree)

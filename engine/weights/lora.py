@@ -62,14 +62,15 @@ class Layer(NamedTuple):
 def layers_of(configs: Mapping[str, Any]) -> dict[str, Layer]:
     """Every Linear and Conv of the models with these configs ("unet", "text_encoder", ...), by its name."""
     return {
-        _name(kind, path): Layer(kind, path, leaf.shape)
+        layer_name(kind, path): Layer(kind, path, leaf.shape)
         for kind, config in configs.items()
         for path, leaf in abstract(kind, config)[1].items()
         if path[-1] == "kernel"
     }
 
 
-def _name(kind: str, path: names.Path) -> str:
+def layer_name(kind: str, path: names.Path) -> str:
+    """Of a part of the model and the path of a parameter of the layer."""
     return ".".join(map(str, (kind, *path[:-1])))
 
 
@@ -133,7 +134,7 @@ def merged(parts: Mapping[str, Params], lora: Lora, scale: float = 1.0) -> dict[
     for kind, params in parts.items():
         flat = traverse_util.flatten_dict(params)
         for path in [path for path in flat if path[-1] == "kernel"]:
-            if (name := _name(kind, path)) in missing:
+            if (name := layer_name(kind, path)) in missing:
                 missing.remove(name)
                 a, b = (lora.layers[name][side].astype(jnp.float32) for side in "ab")
                 change = scale * lora.factor(name) * jnp.matmul(a, b, precision="highest")

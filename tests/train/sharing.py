@@ -19,6 +19,7 @@ from flax import nnx
 
 from engine.config import StageConfig
 from engine.train import dry_run, loop
+from engine.train.step import itself
 
 CHECKS = re.compile("jaxtyping|beartype")
 BY_VALUE = (int, float, complex, str, bytes, type(None), type, types.CodeType, types.ModuleType, nnx.GraphDef)
@@ -29,11 +30,18 @@ def shared() -> Iterator[None]:
     """Within, `loop.program` hands out again what it has built for the same step."""
     build, built = loop.program, {}
 
-    def program(name, loss, params, optimizer, config, chips=None):
-        arguments = (loss, optimizer, config, chips, jax.tree.map(lambda x: (x.shape, x.dtype), params))
+    def program(name, loss, params, optimizer, config, chips=None, around=itself):
+        arguments = (
+            loss,
+            optimizer,
+            config,
+            chips,
+            around,
+            jax.tree.map(lambda x: (x.shape, x.dtype), params),
+        )
         key = meaning(arguments)
         if key not in built:  # the arguments stay alive, so that no other thing comes to have their id
-            built[key] = build(name, loss, params, optimizer, config, chips), arguments
+            built[key] = build(name, loss, params, optimizer, config, chips, around), arguments
         return built[key][0]
 
     with pytest.MonkeyPatch.context() as patch:

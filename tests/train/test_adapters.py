@@ -1,14 +1,17 @@
 """A LoRA in training: it begins as nothing, learns what it should, and leaves the model as it is."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 
 from engine.config import LoraConfig, ObjectiveConfig, OptimConfig, StageConfig
 from engine.train import adapters, loop, objectives, optim
+from engine.train.step import computed
 from engine.types import UserError
 from engine.weights import lora_files
 from engine.weights.folder import load_folder, save_folder
@@ -129,7 +132,7 @@ def test_training_writes_a_file_that_does_what_was_learned(
         stage = dataclasses.replace(STAGE, steps=steps)
         layers = loop.fit(
             "lora",
-            adapters.lora_loss(loss, begun.alphas),
+            loss,
             begun.layers,
             base,
             optim.optimizer(stage.optim, steps),
@@ -137,6 +140,7 @@ def test_training_writes_a_file_that_does_what_was_learned(
             seed=0,
             batch_at=lambda step: batch,
             workdir=workdir,
+            around=functools.partial(adapters.lora_loss, alphas=begun.alphas),
         )
         return lora_files.save(workdir, Lora(layers, begun.alphas))
 
@@ -160,6 +164,33 @@ def test_training_writes_a_file_that_does_what_was_learned(
     again = train(tmp_path / "stopped", 6)
     assert_same_arrays(saved(tmp_path / "stopped" / "lora"), saved(tmp_path / "whole" / "lora"))
     assert again.read_bytes() == file.read_bytes()
+
+
+def test_a_change_less_than_half_precision_shows_is_not_lost_beside_the_weights(parts, frozen):
+    """bfloat16 has eight bits: a hundredth of the weights' last bit must move some of them to the next."""
+    lora = moved(adapters.begin(parts, LoraConfig(), 0))
+    name = next(iter(lora.layers))
+    kind, *path, leaf = *(int(part) if part.isdigit() else part for part in name.split(".")), "kernel"
+    kernel = functools.reduce(lambda tree, key: tree[key], [*path, leaf], parts[kind].params)
+    a, b = np.ones_like(lora.layers[name]["a"]), np.ones_like(lora.layers[name]["b"])
+    change = 1e-3 * np.abs(kernel).mean() / a.shape[-1]
+    lora.layers[name].update(a=a, b=b * change)
+
+    def shown(params, frozen, batch, key):
+        leaf = functools.reduce(lambda tree, key: tree[key], [*path, "kernel"], params)
+        assert leaf.dtype == params["conv_in"]["kernel"].dtype == jnp.bfloat16
+        return leaf.astype(jnp.float32).sum(), {}
+
+    stage = dataclasses.replace(STAGE, compute_dtype="bfloat16")
+    kept = adapters.kept(frozen | {"unet": parts["unet"].params}, lora, stage.compute_dtype)
+    around = adapters.lora_loss(computed(shown, stage), lora.alphas)
+    moved_by = float(around(lora.layers, kept, {}, KEY)[0]) - float(
+        kernel.astype(jnp.bfloat16).astype(jnp.float32).sum()
+    )
+    expected = 1e-3 * np.abs(kernel).sum() * lora.factor(name)
+    assert moved_by == pytest.approx(expected, rel=0.3)
+    own = {leaf.dtype for leaf in jax.tree.leaves(kept["vae"])}
+    assert own == {jnp.dtype(jnp.bfloat16)} and kept["empty_ids"].dtype == np.int32
 
 
 def test_what_begins(parts):

@@ -92,7 +92,7 @@ def test_it_begins_as_the_initializer(config, model, count):
 def test_gradients_are_those_of_the_new_rows_alone(config):
     """dL/dv is what dL/dW of the whole table has in the rows of the word."""
     task = finetune.begin(config(num_vectors=2))
-    inverted, frozen = finetune.objective(config(num_vectors=2), task)
+    inverted, frozen, _ = finetune.objective(config(num_vectors=2), task)
     parts = (task.model.unet.graphdef, task.model.text_encoder.graphdef, task.model.vae.graphdef)
     loss = objectives.text_to_image_loss(*parts, task.model.scheduler, config().finetune)
     ids = task.model.tokenizer.encode(["a <red> fox", "<red>", "a fox", "at <red>"])
@@ -141,7 +141,7 @@ def test_a_short_training_lowers_the_loss(config, tmp_path):
     file = finetune.train(told, tmp_path)
     task = finetune.begin(told)
     batch_at = finetune.batches(told, task, tmp_path)
-    loss, frozen = finetune.objective(told, task)
+    loss, frozen, _ = finetune.objective(told, task)
     value = jax.jit(lambda params, batch, key: loss(params, frozen, batch, key)[0])
 
     def mean(vectors):
