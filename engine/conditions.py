@@ -6,7 +6,7 @@ it stand numbers: the size of the picture before it was cropped, where the crop 
 drawn; or for the refiner, in place of the last, how beautiful it was found.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Int32
 from engine.requests import Context, Request, Settings
 from engine.types import Params
 from engine.weights.folder import Model
-from engine.weights.index import SCORED, numbers_beside
 
 BEAUTIFUL, UGLY = 6.0, 2.5  # scores towards and away from which the refiner is steered, as in its original
 
@@ -40,11 +39,16 @@ def ids_of(model: Model, prompts: Sequence[str]) -> dict[str, Int32[np.ndarray, 
     return {kind: tokenizer.encode(list(prompts)) for kind, (_, tokenizer) in model.readers.items()}
 
 
-def encoded(model: Model, params: dict[str, Params], ids: dict[str, Array]) -> Context:
-    """What the text encoders say of a batch."""
-    build = {
-        kind: nnx.merge(part.graphdef, nnx.State(params[kind])) for kind, (part, _) in model.readers.items()
-    }
+def encoded(
+    graphdefs: Mapping[str, nnx.GraphDef], params: Mapping[str, Params], ids: Mapping[str, Array]
+) -> Context:
+    """What the text encoders of a model say of a batch.
+
+    Args:
+      graphdefs, params: of its text encoders at least.
+      ids: for each of them.
+    """
+    build = {kind: nnx.merge(graphdefs[kind], nnx.State(params[kind])) for kind in ids}
     if "text_encoder_2" not in build:
         return Context(build["text_encoder"].context(ids["text_encoder"]))
     outputs = [encoder(ids[kind]) for kind, encoder in build.items()]
@@ -76,8 +80,7 @@ def _numbers(model: Model, count: int, settings: Settings) -> tuple[np.ndarray |
     if model.text_encoder_2 is None:
         return None, None
     size = (settings.height, settings.width)
-    scored = numbers_beside(model.unet.config, model.text_encoder_2.config, "unet") == SCORED
-    ends = ((BEAUTIFUL,), (UGLY,)) if scored else (size, size)
+    ends = ((BEAUTIFUL,), (UGLY,)) if model.scored else (size, size)
     rows = (np.array([*size, 0, 0, *end], np.float32) for end in ends)
     cond, uncond = (np.tile(row, (count, 1)) for row in rows)
     return cond, uncond

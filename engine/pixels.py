@@ -8,7 +8,7 @@ import io
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -85,6 +85,17 @@ def crop_box(
     down = min(float(height), width * new_height / new_width)
     left, top = crop.across * (width - across), crop.down * (height - down)
     return left, top, min(left + across, width), min(top + down, height)
+
+
+def sizes(width: int, height: int, new_width: int, new_height: int, crop: Crop) -> Int32[np.ndarray, "6"]:
+    """What SDXL is told of a cropped picture (Podell et al. 2023, section 2.2), as seen: height and width
+    before it was scaled; how much of its top and left, when it was scaled, is not seen; its new height and
+    width. Of a mirrored picture, what the crop took of the left is what was on the right.
+    """
+    scale = max(new_width / width, new_height / height)
+    across, down = width * scale - new_width, height * scale - new_height
+    left = (1 - crop.across if crop.flip else crop.across) * across
+    return np.array([height, width, round(crop.down * down), round(left), new_height, new_width], np.int32)
 
 
 def _open(file: io.BufferedIOBase) -> Image.Image:

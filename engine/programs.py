@@ -200,7 +200,8 @@ class Programs:
     # ---- the programs; (shared, batched) -> batched
 
     def _encode(self, params: Any, ids: Any) -> Context:
-        return conditions.encoded(self.model, self.devices.whole(self.computed(params)), ids)
+        params = self.devices.whole(self.computed(params))
+        return conditions.encoded(self.model.graphdefs, params, ids)
 
     def _decode(self, params: Any, latents: Any) -> Any:
         params = self.devices.whole(self.computed(params))

@@ -121,13 +121,11 @@ def training(
     Where the devices have rules, each keeps its part of the state. The params are float32, without averages.
 
     Raises:
-      UserError: SDXL, which cannot be trained; or an unknown dtype or remat.
+      UserError: an unknown dtype or remat.
     """
     for name, value, known in (("dtype", dtype, DTYPES), ("remat", remat, REMATS)):
         if value not in known:
             raise UserError(f"{name}={value!r} is unknown{nearest(value, known)}; write {' or '.join(known)}")
-    if model.text_encoder_2:
-        raise UserError("the engine does not train SDXL yet: write sd15, sd21 or tiny")
     config = StageConfig(
         steps=1000,
         batch_size=batch * devices.count,
@@ -140,14 +138,14 @@ def training(
     params = jax.tree.map(lambda leaf: shape(*leaf.shape), model.unet.params)
     optimizer = optim.optimizer(config.optim, config.steps)
     devices, init, step = loop.program("benchmark", loss, params, optimizer, config, devices.devices)
-    words = told(model, config.batch_size, jnp.float32).context.words
-    batch_shapes = {
-        "mean": shape(config.batch_size, *latent_shape(model, side), dtype=jnp.float16),
-        "context": shape(*words.shape, dtype=jnp.float16),
-    }
+    (words, pooled, _), numbers = told(model, config.batch_size, jnp.float16)
+    contexts = {"context": words} if pooled is None else {"context": words, "pooled": pooled}
+    latents = shape(config.batch_size, *latent_shape(model, side), dtype=jnp.float16)
+    batch_shapes = {"mean": latents, **contexts} | ({} if numbers is None else {"sizes": numbers})
     state = placed(jax.eval_shape(init, params), devices.shardings)
     rows = split(batch_shapes, devices)
-    frozen = placed({"empty_context": shape(*words.shape[1:])}, devices.shardings)
+    empty = {name: shape(*each.shape[1:], dtype=jnp.dtype(dtype)) for name, each in contexts.items()}
+    frozen = placed({"empty": empty}, devices.shardings)
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     return Program(step, (state, frozen, rows, key), init)
 

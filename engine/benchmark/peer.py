@@ -1,6 +1,7 @@
 """PyTorch diffusers, which draws from the same folder and the same latents. To be installed beside."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,11 +74,10 @@ class PeerTraining:
         folder: pathlib.Path,
         dtype: str,
         compiled: bool,
-        latents: np.ndarray,
-        context: np.ndarray,
+        batch: Mapping[str, np.ndarray],
         steps: int,
     ):
-        """latents, context: (B, h, w, C) and (B, L, D); steps: of a call."""
+        """batch: what ours trains on, float32; steps: of a call."""
         self._steps = steps
         torch, diffusers = installed()
         self._torch = torch
@@ -88,8 +88,12 @@ class PeerTraining:
         self._optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
         self._unet = torch.compile(unet) if compiled else unet
         self._scheduler = diffusers.DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-        self._latents = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()).to(self.device)
-        self._context = torch.from_numpy(context).to(self.device)
+        given = {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
+        self._latents = given["mean"].permute(0, 3, 1, 2).contiguous()
+        self._told = {"encoder_hidden_states": given["context"]}
+        if "pooled" in given:
+            added = {"text_embeds": given["pooled"], "time_ids": given["sizes"]}
+            self._told["added_cond_kwargs"] = added
         self._half = dtype == "bfloat16"
 
     def __call__(self) -> None:
@@ -99,7 +103,7 @@ class PeerTraining:
             t = torch.randint(0, 1000, (len(noise),), device=self.device)
             noisy = self._scheduler.add_noise(self._latents, noise, t)
             with torch.autocast(self.device, torch.bfloat16, enabled=self._half):
-                found = self._unet(noisy, t, encoder_hidden_states=self._context).sample
+                found = self._unet(noisy, t, **self._told).sample
             loss = torch.nn.functional.mse_loss(found.float(), noise)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self._unet.parameters(), 1.0)

@@ -40,7 +40,7 @@ def rows(
         calls: dict[str, Callable[[], Any]] = {"ours": run}
         for name in peers:
             compiled_too = name.endswith("compiled")
-            calls[name] = PeerTraining(folder, dtype, compiled_too, run.latents, run.context, STEPS)
+            calls[name] = PeerTraining(folder, dtype, compiled_too, run.batch, STEPS)
             calls[name]()
         seconds = timing.in_turn(calls, rounds)
         ours = statistics.median(seconds["ours"]) / STEPS
@@ -73,12 +73,15 @@ class Run:
         self.arithmetic = compiled.arithmetic(program)
         shapes = program.arguments[2]
         rng = np.random.default_rng(0)
-        draw = {name: rng.standard_normal(leaf.shape, np.float32) for name, leaf in shapes.items()}
-        self.latents, self.context = draw["mean"], draw["context"]
+        self.batch = {name: rng.standard_normal(leaf.shape, np.float32) for name, leaf in shapes.items()}
+        if "sizes" in self.batch:  # of whole pictures
+            self.batch["sizes"][:] = side, side, 0, 0, side, side
         self._step = program.function
         self._state = program.init(devices.place_tree(model.unet.params))
-        self._rows = devices.shard_batch({k: v.astype(np.float16) for k, v in draw.items()})
-        self._frozen = devices.share({"empty_context": jnp.zeros(self.context.shape[1:])})
+        rows = {name: array.astype(shapes[name].dtype) for name, array in self.batch.items()}
+        self._rows = devices.shard_batch(rows)
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), program.arguments[1])
+        self._frozen = devices.share(empty)
         self._key = jax.random.key(0, impl="threefry2x32")
         self.loss = float("nan")
 

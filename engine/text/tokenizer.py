@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -258,6 +259,16 @@ class Tokenizer:
             files["words.txt"] = "".join(f"{word}\n" for word in sorted(self.known_words))
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+class Tokenizers(NamedTuple):
+    """Those of a model with two text encoders, which read the same captions."""
+
+    each: tuple[Tokenizer, ...]
+
+    def encode(self, prompts: list[str]) -> Int32[np.ndarray, "B N L"]:
+        """Ids for each of the encoders."""
+        return np.stack([tokenizer.encode(prompts) for tokenizer in self.each], axis=1)
 
 
 def train_tokenizer(

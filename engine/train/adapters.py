@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from engine.config import LoraConfig
 from engine.train.step import Loss, cast
 from engine.weights.component import Component
-from engine.weights.lora import KINDS, Lora, fresh, layer_name, merged
+from engine.weights.lora import XL_KINDS, Lora, fresh, layer_name, merged
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -19,13 +19,13 @@ def begin(parts: Mapping[str, Component], config: LoraConfig, seed: int) -> Lora
     """The LoRA that a training starts with: its layers are what is trained.
 
     Args:
-      parts: "unet", and "text_encoder" where config.text_encoder says so.
+      parts: of a model; its text encoders are changed where config.text_encoder says so.
 
     Raises:
       UserError: the config is wrong, or a target matches no layer.
     """
     config.validate()
-    kinds = KINDS if config.text_encoder else ("unet",)
+    kinds = [kind for kind in XL_KINDS if kind in parts] if config.text_encoder else ["unet"]
     targets = (*config.targets, *(TEXT_TARGETS if config.text_encoder else ()))
     key = jax.random.key(seed, impl="threefry2x32")
     return fresh(key, {kind: parts[kind].config for kind in kinds}, targets, config.rank, config.alpha)
@@ -34,13 +34,13 @@ def begin(parts: Mapping[str, Component], config: LoraConfig, seed: int) -> Lora
 def lora_loss(loss: Loss, alphas: Mapping[str, float]) -> Loss:
     """`loss` of the U-Net's params, as `objectives.text_to_image_loss`, seen as one of a LoRA's layers.
 
-    params: the layers; frozen: what `loss` takes and "unet", its params. "text_encoder" in it is merged, too.
+    params: the layers; frozen: what `loss` takes and "unet", its params. Text encoders in it are merged, too.
     The model is called with merged weights, so that any model and any loss goes. To be put `around` the cast
     to a type of half precision (see `train_step`): in it, a small change is lost beside the weight.
     """
 
     def over_layers(layers, frozen, batch, key):
-        weights = {kind: frozen[kind] for kind in KINDS if kind in frozen}
+        weights = {kind: frozen[kind] for kind in XL_KINDS if kind in frozen}
         rest = {**frozen, **merged(weights, Lora(layers, alphas))}
         return loss(rest.pop("unet"), rest, batch, key)
 
@@ -51,7 +51,7 @@ def kept(frozen: Mapping[str, Any], lora: Lora, dtype: DTypeLike) -> dict[str, A
     """What stays, in the type that is computed in; in float32 the kernels that the LoRA changes."""
 
     def one(kind: str, params: Any) -> Any:
-        if kind not in KINDS:
+        if kind not in XL_KINDS:
             return cast(params, dtype)
         flat = traverse_util.flatten_dict(params)
         for path in flat:

@@ -13,7 +13,6 @@ import numpy as np
 
 from engine import finish
 from engine.config import FinetuneConfig
-from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.parallel import SPLIT, Devices
 from engine.pipeline import SHIPPED, SHIPPED_NAME, Pipeline
 from engine.train import adapters, inversion, latents, loop, objectives, optim
@@ -24,11 +23,8 @@ from engine.train.step import Around, Loss, cast, itself
 from engine.train.workdir import STAGE, check_same_run, remember
 from engine.types import Params, UserError
 from engine.weights import embeddings, lora_files
-from engine.weights.component import KINDS
-from engine.weights.files import read_json
-from engine.weights.folder import Model, load_trainable, on_devices, save_folder
-from engine.weights.index import WORDS, channels
-from engine.weights.lora import Lora, merged
+from engine.weights.folder import Model, load_trainable, on_devices, read_scheduler, save_folder
+from engine.weights.lora import XL_KINDS, Lora, merged
 
 SETTLED = ("model", "what", "seed", "scheduler", "lora", "inversion")  # settings that a run keeps
 PRIOR_BATCH = 16
@@ -54,7 +50,7 @@ class Task:
             return self.word.parts(self.model, params)
         if self.lora is None:
             return params
-        weights = {kind: getattr(self.model, kind).params for kind in adapters.KINDS}
+        weights = {kind: part.params for kind, part in self.model.parts.items() if kind in XL_KINDS}
         return merged(weights, Lora(params, self.lora.alphas))
 
 
@@ -106,19 +102,15 @@ def folder_of(config: FinetuneConfig) -> pathlib.Path:
 def begin(config: FinetuneConfig) -> Task:
     """Loads the model, and says what of it is trained."""
     folder = folder_of(config)
-    model = load_trainable(folder)
-    if channels(model.unet.config, model.vae.config) != WORDS:
-        raise UserError(f"{folder} draws from a picture beside words, and is not trained: give its base")
-    file = folder / "scheduler" / "scheduler_config.json"
-    scheduler = SchedulerConfig.from_json(read_json(file) | config.scheduler, str(file))
-    model = dataclasses.replace(model, scheduler=scheduler)
+    model = dataclasses.replace(load_trainable(folder), scheduler=read_scheduler(folder, config.scheduler))
     if config.what == "textual_inversion":
         model, word = inversion.begin(model, config.inversion, config.seed)
         return Task(model, word.params, None, word)
     if config.what == "lora":
-        lora = adapters.begin(vars(model), config.lora, config.seed)
+        lora = adapters.begin(model.parts, config.lora, config.seed)
         return Task(model, lora.layers, lora)
-    return Task(model, {kind: getattr(model, kind).params for kind in config.what.split("+")}, None)
+    trained = ["unet", *(model.readers if "text_encoder" in config.what else ())]
+    return Task(model, {kind: model.parts[kind].params for kind in trained}, None)
 
 
 class Objective(NamedTuple):
@@ -136,18 +128,11 @@ def objective(config: FinetuneConfig, task: Task) -> Objective:
         loss = objectives.cached_loss(
             model.unet.graphdef, model.scheduler, config.finetune, model.vae.config.scaling_factor
         )
-        empty = latents.empty_context(pathlib.Path(config.latents), model)
-        frozen = {"unet": model.unet.params, "empty_context": empty.astype(np.float32)}
+        frozen = {"unet": model.unet.params, "empty": latents.empty(pathlib.Path(config.latents), model)}
     else:
-        loss = objectives.text_to_image_loss(
-            model.unet.graphdef,
-            model.text_encoder.graphdef,
-            model.vae.graphdef,
-            model.scheduler,
-            config.finetune,
-        )
-        frozen = {kind: getattr(model, kind).params for kind in KINDS}
-        frozen["empty_ids"] = model.tokenizer.encode([""])[0]
+        loss = objectives.text_to_image_loss(model.graphdefs, model.scheduler, config.finetune, model.zeros)
+        frozen = {kind: part.params for kind, part in model.parts.items()}
+        frozen["empty_ids"] = model.tokenizers.encode([""])[0]
     if config.prior.num_images:
         loss = with_prior(loss, config.prior.weight)
     if task.lora is not None:
@@ -177,7 +162,7 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path, shapes_on
     Args:
       shapes_only: do not draw the prior; batches of one's own pictures have its shapes.
     """
-    stage, tokenizer = config.finetune, task.model.tokenizer
+    stage, tokenizer = config.finetune, task.model.tokenizers
     hosts = {"process": jax.process_index(), "processes": jax.process_count()}
     if config.latents:
         return latents.cached_batches(
@@ -186,6 +171,7 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path, shapes_on
     options = {
         "size": min(task.model.default_size),
         "keep_tags": stage.keep_tags if stage.caption_shuffle else None,
+        "sized": task.model.text_encoder_2 is not None,
         **hosts,
     }
     captions = task.word.captions() if task.word else {}

@@ -1,7 +1,8 @@
 """Pictures as latents and captions as contexts, computed once: a folder of safetensors that training reads.
 
-    00-00000.safetensors   of pictures of one shape: mean, logvar (N, h, w, C) and context (N, L, D), float16
-    empty.safetensors      context (1, L, D) of no caption at all
+    00-00000.safetensors   of pictures of one shape: mean, logvar (N, h, w, C) and context (N, L, D), float16;
+                           of SDXL also pooled (N, P) and sizes (N, 6), float32
+    empty.safetensors      context (1, L, D) of no caption at all, and pooled (1, P)
     cache.json             written last: what it was made of
 
 The autoencoder and the text encoder do not train with the U-Net; without them a step has no more to do than
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine import conditions
 from engine.parallel import Devices
 from engine.train.buckets import Order
 from engine.train.data import Batch, BatchAt, own_rows
@@ -30,10 +32,10 @@ from engine.weights.safetensors_io import DTYPES, cast, read_header, write
 SHARD = 512  # pictures in a file; some 100 MB of Stable Diffusion's
 FLOAT16 = np.dtype(np.float16)
 MARKER, EMPTY = "cache.json", "empty.safetensors"
-ARRAYS = ("mean", "logvar", "context")
+NAMES = ("context", "pooled")  # what the text encoders say
 
 Arrays = dict[str, np.ndarray]
-Encode = Callable[[np.ndarray, list[str]], Arrays]
+Encode = Callable[[np.ndarray, list[str]], Arrays]  # pictures and captions
 
 
 class Shard(NamedTuple):
@@ -76,10 +78,8 @@ def write_cache(
             _write(folder / shard.name, _encoded(pictures, shard, encode, batch_size))
         done += len(shard.numbers)
         report(done, pictures.usable)
-    _write(
-        folder / EMPTY,
-        {"context": encode(np.zeros((1, *pictures.shapes[0][::-1], 3), np.uint8), [""])["context"]},
-    )
+    nothing = encode(np.zeros((1, *pictures.shapes[0][::-1], 3), np.uint8), [""])
+    _write(folder / EMPTY, {name: nothing[name] for name in NAMES if name in nothing})
     write_json(begun, {**about, "scaling_factor": model.vae.config.scaling_factor})
     begun.replace(folder / MARKER)
 
@@ -95,29 +95,30 @@ def _shards(pictures: PictureBatches) -> Iterator[Shard]:
 def _encoded(pictures: PictureBatches, shard: Shard, encode: Encode, batch_size: int) -> Arrays:
     parts = []
     for place in range(0, len(shard.numbers), batch_size):
-        images, captions = pictures.whole(shard.bucket, shard.numbers[place : place + batch_size])
+        images, captions, sizes = pictures.whole(shard.bucket, shard.numbers[place : place + batch_size])
         if captions:  # or all of them are damaged
-            parts.append(encode(images, captions))
-    return {name: np.concatenate([part[name] for part in parts]) for name in ARRAYS} if parts else {}
+            found = encode(images, captions)
+            parts.append(found | {"sizes": np.float32(sizes)} if "pooled" in found else found)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def _encoder(model: Model, batch_size: int) -> Encode:
-    """uint8 (B, H, W, 3) and B captions -> ARRAYS in float16, on all devices; B is at most batch_size."""
-    devices = Devices()
-    build_vae, build_text = applier(model.vae.graphdef), applier(model.text_encoder.graphdef)
-    params = devices.share({"vae": model.vae.params, "text_encoder": model.text_encoder.params})
+    """uint8 (B, H, W, 3) and B captions -> arrays of float16, on all devices; B is at most batch_size."""
+    devices, build_vae, readers = Devices(), applier(model.vae.graphdef), list(model.readers)
+    params = devices.share({kind: model.parts[kind].params for kind in ("vae", *readers)})
     batch_size += -batch_size % devices.count
 
     @devices.map
     def run(params: Any, batch: Any) -> Any:
         posterior = build_vae(params["vae"]).encode(to_float(batch["image"]))
-        context = build_text(params["text_encoder"]).context(batch["ids"])
-        return {"mean": posterior.mean, "logvar": posterior.logvar, "context": context}
+        context = conditions.encoded(model.graphdefs, params, batch["ids"])
+        found = {"mean": posterior.mean, "logvar": posterior.logvar, "context": context.words}
+        return found if context.pooled is None else found | {"pooled": context.pooled}
 
     def encode(images: np.ndarray, captions: list[str]) -> Arrays:
         rows = np.minimum(np.arange(batch_size), len(images) - 1)  # one size, so that one program will do
-        batch = {"image": images[rows], "ids": model.tokenizer.encode(captions)[rows]}
-        results = devices.fetch(run(params, devices.shard_batch(batch)))
+        ids = {kind: each[rows] for kind, each in conditions.ids_of(model, captions).items()}
+        results = devices.fetch(run(params, devices.shard_batch({"image": images[rows], "ids": ids})))
         return {
             name: cast(np.asarray(x, np.float32), FLOAT16, name)[: len(images)] for name, x in results.items()
         }
@@ -128,19 +129,22 @@ def _encoder(model: Model, batch_size: int) -> Encode:
 def _write(path: pathlib.Path, arrays: Arrays) -> None:
     unfinished = path.with_name(f".{path.name}.part")
     shapes = {name: array.shape for name, array in arrays.items()}
-    write(unfinished, shapes, dict.fromkeys(shapes, FLOAT16), arrays.__getitem__)
+    dtypes = {name: array.dtype for name, array in arrays.items()}
+    write(unfinished, shapes, dtypes, arrays.__getitem__)
     os.replace(unfinished, path)
 
 
 def _made_by(model: Model) -> str:
-    """Tells apart the two networks that make the arrays."""
-    return digest_of({"vae": model.vae.params, "text_encoder": model.text_encoder.params})
+    """Tells apart the networks that make the arrays."""
+    return digest_of({kind: model.parts[kind].params for kind in ("vae", *model.readers)})
 
 
 def cached_batches(
     folder: pathlib.Path, batch_size: int, seed: int, process: int = 0, processes: int = 1
 ) -> BatchAt:
     """step -> {"mean", "logvar": (B / processes, h, w, C), "context": (B / processes, L, D)}, float16.
+
+    Of SDXL also "pooled": (B / processes, P), and "sizes": (B / processes, 6), float32.
 
     The pictures come in the order in which `training_batches` gives them with the same seed, unless some were
     damaged or repeated; process, processes as there.
@@ -156,6 +160,7 @@ def cached_batches(
     places = [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
     if not places:
         raise UserError(f"{folder} holds no pictures")
+    held = sorted(shards[places[0][0]])
     names = [paths[shard].name.split("-")[0] for shard, _ in places]
     order = Order(np.unique(names, return_inverse=True)[1], batch_size, seed)
 
@@ -163,13 +168,13 @@ def cached_batches(
         bucket, start = order.batch(step)
         first = start + first_row
         chosen = [places[order.picture(bucket, first + row)[0]] for row in range(share)]
-        return {name: np.stack([shards[shard][name][row] for shard, row in chosen]) for name in ARRAYS}
+        return {name: np.stack([shards[shard][name][row] for shard, row in chosen]) for name in held}
 
     return batch_at
 
 
-def empty_context(folder: pathlib.Path, model: Model) -> np.ndarray:
-    """The context of no caption (L, D), float16.
+def empty(folder: pathlib.Path, model: Model) -> Arrays:
+    """What stands for no caption: "context" (L, D), and of SDXL "pooled" (P,); float32.
 
     Raises:
       UserError: the folder holds no whole cache, or one that another model made.
@@ -179,7 +184,8 @@ def empty_context(folder: pathlib.Path, model: Model) -> np.ndarray:
             f"{folder} was made with another autoencoder or text encoder: write a new one with "
             "python -m launch.cache --model FOLDER"
         )
-    return np.array(_mapped(folder / EMPTY)["context"][0])
+    found = {name: np.float32(x[0]) for name, x in _mapped(folder / EMPTY).items()}
+    return {name: np.zeros_like(x) for name, x in found.items()} if model.zeros else found
 
 
 def _whole(folder: pathlib.Path) -> dict[str, Any]:

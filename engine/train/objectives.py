@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, UInt8
 
+from engine.conditions import Told, encoded
 from engine.config import AutoencoderStage, ObjectiveConfig
 from engine.diffusion.losses import by_timestep, check_terminal, diffusion_loss
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.diffusion.schedules import schedule_for
+from engine.requests import Context
 from engine.train.step import Batch, Loss
 from engine.types import Latents, Params
+from engine.weights.folder import TOKENIZERS
 
 
 def to_float(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
@@ -82,22 +86,25 @@ def fresh_heads(width: int, facts: Mapping[str, int]) -> Params:
 
 
 # (frozen, batch, which captions are left out) -> what the U-Net learns to draw, and what it is told
-Encode = Callable[[Any, Batch, Bool[Array, " B"]], tuple[Latents, Float[Array, "B L D"]]]
+Encode = Callable[[Any, Batch, Bool[Array, " B"]], tuple[Latents, Told]]
 
 
 def text_to_image_loss(
-    unet: nnx.GraphDef,
-    text_encoder: nnx.GraphDef,
-    vae: nnx.GraphDef,
+    graphdefs: Mapping[str, nnx.GraphDef],
     scheduler: SchedulerConfig,
     objective: ObjectiveConfig,
+    zeros: bool = False,
 ) -> Loss:
     """`denoising_loss` of pictures and captions.
 
-    frozen: {"vae": params, "text_encoder": params, "empty_ids": (L,)}; batch: {"image", "ids"}, or in place
-    of the pictures the "mean" of their latents.
+    frozen: params of the other networks and "empty_ids" (L,) or (2, L); batch: {"image", "ids"}, or in place
+    of the pictures the "mean" of their latents; of SDXL "sizes" beside them.
+
+    Args:
+      graphdefs: of the model's networks: "unet", "vae", "text_encoder", and of SDXL "text_encoder_2".
+      zeros: see `Model`.
     """
-    build_text, build_vae = applier(text_encoder), applier(vae)
+    build_vae, readers = applier(graphdefs["vae"]), [kind for kind in TOKENIZERS if kind in graphdefs]
 
     def encode(frozen, batch, drop):
         vae_module = build_vae(frozen["vae"])
@@ -105,11 +112,16 @@ def text_to_image_loss(
             latents = batch["mean"].astype(jnp.float32)
         else:
             latents = vae_module.encode(to_float(batch["image"])).mean  # a draw would be noise to learn
-        ids = jnp.where(drop[:, None], frozen["empty_ids"][None], batch["ids"])
-        context = build_text(frozen["text_encoder"]).context(ids)
-        return latents * vae_module.config.scaling_factor, context
+        # left out in training is what stands for no prompt in drawing
+        ids = batch["ids"] if zeros else _where(drop, frozen["empty_ids"], batch["ids"])
+        each = [ids] if len(readers) == 1 else [ids[:, i] for i in range(len(readers))]
+        params = {kind: frozen[kind] for kind in readers}
+        context = encoded(graphdefs, params, dict(zip(readers, each, strict=True)))
+        if zeros:
+            context = jax.tree.map(lambda x: _where(drop, jnp.zeros_like(x[0]), x), context)
+        return latents * vae_module.config.scaling_factor, Told(context, numbers(batch))
 
-    return denoising_loss(unet, encode, scheduler, objective)
+    return denoising_loss(graphdefs["unet"], encode, scheduler, objective)
 
 
 def cached_loss(
@@ -117,15 +129,26 @@ def cached_loss(
 ) -> Loss:
     """`denoising_loss` of what `engine.train.latents` keeps: the same numbers, up to float16.
 
-    frozen: {"empty_context": (L, D)}, in the type in which contexts are computed; batch: {"mean", "context"}.
+    frozen: {"empty": {"context": (L, D)}}, in the type in which contexts are computed; batch: {"mean",
+    "context"}; of SDXL both with "pooled", and the batch with "sizes".
     """
 
     def encode(frozen, batch, drop):
-        empty = frozen["empty_context"]
-        context = jnp.where(drop[:, None, None], empty[None], batch["context"].astype(empty.dtype))
-        return batch["mean"].astype(jnp.float32) * scaling_factor, context
+        told = {name: _where(drop, x, batch[name].astype(x.dtype)) for name, x in frozen["empty"].items()}
+        context = Context(told["context"], told.get("pooled"))
+        return batch["mean"].astype(jnp.float32) * scaling_factor, Told(context, numbers(batch))
 
     return denoising_loss(unet, encode, scheduler, objective)
+
+
+def numbers(batch: Batch) -> Float[Array, "B N"] | None:
+    """What SDXL is told beside the words."""
+    return batch["sizes"].astype(jnp.float32) if "sizes" in batch else None
+
+
+def _where(drop: Bool[Array, " B"], empty: ArrayLike, each: ArrayLike) -> Array:
+    """One for all of the rows that are dropped, each its own for the others."""
+    return jnp.where(drop.reshape(-1, *[1] * jnp.ndim(empty)), empty, each)
 
 
 def denoising_loss(
@@ -143,13 +166,14 @@ def denoising_loss(
     def loss(params, frozen, batch, key):
         drop_key, loss_key = jax.random.split(key)
         rows = len(jax.tree.leaves(batch)[0])
-        latents, context = encode(
+        latents, told = encode(
             frozen, batch, jax.random.bernoulli(drop_key, objective.caption_dropout, (rows,))
         )
         module = build_unet(params)
+        added = None if told.numbers is None else (told.context.pooled, told.numbers)
 
         def apply(x, t):
-            return module(x, t, context)
+            return module(x, t, told.context.words, None, added)
 
         losses, sigma = diffusion_loss(
             apply, latents, loss_key, schedule, scheduler.prediction_type, objective

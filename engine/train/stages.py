@@ -157,8 +157,8 @@ def train_diffusion(run: Run, parts: Parts) -> Parts | None:
     stage = run.config.diffusion
     if stage.steps == 0:
         return {}
-    graphdefs = (parts[kind].graphdef for kind in ("unet", "text_encoder", "vae"))
-    loss = objectives.text_to_image_loss(*graphdefs, _scheduler(run.config), stage)
+    graphdefs = {kind: part.graphdef for kind, part in parts.items()}
+    loss = objectives.text_to_image_loss(graphdefs, _scheduler(run.config), stage)
     frozen = {"vae": parts["vae"].params, "empty_ids": run.tokenizer.encode([""])[0]}
     batch_at = _captioned(run, parts["vae"])
     if stage.train_text_encoder:

@@ -4,6 +4,8 @@
     {"emb_params": (N, D)}   as AUTOMATIC1111's web UI does; the word is the file's name
     {"clip_l": (N, D), "clip_g": (N, E)}    the same for SDXL, as kohya's scripts do: for either text encoder
 
+Ours of SDXL say the word in their metadata, so that a file may have any name.
+
 A word of N vectors is N tokens, see engine.text.tokenizer. What a model learns of it are as many rows more in
 the table that gives each token of a prompt its vector; of SDXL both text encoders do. Its refiner, which has
 the second alone, reads the same files.
@@ -25,11 +27,12 @@ from engine.types import Params, UserError
 from engine.weights import names
 from engine.weights.component import PICKLES, Component, abstract, listed
 from engine.weights.files import new_file
-from engine.weights.safetensors_io import DTYPES, Tensor, read_header, read_tensor, write
+from engine.weights.safetensors_io import DTYPES, Tensor, read_header, read_metadata, read_tensor, write
 
 FILE = "learned_embeds.safetensors"  # in a folder
 NAMELESS = "emb_params"
 FIRST, SECOND = "clip_l", "clip_g"  # of SDXL
+TOKEN = "token"  # in its metadata
 TABLE: names.Path = ("text_model", "embeddings", "token_embedding", "embedding")  # of the text encoder
 
 
@@ -46,7 +49,7 @@ class Embedding:
 
 
 def save(path: str | Path, embedding: Embedding) -> Path:
-    """Writes a file in the format of diffusers, whole or not at all, and returns its path. Not for SDXL.
+    """Writes a file in the format of diffusers, or for SDXL of kohya, whole or not at all; returns its path.
 
     Args:
       path: FILE.safetensors; anything else is a folder, and the file in it has the name that diffusers gives.
@@ -56,10 +59,12 @@ def save(path: str | Path, embedding: Embedding) -> Path:
     """
     path = Path(os.path.expanduser(path))
     path = path if path.suffix == ".safetensors" else path / FILE
-    vectors = np.asarray(embedding.vectors, np.float32)
-    shapes, dtypes = {embedding.token: vectors.shape}, {embedding.token: vectors.dtype}
+    tensors, about = {embedding.token: embedding.vectors}, {}
+    if embedding.vectors_2 is not None:
+        tensors, about = {FIRST: embedding.vectors, SECOND: embedding.vectors_2}, {TOKEN: embedding.token}
+    shapes = {name: array.shape for name, array in tensors.items()}
     with new_file(path) as new:
-        write(new, shapes, dtypes, lambda _: vectors)
+        write(new, shapes, dict.fromkeys(tensors, np.dtype(np.float32)), tensors.__getitem__, about)
     return path
 
 
@@ -107,7 +112,7 @@ def read(path: str | Path) -> Embedding:
             f"{path} has {len(first)} vectors in {FIRST} and {len(second)} in {SECOND}, where a word has as "
             "many in either: get another file"
         )
-    return Embedding(path.stem, first, second)
+    return Embedding(read_metadata(path).get(TOKEN, path.stem), first, second)
 
 
 def _vectors(path: Path, key: str, tensor: Tensor) -> Float[np.ndarray, "N D"]:

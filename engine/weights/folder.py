@@ -12,15 +12,17 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.parallel import Devices
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer, Tokenizers
 from engine.types import UserError
 from engine.weights import embeddings, index, lora, lora_files
 from engine.weights.component import (
@@ -65,12 +67,30 @@ class Model:
         return {kind: part for kind, part in found.items() if part is not None}
 
     @property
+    def scored(self) -> bool:
+        """Whether it is told how beautiful a picture is, as the refiner of SDXL."""
+        if self.text_encoder_2 is None:
+            return False
+        return index.numbers_beside(self.unet.config, self.text_encoder_2.config, "unet") == index.SCORED
+
+    @property
     def readers(self) -> dict[str, tuple[Component, Tokenizer]]:
         """The text encoders in it, each with its tokenizer."""
         parts = self.parts
         return {
             kind: (parts[kind], getattr(self, name)) for kind, name in TOKENIZERS.items() if kind in parts
         }
+
+    @property
+    def tokenizers(self) -> Tokenizer | Tokenizers:
+        """What gives ids to all of its text encoders: (B, L), or for two (B, 2, L), as in `readers`."""
+        each = tuple(tokenizer for _, tokenizer in self.readers.values())
+        return each[0] if len(each) == 1 else Tokenizers(each)
+
+    @property
+    def graphdefs(self) -> dict[str, nnx.GraphDef]:
+        """Of the networks in it."""
+        return {kind: part.graphdef for kind, part in self.parts.items()}
 
     @property
     def first_tokenizer(self) -> Tokenizer:
@@ -130,12 +150,17 @@ def load_trainable(path: str | Path) -> Model:
     """`load_folder` in float32, of arrays on the host: devices are to hold what a step needs, and that once.
 
     Raises:
-      UserError: as there; or a model of SDXL.
+      UserError: as there; or a model of a kind that is not trained.
     """
-    folder = Path(os.path.expanduser(path))
-    if "text_encoder_2" in index.read_index(folder).classes:
-        raise UserError(f"{path} is one of SDXL, which draws here, but cannot be trained yet")
-    return load_folder(folder, place=lambda name, array: np.ascontiguousarray(array))
+    model = load_folder(path, place=lambda name, array: np.ascontiguousarray(array))
+    unet = model.unet.config
+    if index.channels(unet, model.vae.config) != index.WORDS:
+        raise UserError(f"{path} draws from a picture beside words, and is not trained: give its base")
+    if model.scored:
+        raise UserError(f"{path} is a refiner, and is not trained: give its base")
+    if unet.time_cond_proj_dim is not None:
+        raise UserError(f"{path} was distilled (time_cond_proj_dim), and is not trained: give its base")
+    return model
 
 
 def on_devices(model: Model, devices: Devices) -> Model:
@@ -199,11 +224,16 @@ def check_parts_fit(configs: Mapping[str, Any], tokenizers: Mapping[str, Tokeniz
         index.numbers_beside(unet, texts["text_encoder_2"], f"{different} unet/config.json")
 
 
-def read_scheduler(folder: Path) -> SchedulerConfig:
-    """The scheduler of a model; UserError as of `read_index`, or for what the engine does not know of it."""
+def read_scheduler(folder: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> SchedulerConfig:
+    """The scheduler of a model; UserError as of `read_index`, or for what the engine does not know of it.
+
+    changes: options in place of its own.
+    """
     name = index.read_index(folder).classes["scheduler"]
     file = folder / "scheduler" / "scheduler_config.json"
-    options = read_json(file) | {"_class_name": name}  # the index decides on the class, as in diffusers
+    options = (
+        read_json(file) | {"_class_name": name} | changes
+    )  # the index decides on the class, as in diffusers
     return SchedulerConfig.from_json(options, str(file))
 
 

@@ -46,7 +46,7 @@ def cost(remat: str, batch_size: int) -> Cost:
     state = jax.eval_shape(lambda params: step.init(params, optimizer, stage), task.params)
     words = (model.tokenizer.model_max_length, model.text_encoder.config.hidden_size)
     side, channels = model.unet.config.sample_size, model.vae.config.latent_channels
-    frozen = {"empty_context": jax.ShapeDtypeStruct(words, jnp.float32)}
+    frozen = {"empty": {"context": jax.ShapeDtypeStruct(words, jnp.float32)}}
     batch = {
         "mean": jax.ShapeDtypeStruct((batch_size, side, side, channels), jnp.float16),
         "context": jax.ShapeDtypeStruct((batch_size, *words), jnp.float16),

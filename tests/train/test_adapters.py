@@ -42,8 +42,7 @@ def parts(model):
 
 @pytest.fixture(scope="module")
 def loss(model):
-    graphdefs = (model.unet.graphdef, model.text_encoder.graphdef, model.vae.graphdef)
-    return objectives.text_to_image_loss(*graphdefs, model.scheduler, ObjectiveConfig())
+    return objectives.text_to_image_loss(model.graphdefs, model.scheduler, ObjectiveConfig())
 
 
 @pytest.fixture(scope="module")

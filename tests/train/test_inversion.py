@@ -93,8 +93,7 @@ def test_gradients_are_those_of_the_new_rows_alone(config):
     """dL/dv is what dL/dW of the whole table has in the rows of the word."""
     task = finetune.begin(config(num_vectors=2))
     inverted, frozen, _ = finetune.objective(config(num_vectors=2), task)
-    parts = (task.model.unet.graphdef, task.model.text_encoder.graphdef, task.model.vae.graphdef)
-    loss = objectives.text_to_image_loss(*parts, task.model.scheduler, config().finetune)
+    loss = objectives.text_to_image_loss(task.model.graphdefs, task.model.scheduler, config().finetune)
     ids = task.model.tokenizer.encode(["a <red> fox", "<red>", "a fox", "at <red>"])
     batch = {"image": jnp.full((4, 16, 16, 3), 200, jnp.uint8), "ids": ids}
 

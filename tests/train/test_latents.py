@@ -19,6 +19,7 @@ from launch import cache
 from tests.tiny import SHALLOW, tiny_folder, tiny_model
 from tests.train.laid_out import LAYOUTS, listed, noisy, plain_png, write
 
+ARRAYS = ("mean", "logvar", "context")
 BATCH = 4
 CONFIG = DataConfig(buckets=3, multiple=8, size=16, workers=2, seed=1)
 OBJECTIVE = ObjectiveConfig(caption_dropout=0.5)
@@ -49,7 +50,7 @@ def quick_encoder(monkeypatch):
 
     def encode(images, captions):
         values = images.reshape(len(images), -1)[:, :8].astype(np.float16)
-        return {name: values.reshape(-1, 2, 2, 2) for name in latents.ARRAYS}
+        return {name: values.reshape(-1, 2, 2, 2) for name in ARRAYS}
 
     monkeypatch.setattr(latents, "_encoder", lambda model, batch_size: encode)
     monkeypatch.setattr(latents, "SHARD", 3)
@@ -82,13 +83,12 @@ def test_training_on_the_cache_is_training_on_the_pictures(model, config, cached
     pictures_at = training_batches(config, BATCH, model.tokenizer, size=16, workdir=tmp_path)
     cached_at = latents.cached_batches(cached, BATCH, config.seed)
     steps = [i for i in range(12) if cached_at(i)["mean"].shape[1:3] == (8, 8)]  # a shape: one program
-    parts = (model.unet.graphdef, model.text_encoder.graphdef, model.vae.graphdef)
     frozen = {"vae": model.vae.params, "text_encoder": model.text_encoder.params}
     frozen["empty_ids"] = model.tokenizer.encode([""])[0]
-    empty = {"empty_context": latents.empty_context(cached, model)}
+    empty = {"empty": latents.empty(cached, model)}
     scale = model.vae.config.scaling_factor
 
-    whole = text_to_image_loss(*parts, model.scheduler, OBJECTIVE)
+    whole = text_to_image_loss(model.graphdefs, model.scheduler, OBJECTIVE)
     short = cached_loss(model.unet.graphdef, model.scheduler, OBJECTIVE, scale)
     theirs = losses(whole, model.unet.params, frozen, [pictures_at(i) for i in steps])
     ours = losses(short, model.unet.params, empty, [cached_at(i) for i in steps])
@@ -111,7 +111,7 @@ def test_cached_batches_are_those_of_the_pictures(model, config, cached, tmp_pat
     for i in range(9):
         whole, batch = encode(**pictures_at(i)), cached_at(i)
         shapes.add(batch["mean"].shape)
-        for name in latents.ARRAYS:
+        for name in ARRAYS:
             assert batch[name].dtype == np.float16
             np.testing.assert_allclose(batch[name], whole[name], rtol=2e-3, atol=2e-3)
     assert len(shapes) == 3
@@ -120,7 +120,7 @@ def test_cached_batches_are_those_of_the_pictures(model, config, cached, tmp_pat
 def test_hosts_share_each_batch(cached):
     whole, *halves = (latents.cached_batches(cached, BATCH, 1, i, n) for i, n in ((0, 1), (0, 2), (1, 2)))
     for i in (5, 0, 7):
-        for name in latents.ARRAYS:
+        for name in ARRAYS:
             assert (whole(i)[name] == np.concatenate([half(i)[name] for half in halves])).all()
 
 

@@ -50,8 +50,8 @@ OBJECTIVES = {
 
 def denoising(parts, scheduler=SCHEDULER, **objective):
     """The loss of the U-Net, its params and what it keeps frozen."""
-    graphdefs = (parts[kind].graphdef for kind in ("unet", "text_encoder", "vae"))
-    loss = objectives.text_to_image_loss(*graphdefs, scheduler, ObjectiveConfig(**objective))
+    graphdefs = {kind: part.graphdef for kind, part in parts.items()}
+    loss = objectives.text_to_image_loss(graphdefs, scheduler, ObjectiveConfig(**objective))
     frozen = {kind: parts[kind].params for kind in ("vae", "text_encoder")}
     return loss, parts["unet"].params, frozen | {"empty_ids": tiny_tokenizer().encode([""])[0]}
 

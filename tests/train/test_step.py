@@ -169,7 +169,7 @@ def test_a_unet_may_keep_what_its_blocks_give_alone():
         "mean": jnp.asarray(rng.standard_normal((2, 8, 8, 4), np.float32)),
         "context": jnp.asarray(rng.standard_normal((2, 16, 24), np.float32)),
     }
-    frozen = {"empty_context": jnp.zeros((16, 24))}
+    frozen = {"empty": {"context": jnp.zeros((16, 24))}}
 
     def gradient(remat: str):
         less = step.computed(loss, StageConfig(remat=remat))

@@ -11,14 +11,14 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from engine.config import DataConfig
-from engine.pixels import Crop
-from engine.text.tokenizer import Tokenizer
+from engine.pixels import Crop, sizes
+from engine.text.tokenizer import Tokenizer, Tokenizers
 from engine.train.buckets import Order, nearest_shape, shapes
 from engine.train.data import Batch, BatchAt, own_rows, shuffled
 from engine.train.sources.finding import open_source
@@ -29,16 +29,32 @@ from engine.types import UserError
 
 T = TypeVar("T")
 CROP, SAMPLE = 2, 3  # what is drawn, in seeds; see engine.train.buckets
-Rows = tuple[np.ndarray, list[str]]  # pictures and captions
 Reword = Callable[[Sequence[str], int, int], list[str]]  # (captions, step, place of the first in the batch)
-RowsAt = Callable[[int, int, int], Rows]  # (step, first row, number of rows) -> those of a step's batch
+
 NONE_DECODED = "data: no picture can be decoded; skipped.jsonl says why"
+
+
+class Row(NamedTuple):
+    """A picture with its caption; of several, see `Rows`."""
+
+    image: np.ndarray  # uint8 (H, W, 3)
+    caption: str
+    sizes: np.ndarray  # int32 (6,), see `engine.pixels.sizes`
+
+
+class Rows(NamedTuple):
+    images: np.ndarray  # uint8 (N, H, W, 3)
+    captions: list[str]
+    sizes: np.ndarray  # int32 (N, 6)
+
+
+RowsAt = Callable[[int, int, int], Rows]  # (step, first row, number of rows) -> those of a step's batch
 
 
 def training_batches(
     config: DataConfig,
     batch_size: int,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | Tokenizers | None,
     *,
     size: int,
     workdir: pathlib.Path,
@@ -47,6 +63,7 @@ def training_batches(
     keep_tags: int | None = None,
     accept: Accept = required,
     reword: Reword | None = None,
+    sized: bool = False,
 ) -> BatchAt:
     """The pictures of a config.
 
@@ -59,40 +76,44 @@ def training_batches(
       keep_tags: None, or captions are `engine.train.data.shuffled`.
       accept: says which captions can be used; pictures with others are skipped.
       reword: what stands in for the captions.
+      sized: with "sizes", what SDXL is told beside the words.
 
     Returns:
-      step -> {"image": uint8 (B / processes, H, W, 3), "ids": int32 (B / processes, L)}.
+      step -> {"image": uint8 (B / processes, H, W, 3), "ids": int32 (B / processes, L), of two tokenizers
+      (B / processes, 2, L), "sizes": int32 (B / processes, 6), see `engine.pixels.sizes`}.
 
     Raises:
       UserError: the config is wrong, or nothing that it names can be used.
     """
     config.validate()
     rows = open_pictures(config, batch_size, config.size or size, workdir, process, accept).rows
-    return batches_of(rows, config.seed, batch_size, tokenizer, process, processes, keep_tags, reword)
+    return batches_of(rows, config.seed, batch_size, tokenizer, process, processes, keep_tags, reword, sized)
 
 
 def batches_of(
     rows: RowsAt,
     seed: int,
     batch_size: int,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | Tokenizers | None,
     process: int = 0,
     processes: int = 1,
     keep_tags: int | None = None,
     reword: Reword | None = None,
+    sized: bool = False,
 ) -> BatchAt:
     """What a host trains on, of rows; see `training_batches`. seed: of the tags' order."""
     first, share = own_rows(batch_size, process, processes)
 
     def batch_at(step: int) -> Batch:
-        images, captions = rows(step, first, share)
+        images, captions, beside = rows(step, first, share)
         if tokenizer is None:
             return {"image": images}
         if reword is not None:
             captions = reword(captions, step, first)
         if keep_tags is not None:
             captions = shuffled(captions, seed, step, keep_tags, first)
-        return {"image": images, "ids": tokenizer.encode(captions)}
+        batch = {"image": images, "ids": tokenizer.encode(captions)}
+        return {**batch, "sizes": beside} if sized else batch
 
     return batch_at
 
@@ -143,6 +164,7 @@ class PictureBatches:
             [open_source(path, config.kind, config.caption_field) for path in config.paths], accept
         )
         among = shapes(size, config.buckets, config.multiple, config.max_aspect)
+        self._seen = np.zeros((len(self._pictures), 2), np.int32)  # width and height of each, as it is
         shape_of, digests, problem = self._look_at_all(among)
         if not len(digests):
             raise UserError(
@@ -165,11 +187,10 @@ class PictureBatches:
         return other
 
     def rows(self, step: int, first: int, count: int) -> Rows:
-        """Rows first .. first + count - 1 of a step's batch: uint8 (count, H, W, 3), and captions."""
+        """Rows first .. first + count - 1 of a step's batch."""
         bucket, start = self.order.batch(step)
         places = range(start + first, start + first + count)
-        images, captions = zip(*self._pool.map(functools.partial(self._row, bucket), places), strict=True)
-        return np.stack(images), list(captions)
+        return _together(self._pool.map(functools.partial(self._row, bucket), places))
 
     def numbers(self, bucket: int) -> np.ndarray:
         """Of the pictures of a bucket, each once."""
@@ -185,10 +206,10 @@ class PictureBatches:
         Raises:
           UserError: none of them can be decoded.
         """
-        images, captions = self._central(self._sample(count), size, size)
-        if not captions:
+        found = self._central(self._sample(count), size, size)
+        if not found.captions:
             raise UserError(NONE_DECODED)
-        return images
+        return found.images
 
     def sample_captions(self, count: int) -> list[str]:
         """Of at most `count` pictures, drawn by the seed, each once; no picture is decoded."""
@@ -199,9 +220,16 @@ class PictureBatches:
         return rng.permutation(np.unique(self._numbers))[:count]
 
     def _central(self, numbers: np.ndarray, width: int, height: int) -> Rows:
-        found = self._each(lambda number: self._pictures.read(number, width, height, Crop()), numbers)
-        images = np.stack([image for image, _ in found]) if found else np.empty((0, 1, 1, 3), np.uint8)
-        return images, [caption for _, caption in found]
+        found = self._each(lambda number: self._read(number, width, height, Crop()), numbers)
+        return (
+            _together(found)
+            if found
+            else Rows(np.empty((0, 1, 1, 3), np.uint8), [], np.empty((0, 6), np.int32))
+        )
+
+    def _read(self, number: int, width: int, height: int, crop: Crop) -> Row:
+        image, caption = self._pictures.read(number, width, height, crop)
+        return Row(image, caption, sizes(*self._seen[number].tolist(), width, height, crop))
 
     def _each(self, read: Callable[[int], T], numbers: np.ndarray) -> list[T]:
         """What `read` gives for each number; what it finds unusable is left out, and listed."""
@@ -227,6 +255,7 @@ class PictureBatches:
             if isinstance(look, Unusable):
                 self._skipped.add(self._pictures.name(number), problem := str(look))
             else:
+                self._seen[number] = look.width, look.height
                 shape_of[number] = nearest_shape(look.width, look.height, among)
                 digests.append(look.digest)
         return shape_of, digests, problem
@@ -241,13 +270,13 @@ class PictureBatches:
         repeats = np.broadcast_to(self._config.repeats, len(self._config.paths))
         return np.repeat(numbers, repeats[source])
 
-    def _row(self, bucket: int, place: int) -> tuple[np.ndarray, str]:
+    def _row(self, bucket: int, place: int) -> Row:
         for slot, round in self._candidates(bucket, place):
             number = int(self._numbers[slot])
             if number in self._bad:
                 continue
             try:
-                return self._pictures.read(number, *self.shapes[bucket], self._crop(slot, round))
+                return self._read(number, *self.shapes[bucket], self._crop(slot, round))
             except Unusable as problem:
                 self._note(number, problem)
         raise UserError(NONE_DECODED)
@@ -272,6 +301,11 @@ class PictureBatches:
         if self._config.crop == "center":
             across = down = 0.5
         return Crop(across, down, flip < self._config.flip)
+
+
+def _together(rows: Iterable[Row]) -> Rows:
+    images, captions, beside = zip(*rows, strict=True)
+    return Rows(np.stack(images), list(captions), np.stack(beside))
 
 
 def _digest(digests: list[bytes], config: DataConfig) -> str:
