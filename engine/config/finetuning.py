@@ -1,14 +1,17 @@
 """What to train further of a model that exists, and on which pictures."""
 
 import dataclasses
+import warnings
 
 from engine.config.data import DataConfig
 from engine.config.inversion import InversionConfig
 from engine.config.reader import nearest
 from engine.config.training import LoraConfig, ObjectiveConfig, StageConfig, check_stage
-from engine.errors import UserError
+from engine.errors import UserError, UserNotice
 
 WHAT = ("unet", "unet+text_encoder", "lora", "textual_inversion")
+# Settings of the data that are flags of launch.cache, too: they say what lies in a folder of latents.
+OF_CACHE = ("caption_field", "size", "buckets", "max_aspect", "multiple", "min_size")
 
 
 @dataclasses.dataclass
@@ -114,3 +117,17 @@ class FinetuneConfig:
                     f"latents={self.latents!r} and {name} do not go together: latents and contexts are "
                     "fixed; leave out one of them"
                 )
+        self._check_data_of_latents()
+
+    def _check_data_of_latents(self) -> None:
+        """Refuses settings of pictures that are not there. Of the data, latents heed its seed alone."""
+        for name, usual in dataclasses.asdict(DataConfig()).items():
+            if name in ("paths", "seed") or (value := getattr(self.data, name)) == usual:
+                continue
+            if name == "flip":  # configs/ set it for pictures: that it does nothing is no reason to stop
+                warnings.warn(f"data.flip={value}: latents are not mirrored", UserNotice, 3)
+                continue
+            instead = f"write data.{name}={usual!r}"
+            if name in OF_CACHE:
+                instead = f"give it to python -m launch.cache as --{name} {value}, and {instead} here"
+            raise UserError(f"data.{name}={value!r} does nothing with latents={self.latents!r}: {instead}")

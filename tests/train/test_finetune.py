@@ -22,6 +22,7 @@ from engine.config import (
     PriorConfig,
     SamplesConfig,
 )
+from engine.errors import UserNotice
 from engine.finish import to_uint8
 from engine.train import dry_run, finetune
 from engine.train.objectives import applier, to_float
@@ -183,6 +184,36 @@ def test_latents_stand_in_place_of_pictures(config, options, what):
     wrong = dataclasses.replace(config(), latents="somewhere", **options)
     with pytest.raises(UserError, match=f"latents='somewhere' and {what} do not go together"):
         wrong.validate()
+
+
+@pytest.mark.parametrize(
+    ("data", "instead"),
+    [
+        ({"buckets": 3}, "as --buckets 3, and write data.buckets=1 here"),
+        ({"size": 64}, "as --size 64, and write data.size=0 here"),
+        ({"min_size": 64}, "as --min_size 64, and write data.min_size=1 here"),
+        ({"caption_field": "tags"}, "as --caption_field tags, and write data.caption_field='' here"),
+        ({"crop": "random"}, ": write data.crop='center'"),
+        ({"repeats": (3,)}, ": write data.repeats=(1,)"),
+        ({"kind": "world"}, ": write data.kind='auto'"),
+        ({"workers": 2}, ": write data.workers=8"),
+    ],
+)
+def test_settings_of_pictures_do_nothing_with_latents(config, data, instead):
+    asked = dataclasses.replace(config(), data=DataConfig(**data), latents="somewhere")
+    (name,) = data
+    with pytest.raises(UserError) as error:
+        asked.validate()
+    assert str(error.value).startswith(f"data.{name}={data[name]!r} does nothing with latents='somewhere'")
+    assert str(error.value).endswith(instead)
+
+
+def test_a_config_that_mirrors_pictures_takes_latents_and_says_so():
+    """configs/lora.py is one."""
+    argv = ["--config=configs/lora.py", "--workdir=w", "--config.latents=cached", "--config.data.seed=3"]
+    chosen, _ = train_command.parse(argv)
+    with pytest.warns(UserNotice, match=r"^data.flip=0.5: latents are not mirrored$"):
+        chosen.validate()
 
 
 def test_samples_show_the_way(config, tmp_path):
