@@ -132,6 +132,15 @@ def test_without_a_seed_a_fresh_one_is_told_and_draws_the_same_again(draw):
     assert not any("seed" in line for line in again.told)
 
 
+def test_the_last_index_of_a_seed_is_drawn(draw, run, tmp_path):
+    """And can be drawn again. One more would have no index."""
+    last = 2**32 - 1
+    done = draw("a cat", "a dog", "--seed=7", f"--first_index={last - 1}")
+    assert [finish.read_settings(path)["index"] for path in done.paths[:2]] == [last - 1, last]
+    again = run("--like", done.paths[1], "--out", tmp_path / "again")
+    np.testing.assert_array_equal(pixels(again.paths[0]), pixels(done.paths[1]))
+
+
 def test_upscale(draw):
     small, large = draw("a fox", "--seed", 3), draw("a fox", "--seed", 3, "--upscale", 4)
     np.testing.assert_array_equal(pixels(large.paths[0]), finish.upscale(pixels(small.paths[0]), 4))
