@@ -70,10 +70,13 @@ def stdin() -> BinaryIO:
 
 
 def _warned(as_python: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any):
-    """What the engine warns of is for users, whom a place in its code would not help; others are Python's."""
+    """What the engine warns of is for users, whom a place in its code would not help; others are Python's.
+
+    But for Pillow's of a large picture: whoever is to decode one has a limit and a line of his own for it.
+    """
     if issubclass(category, UserNotice):
         tell(f"warning: {message}")
-    else:
+    elif category.__name__ != "DecompressionBombWarning":
         as_python(message, category, *where)
 
 

@@ -1,11 +1,17 @@
 """--image, --mask, --strength: other pictures, remembered in them; their mistakes in one line."""
 
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from engine import finish
 from launch import cli
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def pixels(path) -> np.ndarray:
@@ -68,6 +74,17 @@ def test_sizes(draw, tmp_path, shape, flags, drawn):
     file = save(tmp_path / "wide.png", np.full((*shape, 3), 99, np.uint8))
     (path,) = draw("a fox", "--image", file, *flags).paths
     assert pixels(path).shape == (*drawn, 3)
+
+
+def test_a_picture_that_is_too_large_is_one_line(model, tmp_path):
+    """Without Pillow's own warning, and without its code."""
+    large = tmp_path / "large.png"
+    Image.new("1", (12000, 8000)).save(large)
+    command = [sys.executable, "-m", "launch.generate", "a fox", "--model", model, "--image", large]
+    command += ["--out", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == cli.MISTAKE
+    assert done.stderr == f"error: {large}: 12000 x 8000 pixels: too large; write a PNG, JPEG or WebP\n"
 
 
 def test_mistakes_are_one_line(run, image, tmp_path):
