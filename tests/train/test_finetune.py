@@ -128,6 +128,16 @@ def test_the_prior_is_drawn_once_and_learned_beside(config, tmp_path):
     assert metrics[0]["loss"] > first["loss"]
 
 
+def test_a_smaller_prior_leaves_pictures_out(config, tmp_path, capsys):
+    """And a larger one takes them back, without drawing them again."""
+    said = []
+    for steps, count in enumerate((4, 2, 3), 1):
+        finetune.train(config(prior=PriorConfig(prompt="a car", num_images=count), steps=steps), tmp_path)
+        said.append(capsys.readouterr().out)
+        assert f"data: {count} pictures" in said[-1]
+    assert ["drawing" in each for each in said] == [True, False, False]
+
+
 @pytest.fixture(scope="module")
 def cached(model, pictures, tmp_path_factory):
     """The pictures as launch.cache keeps them."""
