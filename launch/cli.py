@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -205,6 +206,16 @@ def options(
         if given.get(name) in (None, ""):
             raise UserError(f"write --{name} {value}; --help explains it")
     return {**defaults, **given}
+
+
+@contextlib.contextmanager
+def data_by_flags(names: Iterable[str]) -> Iterator[None]:
+    """Mistakes in settings that a config calls data.NAME are told by the names of their flags."""
+    try:
+        yield
+    except UserError as error:
+        told = re.sub(rf"\bdata\.({'|'.join(names)})=", r"--\1=", str(error))
+        raise type(error)(told) from None
 
 
 def mistake(error: flags.Error | ValueError, known: Iterable[str]) -> UserError:

@@ -1,6 +1,6 @@
 """Typed dataclasses for every job, and the strict reader for the JSON configs of model folders."""
 
-from engine.config.data import CROPS, DATA_KINDS, DataConfig
+from engine.config.data import CROPS, DATA_KINDS, DRAWN, DataConfig
 from engine.config.drawing import FORMATS, MAX_INDEX, OF_THE_WAY, GenerateConfig, JobConfig
 from engine.config.finetuning import WHAT, FinetuneConfig, FinetuneStage, PriorConfig, SamplesConfig
 from engine.config.inversion import InversionConfig
@@ -25,6 +25,7 @@ __all__ = [
     "CROPS",
     "DATA_KINDS",
     "DECAYS",
+    "DRAWN",
     "FORMATS",
     "IN_WORDS",
     "MAX_INDEX",
