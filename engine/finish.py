@@ -27,6 +27,7 @@ from engine.types import UserError
 
 SETTINGS_KEY = "fogsculpt"  # the JSON that makes the picture again
 READABLE_KEY = "parameters"  # the same for people, under the key that picture viewers show
+NOT_READABLE = ("prompt", "negative_prompt", "contents")  # the first two have lines of their own
 BESIDE = {"sheet", "frames", "words"}  # settings of files that stand beside pictures and show them
 SETTINGS_LIMIT = 16 * 2**20  # characters of JSON
 FILE_LIMIT = 2**30  # bytes of a PNG that we are asked to read
@@ -289,7 +290,7 @@ def unwritable(path: Path, error: OSError | ValueError) -> UserError:
 
 def _readable(settings: dict[str, Any]) -> str:
     """Prompt, negative prompt, then 'name: value, ...' on a line, without what PNG text may not hold."""
-    rest = {k: v for k, v in settings.items() if k not in ("prompt", "negative_prompt")}
+    rest = {k: v for k, v in settings.items() if k not in NOT_READABLE}
     lines = [str(settings.get("prompt", ""))]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")

@@ -17,7 +17,7 @@ from engine import finish
 from engine.config import FORMATS, GenerateConfig, JobConfig
 from engine.diffusion.samplers import SAMPLERS
 from engine.diffusion.scheduler_config import GRIDS
-from engine.jobs import pictures
+from engine.jobs import digests, pictures
 from engine.parallel import MODES
 from engine.pipeline import DTYPES, Pipeline
 from launch import cli, drawing, generate
@@ -91,6 +91,7 @@ def test_pictures_are_those_of_the_python_api(draw, load_once, model, tmp_path):
     np.testing.assert_array_equal(np.stack([pixels(path) for path in done.paths[:4]]), wanted)
     for index, path in enumerate(done.paths[:4]):
         assert finish.read_settings(path) == {
+            "contents": {"weights": digests.of_weights(model)},
             "prompt": prompts[index],
             "negative_prompt": "night",
             "seed": 7,
