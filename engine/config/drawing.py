@@ -184,6 +184,13 @@ class JobConfig(GenerateConfig):
             )
         if self.elastic and (self.processes, self.process_id, self.coordinator) != (None, None, None):
             raise UserError("elastic workers need no numbers; leave out --processes and --process_id")
+        if self.lease != JobConfig.lease and not self.elastic:
+            raise UserError(f"lease={self.lease} is of claims, and there are none: write --elastic, too")
+        if self.coordinator is not None and not self.split_params:
+            raise UserError(
+                f"coordinator={self.coordinator!r}: processes meet only where they share a model; leave it "
+                "out, or write --parallel jit --split_params, too"
+            )
         ranges = {"shard_size": (1, MAX_PICTURES), "writers": (1, 64), "lease": (1, 86400)}
         self.check_ranges(ranges | {"patience": (0, 86400)})
         self.check_drawing()

@@ -5,8 +5,8 @@ import warnings
 
 from engine.config.data import DataConfig
 from engine.config.inversion import InversionConfig
-from engine.config.reader import nearest
-from engine.config.training import LoraConfig, ObjectiveConfig, StageConfig, check_stage
+from engine.config.reader import check_parts, nearest
+from engine.config.training import LoraConfig, ObjectiveConfig, StageConfig, check_seed, check_stage
 from engine.errors import UserError, UserNotice
 
 WHAT = ("unet", "unet+text_encoder", "lora", "textual_inversion")
@@ -37,6 +37,9 @@ class SamplesConfig:
             raise UserError(f"{where}.every={self.every}: write a number from 0")
         if self.every and not self.prompts:
             raise UserError(f"{where}.every={self.every} without prompts: write {where}.prompts too")
+        if self.steps < 1:
+            raise UserError(f"{where}.steps={self.steps}: write a number from 1")
+        check_seed(self.seed, f"{where}.seed")
 
 
 @dataclasses.dataclass
@@ -83,12 +86,15 @@ class FinetuneConfig:
 
     def validate(self) -> None:
         """Raises UserError, saying what to write instead, before anything is compiled."""
+        check_parts(self)
+        check_seed(self.seed)
         if self.what not in WHAT:
             raise UserError(
                 f"what={self.what!r} is unknown{nearest(self.what, WHAT)}; write {', '.join(WHAT)}"
             )
         check_stage("finetune", self.finetune, 1)
         self.finetune.validate("finetune")
+        self.finetune.check_weighting("finetune")
         self.data.validate("data")
         self.lora.validate("lora")
         if self.what == "textual_inversion":

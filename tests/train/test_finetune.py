@@ -310,6 +310,11 @@ def test_export_of_any_average(config, tmp_path, capsys):
         ({"samples": SamplesConfig(every=3)}, "samples.every=3 without prompts"),
         ({"scheduler": {"prediction_typ": "epsilon"}}, "unknown option 'prediction_typ'"),
         ({"stage": {"weighting": "min_snrr"}}, "did you mean min_snr?"),
+        ({"stage": {"snr_gamma": 3.0}}, "write finetune.weighting=min_snr, or leave it out"),
+        ({"stage": {"p2_k": 2.0, "weighting": "min_snr"}}, "write finetune.weighting=p2, or leave it out"),
+        ({"samples": SamplesConfig(steps=0)}, "samples.steps=0: write a number from 1"),
+        ({"samples": SamplesConfig(seed=-1)}, "samples.seed=-1 is out of range; write 0 to"),
+        ({"seed": -1}, "seed=-1 is out of range; write 0 to 2147483647"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(config, tmp_path, options, words):
@@ -319,14 +324,26 @@ def test_mistakes_are_told_before_anything_is_written(config, tmp_path, options,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "value"), [("ema", 0.9), ("optim.no_weight_decay", "bias$")])
-def test_a_tuple_without_its_comma(config, name, value):
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("finetune.ema", 0.9, "write a tuple, with a comma"),
+        ("finetune.optim.no_weight_decay", "bias$", "write a tuple, with a comma"),
+        ("finetune.ema", ("a",), "write a list, each a number"),
+        ("data.paths", (1,), "write a list, each a text"),
+        ("data.repeats", ("a",), "write a list, each a whole number"),
+        ("lora.targets", (3,), "write a list, each a text"),
+        ("prior", None, "leave it out, or write prior.NAME=VALUE"),
+    ],
+)
+def test_what_is_no_tuple_of_its_kind(config, name, value, instead):
+    """As a flag of launch.train may give it."""
     chosen = config()
-    *parents, field = f"finetune.{name}".split(".")
+    *parents, field = name.split(".")
     setattr(functools.reduce(getattr, parents, chosen), field, value)
     with pytest.raises(UserError) as error:
         chosen.validate()
-    assert str(error.value) == f"finetune.{name}={value!r}: write a tuple, with a comma"
+    assert str(error.value) == f"{name}={value!r}: {instead}"
 
 
 def test_a_model_that_draws_from_a_picture_is_refused(config, tmp_path):
