@@ -92,6 +92,7 @@ class FinetuneConfig:
             raise UserError(
                 f"what={self.what!r} is unknown{nearest(self.what, WHAT)}; write {', '.join(WHAT)}"
             )
+        self._tell_of_idle_parts()
         check_stage("finetune", self.finetune, 1)
         self.finetune.validate("finetune")
         self.finetune.check_weighting("finetune")
@@ -105,6 +106,13 @@ class FinetuneConfig:
         self.samples.validate("samples")
         if self.latents:
             self._check_latents()
+
+    def _tell_of_idle_parts(self) -> None:
+        """Not refused: one config may serve for several `what`."""
+        for part, what in (("lora", "lora"), ("inversion", "textual_inversion")):
+            if self.what != what and getattr(self, part) != getattr(FinetuneConfig(), part):
+                told = f"settings of {part} do nothing with what={self.what!r}, but with what={what!r}"
+                warnings.warn(told, UserNotice, 3)
 
     def _check_latents(self) -> None:
         """Refuses what needs the pictures or the captions themselves."""

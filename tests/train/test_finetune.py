@@ -226,6 +226,18 @@ def test_a_config_that_mirrors_pictures_takes_latents_and_says_so():
         chosen.validate()
 
 
+def test_settings_of_what_is_not_trained_are_told_of(config, recwarn):
+    """One who sets the rank of a LoRA may not know that all of the U-Net is to be trained."""
+    for what, part in (("unet", "lora"), ("lora", "inversion")):
+        sets = {"lora": {"rank": 32}, "inversion": {"initializer": "dog"}}[part]
+        chosen = config(what)
+        chosen.validate()
+        assert not recwarn.list
+        setattr(chosen, part, dataclasses.replace(getattr(chosen, part), **sets))
+        chosen.validate()
+        assert f"settings of {part} do nothing with what='{what}'" in str(recwarn.pop(UserNotice).message)
+
+
 def test_samples_show_the_way(config, tmp_path):
     samples = SamplesConfig(prompts=("a red car above", "a cat"), every=2, steps=2)
     finetune.train(config(samples=samples, steps=4), tmp_path)
