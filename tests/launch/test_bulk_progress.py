@@ -5,7 +5,7 @@ import types
 
 from engine.jobs.claims import Claims
 from engine.jobs.store import open_store
-from launch import bulk
+from launch import bulk, cli
 
 
 def test_an_elastic_worker_sees_what_others_have_done(tmp_path):
@@ -37,3 +37,10 @@ def test_time_left_is_that_of_all_workers(monkeypatch, capsys):
     progress.elsewhere(50)
     progress.step(10)  # at 10 s; the rates are of 20 and of 30 s
     assert capsys.readouterr().err == "60/100 images, 0.5 images/s (1.33 with other workers), 30 s left\n"
+
+
+def test_an_elastic_worker_alone_has_made_all_of_it(job, monkeypatch):
+    noted = []
+    monkeypatch.setattr(bulk.Progress, "elsewhere", lambda self, pictures: noted.append(pictures))
+    assert job("--elastic").code == cli.DONE
+    assert noted and set(noted) == {0}
