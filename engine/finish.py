@@ -15,7 +15,6 @@ import re
 import secrets
 import tempfile
 import unicodedata
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +27,11 @@ from engine.types import UserError
 
 SETTINGS_KEY = "fogsculpt"  # the JSON that makes the picture again
 READABLE_KEY = "parameters"  # the same for people, under the key that picture viewers show
+NOT_READABLE = ("prompt", "negative_prompt", "contents")  # the first two have lines of their own
 BESIDE = {"sheet", "frames", "words"}  # settings of files that stand beside pictures and show them
 SETTINGS_LIMIT = 16 * 2**20  # characters of JSON
 FILE_LIMIT = 2**30  # bytes of a PNG that we are asked to read
+MOST_DEFLATED = 1032  # times smaller at most, by the deflate that PNG has; and a pixel is a bit at least
 
 PAPER, INK = (255, 255, 255), (60, 60, 60)  # of contact sheets
 LABEL_SIZE = 12  # px
@@ -208,16 +209,15 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path}: more than {FILE_LIMIT // 2**20} MiB; write the path of a PNG made by fogsculpt"
         )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG"]) as image:
-                text = image.info.get(SETTINGS_KEY)
-                image.verify()  # every chunk's checksum, up to the end
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path}: the picture is too large to be one of fogsculpt's") from None
+        # Not Image.open, which refuses pictures as large as --upscale makes them: no pixel is decoded here.
+        with PngImagePlugin.PngImageFile(path) as image:
+            text, (width, height) = image.info.get(SETTINGS_KEY), image.size
+            image.verify()  # every chunk's checksum, up to the end
     except Exception as error:  # Pillow raises half a dozen types for broken files
         reason = "it is damaged or no PNG" if not isinstance(error, PermissionError) else "permission denied"
         raise UserError(f"{path}: {reason}; write the path of a PNG made by fogsculpt") from None
+    if width * height > 8 * MOST_DEFLATED * path.stat().st_size:
+        raise UserError(f"{path}: the picture is too large to be one of fogsculpt's: its file cannot hold it")
     if text is None:
         raise UserError(f"{path}: no settings inside; write the path of a PNG made by fogsculpt")
     try:
@@ -290,7 +290,7 @@ def unwritable(path: Path, error: OSError | ValueError) -> UserError:
 
 def _readable(settings: dict[str, Any]) -> str:
     """Prompt, negative prompt, then 'name: value, ...' on a line, without what PNG text may not hold."""
-    rest = {k: v for k, v in settings.items() if k not in ("prompt", "negative_prompt")}
+    rest = {k: v for k, v in settings.items() if k not in NOT_READABLE}
     lines = [str(settings.get("prompt", ""))]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")

@@ -86,8 +86,18 @@ DEFAULTS: dict[str, Any] = {
 KINDS = {name: type(value) for name, value in DEFAULTS.items()}
 KINDS |= {"side": str, "sampler": str, "out": str, "plot": str}
 PEERS = ("diffusers", "diffusers-compiled")
-NOT_COMPILED = ("dtype", "guidance_scale", "parallel", "sampler", "steps")  # what compile has but one of
-MODES = ("generate", "train", "spare", "scale", "load", "compile")
+DRAWING = ("side", "batch_sizes", "steps", "sampler", "guidance_scale", "dtype", "parallel", "rounds")
+OF_COMPILE = ("topology", "parts", "quantize", "merge_tokens", "split_params")
+# mode -> the flags that it reads, beside model, out and plot
+READ = {
+    "generate": (*DRAWING, "peer"),
+    "train": ("side", "batch_sizes", "dtype", "remat", "rounds", "peer"),
+    "spare": DRAWING,
+    "scale": (*DRAWING, "devices"),
+    "load": ("dtype", "parallel", "rounds"),
+    "compile": ("side", "batch_sizes", "remat", *OF_COMPILE),
+}
+MODES = tuple(READ)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -100,19 +110,26 @@ def main(argv: Sequence[str]) -> int:
         return cli.DONE
     if options["rounds"] < 1:
         raise UserError(f"rounds={options['rounds']}: write a number from 1")
-    for name in ("quantize", "merge_tokens", "split_params"):
-        if options[name] and mode != "compile":
-            pictures = "" if name == "split_params" else "; spare measures what it does to pictures"
-            raise UserError(f"{name} is for compile{pictures}")
-    for name in NOT_COMPILED if mode == "compile" else ():
-        if options.get(name) != DEFAULTS.get(name):
-            raise UserError(f"{name} is not for compile, which is bfloat16 and guided: leave it out")
+    check_read(mode, rest)
     several = any("," in str(options.get(name) or "") for name in ("batch_sizes", "side", "steps"))
     if options.get("plot") and (mode in ("load", "compile") or (mode != "scale" and not several)):
         raise UserError("plot: nothing changes; write several batch_sizes, sides, steps or devices")
     jobs = {"generate": generate, "train": train, "spare": spare, "scale": scale, "load": load}
     jobs["compile"] = compile_programs
     return jobs[mode](options, argv)
+
+
+def check_read(mode: str, argv: Sequence[str]) -> None:
+    """UserError for a flag in `argv` that the mode does not read."""
+    _, given = cli.parse(argv, KINDS) or ([], {})
+    foreign = [name for name in given if name not in ("model", "out", "plot", *READ[mode])]
+    if not foreign:
+        return
+    if (name := foreign[0]) in OF_COMPILE:
+        spared = name in ("quantize", "merge_tokens")
+        raise UserError(f"{name} is for compile{'; spare measures what it does to pictures' * spared}")
+    why = ", which is bfloat16 and guided" if mode == "compile" and name in DRAWING[2:-1] else ""
+    raise UserError(f"{name} is not for {mode}{why}: leave it out")
 
 
 def generate(options: dict[str, Any], argv: Sequence[str]) -> int:
@@ -216,8 +233,10 @@ def numbers(text: str, flag: str, most: int | None = None) -> list[int]:
 def compile_programs(options: dict[str, Any], argv: Sequence[str]) -> int:
     from engine.benchmark import tpu_compiler
 
-    sizes = numbers(options["batch_sizes"], "batch_sizes")
+    sizes, parts = numbers(options["batch_sizes"], "batch_sizes"), options["parts"].split(",")
     (side,) = numbers(options["side"], "side", most=1) if options.get("side") else (None,)
+    if options["remat"] != DEFAULTS["remat"] and "train" not in parts:
+        raise UserError(f"remat={options['remat']!r} is for train: write it among --parts, too")
     tpu_compiler.prepare()  # before JAX comes
     from engine.benchmark import compiling
 
@@ -227,7 +246,7 @@ def compile_programs(options: dict[str, Any], argv: Sequence[str]) -> int:
         options["topology"],
         sizes,
         side,
-        options["parts"].split(","),
+        parts,
         options["remat"],
         options["quantize"],
         options["merge_tokens"],

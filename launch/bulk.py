@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -115,8 +115,11 @@ def work(job: Job, settle: Settle, pipe: Pipeline, store: Store, part: Claims | 
     tell_of_refused(job, settle)
     stopping = threading.Event()
     claims = part if isinstance(part, Claims) else None
-    shards = split(job, finished, *part) if claims is None else take(job, store, claims, stopping)
     with Progress(total, done) as progress:
+        if claims is None:
+            shards = split(job, finished, *part)
+        else:
+            shards = take(job, store, claims, stopping, progress.elsewhere)
         worker = Worker(
             job,
             settle,
@@ -172,14 +175,27 @@ def split(job: Job, finished: set[str], process: int, processes: int) -> Iterato
             yield shard
 
 
-def take(job: Job, store: Store, claims: Claims, stopping: threading.Event) -> Iterator[Shard | None]:
+def take(
+    job: Job,
+    store: Store,
+    claims: Claims,
+    stopping: threading.Event,
+    elsewhere: Callable[[int], None] = lambda pictures: None,
+) -> Iterator[Shard | None]:
     """Shards that this worker has claimed, until all of the job are done, whoever did them.
+
+    Args:
+      elsewhere: called with how many pictures are done of which none was in these shards.
 
     Yields None where there is nothing to take at the moment.
     """
-    names = folder.names(job.describe())
+    description = job.describe()
+    names, seen, ours, pictures = folder.names(description), set(), set(), 0
     while not stopping.is_set():
         finished = folder.done(store)
+        pictures += sum(folder.pictures_of(description, int(name)) for name in finished - seen - ours)
+        seen |= finished
+        elsewhere(pictures)
         names = [name for name in names if name not in finished]
         others = [name for name in names if not claims.has(name)]
         if not others and not names:
@@ -191,6 +207,7 @@ def take(job: Job, store: Store, claims: Claims, stopping: threading.Event) -> I
         elif folder.is_done(store, name):  # finished between the two looks
             claims.release(name)
         else:
+            ours.add(name)
             yield job.shard(int(name))
 
 
@@ -208,14 +225,14 @@ class Planning:
 
 
 class Progress:
-    """How far the job is, and how fast this worker: a bar, or now and then a line."""
+    """How far the job is, and how fast: a bar, or now and then a line."""
 
     def __init__(self, total: int, done: int):
         """Args:
         total: pictures of the job or of this worker's part of it, and rows that cannot be drawn.
         done: those that were done before.
         """
-        self._total, self._done, self._mine = total, done, 0
+        self._total, self._before, self._elsewhere, self._mine = total, done, done, 0
         self._began = self._told = time.monotonic()
         self._bar = tqdm(
             total=total,
@@ -232,18 +249,25 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
+    def elsewhere(self, pictures: int) -> None:
+        """So many are done but for those of `step`: before, and by other workers since. For any thread."""
+        self._elsewhere = pictures
+
     def step(self, pictures: int) -> None:
         """So many more. Here the program also stops, if asked to."""
         cli.stop_if_asked()
         self._mine += pictures
-        self._bar.update(pictures)
+        done = self._elsewhere + self._mine
+        self._bar.update(done - self._bar.n)
         now = time.monotonic()
         if self._bar.disable and now - self._told > LINE_EVERY:
             self._told = now
-            done, rate = self._done + self._mine, self.rate()
-            left = f", {(self._total - done) / rate:.0f} s left" if rate else ""
-            cli.tell(f"{done}/{self._total} images, {rate:.3g} images/s{left}")
+            others = self._elsewhere - self._before
+            rate, of_all = self.rate(), self.rate(others)
+            fast = f"{rate:.3g} images/s" + (f" ({of_all:.3g} with other workers)" if others else "")
+            left = f", {(self._total - done) / of_all:.0f} s left" if of_all else ""
+            cli.tell(f"{done}/{self._total} images, {fast}{left}")
 
-    def rate(self) -> float:
-        """Pictures a second of this worker."""
-        return self._mine / max(time.monotonic() - self._began, 1e-9)
+    def rate(self, others: int = 0) -> float:
+        """Pictures a second of this worker, and of others that have made so many meanwhile."""
+        return (self._mine + others) / max(time.monotonic() - self._began, 1e-9)

@@ -13,7 +13,7 @@ with Ctrl-C.
 import pathlib
 from collections.abc import Sequence
 
-from engine.config import DataConfig
+from engine.config import DRAWN, DataConfig
 from engine.errors import UserError
 from launch import cli
 
@@ -51,9 +51,12 @@ def main(argv: Sequence[str]) -> int:
         return cli.DONE
     if options["batch_size"] < 1:
         raise UserError(f"batch_size={options['batch_size']}: write 1 or more")
+    if options["kind"] == DRAWN:
+        raise UserError(f"--kind={DRAWN} has no pictures to read: leave it out")
     config = DataConfig(paths=(options["data"],), **{name: options[name] for name in SETTINGS})
-    config.validate()
-    encode(config, options["model"], pathlib.Path(options["out"]).expanduser(), options["batch_size"])
+    with cli.data_by_flags(SETTINGS):
+        config.validate()
+        encode(config, options["model"], pathlib.Path(options["out"]).expanduser(), options["batch_size"])
     cli.say(options["out"])
     return cli.DONE
 

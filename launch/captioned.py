@@ -149,7 +149,8 @@ def found(path: str, kind: str = "auto", field: str = "", need_captions: bool = 
     """
     if "://" in path or os.path.isfile(os.path.join(os.path.expanduser(path), "job.json")):
         return of_job(open_store(path, JobConfig.patience, cli.tell, writable=False, pause=cli.pause))
-    source = open_source(path, kind, field)
+    with cli.data_by_flags(["kind"]):
+        source = open_source(path, kind, field)
     places, captions = _looked_at(path, source, need_captions)
     return Captioned(len(places), _read(source, places, captions), {"pictures": path})
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -70,10 +71,13 @@ def stdin() -> BinaryIO:
 
 
 def _warned(as_python: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any):
-    """What the engine warns of is for users, whom a place in its code would not help; others are Python's."""
+    """What the engine warns of is for users, whom a place in its code would not help; others are Python's.
+
+    But for Pillow's of a large picture: whoever is to decode one has a limit and a line of his own for it.
+    """
     if issubclass(category, UserNotice):
         tell(f"warning: {message}")
-    else:
+    elif category.__name__ != "DecompressionBombWarning":
         as_python(message, category, *where)
 
 
@@ -202,6 +206,16 @@ def options(
         if given.get(name) in (None, ""):
             raise UserError(f"write --{name} {value}; --help explains it")
     return {**defaults, **given}
+
+
+@contextlib.contextmanager
+def data_by_flags(names: Iterable[str]) -> Iterator[None]:
+    """Mistakes in settings that a config calls data.NAME are told by the names of their flags."""
+    try:
+        yield
+    except UserError as error:
+        told = re.sub(rf"\bdata\.({'|'.join(names)})=", r"--\1=", str(error))
+        raise type(error)(told) from None
 
 
 def mistake(error: flags.Error | ValueError, known: Iterable[str]) -> UserError:

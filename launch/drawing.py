@@ -19,6 +19,9 @@ from launch.progress import Progress
 
 HALF = "--dtype bfloat16"
 SHEET_IMAGES = 256  # on a contact sheet, at most
+# Files that pictures are drawn with beside the model, in words
+WHAT = {"lora": "LoRA", "embedding": "embedding", "decoder": "decoder", "refiner": "refiner"}
+WHAT |= {"image": "picture", "mask": "mask"}
 
 
 def run(given: dict[str, Any], like: str | None = None) -> int:
@@ -33,6 +36,8 @@ def run(given: dict[str, Any], like: str | None = None) -> int:
     pipe = open_model(config)
     plan = pictures.plan(config, pipe)
     tell_what_is_chosen_or_left_out(config, plan, pipe)
+    if like is not None:
+        tell_what_has_changed(like, given, plan)
     drawn = draw(plan, pipe)
     write_sheet(plan, drawn)
     return cli.DONE if all(picture.files for picture in drawn) else cli.FAILED
@@ -54,9 +59,8 @@ def make_config(given: dict[str, Any], like: str | None) -> GenerateConfig:
             f"{like} was drawn by the model {config.model}, which is not here; write --model FOLDER"
         )
     files = {"lora": [file for file, _ in config.loras()], "embedding": config.embeddings()}
-    named = {"decoder": "decoder", "refiner": "refiner", "image": "picture", "mask": "mask"}
-    files |= {name: [path] for name in named if (path := getattr(config, name))}
-    for name, what in ({"lora": "LoRA", "embedding": "embedding"} | named).items():
+    files |= {name: [path] for name in WHAT if name not in files and (path := getattr(config, name))}
+    for name, what in WHAT.items():
         for file in () if name in given else files.get(name, ()):
             if not os.path.exists(os.path.expanduser(file)):
                 kind = "FOLDER" if name in ("decoder", "refiner") else "FILE"
@@ -90,6 +94,17 @@ def tell_what_is_chosen_or_left_out(config: GenerateConfig, plan: pictures.Plan,
         cli.tell(f"seed {plan.config.seed}")
     for warning in unread([*plan.prompts, config.negative_prompt], pipe.model.first_tokenizer):
         cli.tell(f"warning: {warning}")
+
+
+def tell_what_has_changed(like: str, given: dict[str, Any], plan: pictures.Plan) -> None:
+    """The files that have the names of those that the picture was drawn with, and are others."""
+    resized = not given.keys().isdisjoint(("height", "width", "model", "image"))
+    for name, mark in pictures.remembered_contents(os.path.expanduser(like)).items():
+        flag = "model" if name == "weights" else name
+        if flag in given or (name in ("image", "mask") and resized) or plan.contents.get(name) == mark:
+            continue
+        what, file = WHAT.get(name, "model"), getattr(plan.config, flag, "")
+        cli.tell(f"warning: {like} was drawn with another {what}: {file} has changed since")
 
 
 def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:

@@ -77,8 +77,9 @@ def main(argv: Sequence[str]) -> int:
         return quality.main(argv, KINDS)
     if options["num_prompts"] < 1:
         raise UserError(f"num_prompts={options['num_prompts']}: write 1 or more")
-    if not 0 <= options["seed"] < 2**32:
-        raise UserError(f"seed={options['seed']}: write a number from 0 to 2^32 - 1")
+    for name in ("seed", "train_seed"):
+        if not 0 <= options[name] < 2**32:
+            raise UserError(f"{name}={options[name]}: write a number from 0 to 2^32 - 1")
 
     try:  # JAX comes with these: --help should be instant
         from launch import composing

@@ -52,10 +52,13 @@ def main(argv: Sequence[str]) -> int:
     workdir = pathlib.Path(options["workdir"]).expanduser()
     start = pathlib.Path(options["start"]).expanduser() if options["start"] else None
     stage = reader_training.stage(options["steps"], further=start is not None)
-    params = train(workdir, stage, start, options["tellers"])
-    if params is None:
-        return cli.STOPPED
-    reader.save(params, workdir / "probe.safetensors")
+    try:
+        params = train(workdir, stage, start, options["tellers"])
+        if params is None:
+            return cli.STOPPED
+        reader.save(params, workdir / "probe.safetensors")
+    except OSError as error:
+        raise UserError(f"{workdir} cannot be written: {error.strerror or error}") from None
     shares = reader_training.accuracy(reader.load(workdir / "probe.safetensors"), options["test_renders"])
     cli.say("  ".join(f"{question} {share:.2%}" for question, share in shares.items()))
     return cli.DONE

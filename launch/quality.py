@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
-from engine.config import OF_THE_WAY, DataConfig, JobConfig
+from engine.config import DRAWN, OF_THE_WAY, DataConfig, JobConfig
 from engine.errors import UserError
 from launch import cli
 
@@ -112,8 +112,11 @@ def check(given: Mapping[str, Any]) -> None:
         drawing_config(given).validate()
     elif of_drawing := [name for name in ("num_prompts", *DRAWING) if name in given]:
         raise UserError(f"--{of_drawing[0]} is for drawing; leave it out, or write --prompts_file FILE")
+    if given.get("kind") == DRAWN:
+        raise UserError(f"--kind={DRAWN} has no pictures to read: leave it out")
     if "kind" in given:
-        DataConfig(paths=("pictures",), kind=given["kind"]).validate("pictures")
+        with cli.data_by_flags(READING):
+            DataConfig(paths=("pictures",), kind=given["kind"]).validate()
 
 
 def check_instruments(given: Mapping[str, Any]) -> None:

@@ -225,6 +225,16 @@ def test_hostile_pngs_are_refused(tmp_path, case):
     assert "\n" not in str(error.value) and "hostile.png" in str(error.value)
 
 
+def test_large_pictures_say_how_they_were_made(tmp_path, monkeypatch):
+    """Those of more pixels than Pillow opens, as --upscale makes them; of one colour, the smallest file."""
+    path, side = tmp_path / "large.png", 3000
+    finish.write_png(path, np.zeros((side, side, 3), np.uint8), {"prompt": "a fox", "upscale": 10})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", side**2 // 3)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(path)
+    assert finish.read_settings(path) == {"prompt": "a fox", "upscale": 10}
+
+
 def test_honest_png_of_another_writer(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png(itxt(b'{"prompt": "a fox"}', compress=True)))

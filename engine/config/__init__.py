@@ -1,7 +1,7 @@
 """Typed dataclasses for every job, and the strict reader for the JSON configs of model folders."""
 
-from engine.config.data import CROPS, DATA_KINDS, DataConfig
-from engine.config.drawing import FORMATS, OF_THE_WAY, GenerateConfig, JobConfig
+from engine.config.data import CROPS, DATA_KINDS, DRAWN, DataConfig
+from engine.config.drawing import FORMATS, MAX_INDEX, OF_THE_WAY, GenerateConfig, JobConfig
 from engine.config.finetuning import WHAT, FinetuneConfig, FinetuneStage, PriorConfig, SamplesConfig
 from engine.config.inversion import InversionConfig
 from engine.config.reader import IN_WORDS, from_json, nearest, to_json
@@ -25,8 +25,10 @@ __all__ = [
     "CROPS",
     "DATA_KINDS",
     "DECAYS",
+    "DRAWN",
     "FORMATS",
     "IN_WORDS",
+    "MAX_INDEX",
     "OF_THE_WAY",
     "OPTIMIZERS",
     "REMATS",

@@ -8,6 +8,7 @@ from engine.config.reader import nearest
 from engine.errors import UserError
 
 MAX_PICTURES = 100_000  # of one run
+MAX_INDEX = 2**32  # indices of one seed, from 0: the noise of a picture is addressed by 32 bits
 MAX_BATCH_SIZE = 4096
 MAX_UPSCALE = 16
 MAX_TILE = 16384
@@ -71,6 +72,11 @@ class GenerateConfig:
             if getattr(self, name) and not self.image:
                 raise UserError(f"{name}={getattr(self, name)} without a picture: write --image FILE, too")
         self.check_drawing()
+        if self.first_index + (count := len(self.prompts) * self.num_images) > MAX_INDEX:
+            raise UserError(
+                f"first_index={self.first_index}: {count} pictures would go beyond {MAX_INDEX - 1}, the last "
+                f"index of a seed; write at most {MAX_INDEX - count}, or another seed"
+            )
 
     def loras(self) -> tuple[tuple[str, float], ...]:
         """The files and scales that `lora` names; UserError where it is no such list."""
@@ -126,7 +132,7 @@ class GenerateConfig:
             raise UserError(f"seed={self.seed} is out of range; write 0 to {2**64 - 1}")
         ranges = {
             "num_images": (1, MAX_PICTURES),
-            "first_index": (0, 2**32 - MAX_PICTURES),
+            "first_index": (0, MAX_INDEX - 1),
             "batch_size": (1, MAX_BATCH_SIZE),
             "upscale": (1, MAX_UPSCALE),
             "tile": (0, MAX_TILE),
@@ -178,6 +184,13 @@ class JobConfig(GenerateConfig):
             )
         if self.elastic and (self.processes, self.process_id, self.coordinator) != (None, None, None):
             raise UserError("elastic workers need no numbers; leave out --processes and --process_id")
+        if self.lease != JobConfig.lease and not self.elastic:
+            raise UserError(f"lease={self.lease} is of claims, and there are none: write --elastic, too")
+        if self.coordinator is not None and not self.split_params:
+            raise UserError(
+                f"coordinator={self.coordinator!r}: processes meet only where they share a model; leave it "
+                "out, or write --parallel jit --split_params, too"
+            )
         ranges = {"shard_size": (1, MAX_PICTURES), "writers": (1, 64), "lease": (1, 86400)}
         self.check_ranges(ranges | {"patience": (0, 86400)})
         self.check_drawing()

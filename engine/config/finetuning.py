@@ -1,14 +1,17 @@
 """What to train further of a model that exists, and on which pictures."""
 
 import dataclasses
+import warnings
 
 from engine.config.data import DataConfig
 from engine.config.inversion import InversionConfig
-from engine.config.reader import nearest
-from engine.config.training import LoraConfig, ObjectiveConfig, StageConfig, check_stage
-from engine.errors import UserError
+from engine.config.reader import check_parts, nearest
+from engine.config.training import LoraConfig, ObjectiveConfig, StageConfig, check_seed, check_stage
+from engine.errors import UserError, UserNotice
 
 WHAT = ("unet", "unet+text_encoder", "lora", "textual_inversion")
+# Settings of the data that are flags of launch.cache, too: they say what lies in a folder of latents.
+OF_CACHE = ("caption_field", "size", "buckets", "max_aspect", "multiple", "min_size")
 
 
 @dataclasses.dataclass
@@ -34,6 +37,9 @@ class SamplesConfig:
             raise UserError(f"{where}.every={self.every}: write a number from 0")
         if self.every and not self.prompts:
             raise UserError(f"{where}.every={self.every} without prompts: write {where}.prompts too")
+        if self.steps < 1:
+            raise UserError(f"{where}.steps={self.steps}: write a number from 1")
+        check_seed(self.seed, f"{where}.seed")
 
 
 @dataclasses.dataclass
@@ -80,12 +86,16 @@ class FinetuneConfig:
 
     def validate(self) -> None:
         """Raises UserError, saying what to write instead, before anything is compiled."""
+        check_parts(self)
+        check_seed(self.seed)
         if self.what not in WHAT:
             raise UserError(
                 f"what={self.what!r} is unknown{nearest(self.what, WHAT)}; write {', '.join(WHAT)}"
             )
+        self._tell_of_idle_parts()
         check_stage("finetune", self.finetune, 1)
         self.finetune.validate("finetune")
+        self.finetune.check_weighting("finetune")
         self.data.validate("data")
         self.lora.validate("lora")
         if self.what == "textual_inversion":
@@ -96,6 +106,13 @@ class FinetuneConfig:
         self.samples.validate("samples")
         if self.latents:
             self._check_latents()
+
+    def _tell_of_idle_parts(self) -> None:
+        """Not refused: one config may serve for several `what`."""
+        for part, what in (("lora", "lora"), ("inversion", "textual_inversion")):
+            if self.what != what and getattr(self, part) != getattr(FinetuneConfig(), part):
+                told = f"settings of {part} do nothing with what={self.what!r}, but with what={what!r}"
+                warnings.warn(told, UserNotice, 3)
 
     def _check_latents(self) -> None:
         """Refuses what needs the pictures or the captions themselves."""
@@ -114,3 +131,17 @@ class FinetuneConfig:
                     f"latents={self.latents!r} and {name} do not go together: latents and contexts are "
                     "fixed; leave out one of them"
                 )
+        self._check_data_of_latents()
+
+    def _check_data_of_latents(self) -> None:
+        """Refuses settings of pictures that are not there. Of the data, latents heed its seed alone."""
+        for name, usual in dataclasses.asdict(DataConfig()).items():
+            if name in ("paths", "seed") or (value := getattr(self.data, name)) == usual:
+                continue
+            if name == "flip":  # configs/ set it for pictures: that it does nothing is no reason to stop
+                warnings.warn(f"data.flip={value}: latents are not mirrored", UserNotice, 3)
+                continue
+            instead = f"write data.{name}={usual!r}"
+            if name in OF_CACHE:
+                instead = f"give it to python -m launch.cache as --{name} {value}, and {instead} here"
+            raise UserError(f"data.{name}={value!r} does nothing with latents={self.latents!r}: {instead}")

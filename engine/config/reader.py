@@ -54,6 +54,25 @@ def _in_words(annotation: Any) -> str:
     return IN_WORDS.get(annotation, "a list")
 
 
+def check_parts(config: Any, where: str = "") -> None:
+    """What no flag's own type refuses: tuples of something else, and parts that are none.
+
+    Args:
+      where: what the config is called in a larger one, with a dot behind it.
+
+    Raises:
+      UserError: there is one in the config, or in one inside of it.
+    """
+    for name, kind in typing.get_type_hints(type(config)).items():
+        place, value = where + name, getattr(config, name)
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, kind):
+                raise UserError(f"{place}={value!r}: leave it out, or write {place}.NAME=VALUE")
+            check_parts(value, f"{place}.")
+        elif isinstance(value, (tuple, list)) and not _is_a(tuple(value), kind):
+            raise UserError(f"{place}={value!r}: write {_in_words(kind)}")
+
+
 def _frozen(value: Any) -> Any:
     """Lists as tuples, at any depth."""
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value

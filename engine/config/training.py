@@ -5,12 +5,13 @@ import math
 import re
 
 from engine.config.data import DataConfig
-from engine.config.reader import nearest
+from engine.config.reader import check_parts, nearest
 from engine.errors import UserError
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 DECAYS = ("linear", "cosine")
 REMATS = ("none", "dots", "blocks")
+MAX_SEED = 2**31  # of a training, which adds to it
 MAX_SIGMA_REL = 0.28  # sqrt(1/12) is the uniform average
 TIME_SAMPLINGS = ("uniform", "logit_normal")
 WEIGHTINGS = ("uniform", "min_snr", "p2")
@@ -82,6 +83,12 @@ class StageConfig:
 def _check_known(where: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UserError(f"{where}={value!r} is unknown{nearest(value, known)}; write {', '.join(known)}")
+
+
+def check_seed(seed: int, where: str = "seed") -> None:
+    """Raises UserError where it is out of range. JAX drops what is beyond, or does not take it."""
+    if not 0 <= seed < MAX_SEED:
+        raise UserError(f"{where}={seed} is out of range; write 0 to {MAX_SEED - 1}")
 
 
 def check_stage(name: str, stage: StageConfig, least_steps: int) -> None:
@@ -168,6 +175,16 @@ class ObjectiveConfig:
                 f"{where}.keep_tags={self.keep_tags} without shuffling: write {where}.caption_shuffle=True"
             )
 
+    def check_weighting(self, where: str) -> None:
+        """Raises UserError for a setting of a weighting that is not the one."""
+        for name, weighting in (("snr_gamma", "min_snr"), ("p2_k", "p2"), ("p2_gamma", "p2")):
+            value = getattr(self, name)
+            if value != getattr(ObjectiveConfig, name) and self.weighting != weighting:
+                raise UserError(
+                    f"{where}.{name}={value} does nothing with {where}.weighting={self.weighting!r}: "
+                    f"write {where}.weighting={weighting}, or leave it out"
+                )
+
 
 @dataclasses.dataclass
 class DiffusionStage(ObjectiveConfig, StageConfig):
@@ -232,6 +249,8 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises UserError, saying what to write instead, before anything is compiled."""
+        check_parts(self)
+        check_seed(self.seed)
         self.data.validate("data")
         if self.data.paths:
             self._check_pictures()
@@ -242,6 +261,7 @@ class TrainConfig:
             left_out = self.start or name == "decoder" or joined
             check_stage(name, getattr(self, name), least_steps=0 if left_out else 1)
         self.diffusion.validate("diffusion")
+        self.diffusion.check_weighting("diffusion")
         if not 0 <= self.diffusion.easy <= 1:
             raise UserError(f"diffusion.easy={self.diffusion.easy}: write 0 to 1")
         if self.diffusion.easy and self.diffusion.easy_steps < 1:

@@ -1,15 +1,18 @@
-"""What tells the files that a job draws with from others: contents, not places."""
+"""What tells the files that pictures are drawn with from others: contents, not places."""
 
 import hashlib
 import pathlib
 
-from engine.config import JobConfig
+import numpy as np
+
+from engine.config import GenerateConfig
+from engine.requests import Edit
 from engine.weights import decoder, embeddings, lora_files
 
 EDGE = 2**20  # bytes at either end of a file of weights that tell it from others
 
 
-def of_files(config: JobConfig, folder: pathlib.Path) -> dict[str, str]:
+def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
     """A digest for the model and for all that is used beside it.
 
     Args:
@@ -29,6 +32,16 @@ def of_files(config: JobConfig, folder: pathlib.Path) -> dict[str, str]:
         "refiner": of_weights(pathlib.Path(config.refiner).expanduser()) if config.refiner else "",
     }
     return {name: told for name, told in found.items() if told}
+
+
+def of_edit(edit: Edit | None) -> dict[str, str]:
+    """The same for a picture to change and its mask, at the size that is drawn."""
+    parts = edit._asdict() if edit else {}
+    return {
+        name: hashlib.sha256(np.ascontiguousarray(part)).hexdigest()[:16]
+        for name, part in parts.items()
+        if part is not None
+    }
 
 
 def _of(path: pathlib.Path) -> str:

@@ -67,6 +67,14 @@ def done(store: Store) -> set[str]:
     return {name.removesuffix(".json") for name in store.names("manifests") if name.endswith(".json")}
 
 
+def newest(store: Store) -> list[str]:
+    """The same in the order in which they were done, the last one first."""
+    times = store.times("manifests")
+    names = [name for name in times if name.endswith(".json")]
+    names.sort(key=lambda name: (times[name], name), reverse=True)
+    return [name.removesuffix(".json") for name in names]
+
+
 def is_done(store: Store, name: str) -> bool:
     """Whether this one shard is done: sure, where a listing may be late."""
     try:

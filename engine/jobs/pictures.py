@@ -14,7 +14,7 @@ import engine
 from engine import edits, finish
 from engine.config import OF_THE_WAY, GenerateConfig, from_json
 from engine.diffusion.noise import fresh_seed
-from engine.jobs import given
+from engine.jobs import digests, given
 from engine.pipeline import Pipeline
 from engine.requests import Edit, Frames, Settings
 from engine.text.prompts import check_prompt, check_prompts
@@ -44,6 +44,7 @@ class Plan:
     settings: Settings
     stages: int  # of each picture, for strip and animation; 0: none
     folder: pathlib.Path
+    contents: Mapping[str, str]  # tells all files that are drawn with from others of their names
     given: Edit | None = None  # the picture to change
 
 
@@ -87,7 +88,9 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     seed = fresh_seed() if config.seed is None else config.seed
     stages = _stages(config, pipe.steps_of(settings) + 1)
     folder = finish.prepare_folder(os.path.expanduser(config.out))
-    return Plan(dataclasses.replace(config, seed=seed, **known), prompts, settings, stages, folder, edit)
+    contents = digests.of_files(config, pipe.folder) | digests.of_edit(edit)
+    config = dataclasses.replace(config, seed=seed, **known)
+    return Plan(config, prompts, settings, stages, folder, contents, edit)
 
 
 def _stages(config: GenerateConfig, most: int) -> int:
@@ -128,7 +131,7 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
                 yield Drawn(index, prompt, None, ())
                 continue
             small, image = image, finish.upscale(image, config.upscale)
-            settings = remember(config, prompt, index)
+            settings = remember(config, prompt, index, plan.contents)
             name = finish.picture_name(index, prompt)
             path = free_path(plan.folder / name, settings, _beside(settings, config))
             finish.write_png(path, image, settings)
@@ -195,12 +198,17 @@ def write_sheet(plan: Plan, drawn: Sequence[Drawn]) -> pathlib.Path:
 # ---- what pictures remember
 
 
-def remember(config: GenerateConfig, prompt: str, index: int) -> dict[str, Any]:
-    """What a picture says of itself: enough to make it again."""
+def remember(config: GenerateConfig, prompt: str, index: int, contents: Mapping[str, str]) -> dict[str, Any]:
+    """What a picture says of itself: enough to make it again, and to see whether the files are still those.
+
+    Args:
+      contents: see `engine.jobs.digests`.
+    """
     settings = {name: getattr(config, name) for name in REMEMBERED}
     settings |= {name: value for name in ADDED if (value := getattr(config, name))}
     settings |= {name: getattr(config, name) for name in CHANGING if config.image}
-    return {"prompt": prompt, "index": index, **settings, "version": engine.__version__}
+    settings |= {"contents": dict(contents), "version": engine.__version__}
+    return {"prompt": prompt, "index": index, **settings}
 
 
 def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
@@ -215,7 +223,7 @@ def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     settings = finish.read_settings(path)
     if "sheet" in settings:
         raise UserError(f"{path} is a contact sheet; write the path of one of its pictures")
-    version = settings.pop("version", None)
+    version, _ = settings.pop("version", None), settings.pop("contents", None)
     names = {name: name for name in REMEMBERED} | {"prompt": "prompts", "index": "first_index"}
     if missing := names.keys() - settings.keys():
         raise UserError(f"{path} does not say its {', '.join(sorted(missing))}; write the settings as flags")
@@ -230,12 +238,18 @@ def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     return {name: getattr(config, name) for name in options}, str(version)
 
 
+def remembered_contents(path: str | os.PathLike) -> dict[str, str]:
+    """What told the files that a picture was drawn with from others; nothing where it does not say so."""
+    contents = finish.read_settings(path).get("contents")
+    return contents if isinstance(contents, dict) else {}
+
+
 def free_path(
     path: pathlib.Path,
     settings: Mapping[str, Any],
     beside: Mapping[str, Mapping[str, Any] | None] = types.MappingProxyType({}),
 ) -> pathlib.Path:
-    """The path, or its name with -2, -3, ...: the first that no picture of other settings has.
+    """The path, or its name with -2, -3, ...: the first that no picture of other settings or files has.
 
     So nothing is lost when runs share a folder, and the same run twice leaves one set of pictures.
 

@@ -34,6 +34,7 @@ class Files(Protocol):
     def read(self, path: str) -> bytes: ...
     def open(self, path: str) -> BinaryIO: ...
     def names(self, path: str) -> list[str]: ...
+    def times(self, path: str) -> dict[str, float]: ...
     def write(self, path: str, data: bytes) -> None: ...
     def create(self, path: str, data: bytes) -> bool: ...
     def publish(self, local: pathlib.Path, path: str) -> None: ...
@@ -78,6 +79,13 @@ class Disk:
             found = []
         self._check()
         return [name for name in found if not name.startswith(".")]
+
+    def times(self, path: str) -> dict[str, float]:
+        found = {}
+        for name in self.names(path):
+            with contextlib.suppress(FileNotFoundError):  # gone since
+                found[name] = os.stat(self._root / path / name).st_mtime
+        return found
 
     def write(self, path: str, data: bytes) -> None:
         place = self._place(path)
@@ -198,14 +206,23 @@ class Objects:
         return local
 
     def names(self, path: str) -> list[str]:
+        return list(self._listed(path))
+
+    def times(self, path: str) -> dict[str, float]:
+        files = {name: entry for name, entry in self._listed(path).items() if entry["type"] == "file"}
+        # as S3 calls it; as Google does
+        return {name: (e.get("LastModified") or e["mtime"]).timestamp() for name, e in files.items()}
+
+    def _listed(self, path: str) -> dict[str, dict[str, Any]]:
+        """What lies in a folder, by its name, as fsspec tells of it."""
         folder = self._full(path).rstrip("/")
         try:
-            found = self._call(self._fs.ls, folder, detail=False, size=None)
+            found = self._call(self._fs.ls, folder, detail=True, size=None)
         except FileNotFoundError:
-            return []
+            return {}
         # Some programs make an object of the folder's own name.
-        names = (name.removeprefix(folder).strip("/") for name in found)
-        return [name for name in names if name and not name.startswith(".")]
+        names = {entry["name"].removeprefix(folder).strip("/"): entry for entry in found}
+        return {name: entry for name, entry in names.items() if name and not name.startswith(".")}
 
     def write(self, path: str, data: bytes) -> None:
         self._call(self._fs.pipe_file, self._full(path), data, size=len(data))

@@ -20,7 +20,7 @@ import numpy as np
 
 import engine
 from engine import edits
-from engine.config import OF_THE_WAY, JobConfig
+from engine.config import MAX_INDEX, OF_THE_WAY, JobConfig
 from engine.jobs import given
 from engine.jobs.pictures import BATCH_IMAGES, BATCH_PIXELS
 from engine.pipeline import Pipeline
@@ -35,8 +35,6 @@ FINGERPRINT = (
 )
 ADDED = ("tile", "quantize", *OF_THE_WAY)  # the same, where they are given
 CHANGING = ("strength", "image_guidance_scale")  # the same, where there are pictures to change
-MAX_INDEX = 2**32
-
 
 ROWS_AT_ONCE = 512  # whose pictures are looked at together,
 LOOKERS = 8  # by so many threads

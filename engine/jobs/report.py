@@ -18,7 +18,7 @@ from engine.jobs import folder, formats
 from engine.jobs.store import Store
 from engine.types import UserError
 
-RECENT = 64  # manifests that say how fast the job is
+RECENT = 64  # manifests that are read at a time, to see how fast the job is
 FORGOTTEN = 3  # a worker that has finished nothing for so many times its usual time has stopped
 
 
@@ -45,32 +45,44 @@ def status(store: Store, now: float | None = None) -> Status:
     Args:
       now: seconds since 1970; None: the clock's.
     """
-    job, done = folder.read_job(store), sorted(folder.done(store))
+    job, done = folder.read_job(store), folder.newest(store)
     sizes = {name: folder.pictures_of(job, int(name)) for name in done}
-    recent = [_sound_manifest(store, name) for name in done[-RECENT:]]
     return Status(
         shards=job["shards"],
         shards_done=len(done),
         pictures=sum(group["count"] for group in job["groups"]),
         pictures_done=sum(sizes.values()),
         failures=sum(1 for _ in folder.read_failures(store)),
-        rate=_rate(recent, time.time() if now is None else now),
+        rate=_rate(store, done, time.time() if now is None else now),
         claimed=len({name.partition(".")[0] for name in store.names("claims")} - set(done)),
     )
 
 
-def _rate(manifests: list[dict[str, Any]], now: float) -> float:
-    """Images a second: the sum over workers that are still at it of how fast each was lately."""
+def _rate(store: Store, done: list[str], now: float) -> float:
+    """Images a second: the sum over workers that are still at it of how fast each was lately.
+
+    Args:
+      done: shards, the newest first. Of them so many manifests are read as tell of workers that are at work:
+        some two for each of those, however long the job.
+    """
     by_worker = defaultdict(list)
-    for manifest in manifests:
-        by_worker[manifest["worker"]].append(manifest)
-    rate = 0.0
-    for shards in by_worker.values():
-        seconds = sum(shard["ended"] - shard["began"] for shard in shards)
-        newest = max(shard["ended"] for shard in shards)
-        if seconds > 0 and now - newest < FORGOTTEN * max(seconds / len(shards), 10):
-            rate += sum(len(shard["pictures"]) for shard in shards) / seconds
-    return rate
+    for first in range(0, len(done), RECENT):
+        known = {worker for worker, shards in by_worker.items() if _rate_of(shards, now)}
+        for name in done[first : first + RECENT]:
+            manifest = _sound_manifest(store, name)
+            by_worker[manifest["worker"]].append(manifest)
+        if known == {worker for worker, shards in by_worker.items() if _rate_of(shards, now)}:
+            break
+    return sum(_rate_of(shards, now) for shards in by_worker.values())
+
+
+def _rate_of(shards: list[dict[str, Any]], now: float) -> float:
+    """Images a second of the worker of these shards; 0 where it has stopped."""
+    seconds = sum(shard["ended"] - shard["began"] for shard in shards)
+    newest = max(shard["ended"] for shard in shards)
+    if seconds <= 0 or now - newest >= FORGOTTEN * max(seconds / len(shards), 10):
+        return 0.0
+    return sum(len(shard["pictures"]) for shard in shards) / seconds
 
 
 @dataclasses.dataclass

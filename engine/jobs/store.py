@@ -66,6 +66,10 @@ class Store:
         """What lies in a folder, sorted; nothing where there is no such folder."""
         return self._try(lambda: sorted(self._files.names(path)), self._full(path), READ)
 
+    def times(self, path: str) -> dict[str, float]:
+        """Name -> when it was written, seconds since 1970 by the place's clock, of the files of a folder."""
+        return self._try(lambda: self._files.times(path), self._full(path), READ)
+
     def write(self, path: str, data: bytes) -> None:
         """Writes a file, in place of one that may be there."""
         self._try(lambda: self._files.write(path, data), self._full(path))

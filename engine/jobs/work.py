@@ -20,7 +20,7 @@ import itertools
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ import numpy as np
 import engine
 from engine import finish
 from engine.config import JobConfig
-from engine.jobs import folder, formats
+from engine.jobs import digests, folder, formats
 from engine.jobs.account import Busy, Recent
 from engine.jobs.ahead import ahead
 from engine.jobs.pictures import remember
@@ -61,6 +61,7 @@ class Load(NamedTuple):
     contexts: dict[str, Context]
     last: bool  # of its shard
     edits: Sequence[Edit] = ()  # of all that is wanted, until they are drawn
+    marks: Sequence[Mapping[str, str]] = ()  # that tell them from others
 
     @property
     def requests(self) -> list[Request]:
@@ -173,7 +174,8 @@ class Worker:
 
     def _opened(self, load: Load, readers: ThreadPoolExecutor) -> Load:
         wanted, edits, failures = self._reader.open(load.wanted, self._settings(load.shard.group), readers)
-        return load._replace(wanted=wanted, edits=edits, refused=failures)
+        marks = list(readers.map(digests.of_edit, edits))
+        return load._replace(wanted=wanted, edits=edits, marks=marks, refused=failures)
 
     def _encode(self, wanted: list[Wanted]) -> dict[str, Context]:
         """Contexts of all prompts of a shard. Those of the last shards are still known."""
@@ -301,9 +303,8 @@ class Worker:
             if not self.pipe.devices.leads:
                 self.progress(len(load.wanted))
                 continue
-            for entry in writers.map(
-                self._finish, load.wanted, drawn.images, drawn.finite, itertools.repeat(drawn)
-            ):
+            every = load.wanted, drawn.images, drawn.finite, load.marks or itertools.repeat({})
+            for entry in writers.map(self._finish, *every, itertools.repeat(drawn)):
                 (entries if isinstance(entry, formats.Entry) else failures).append(entry)
             failures += load.refused
             self.progress(len(load.wanted))
@@ -313,7 +314,7 @@ class Worker:
                 yield load.shard
 
     def _finish(
-        self, wanted: Wanted, image: np.ndarray, finite: np.bool_, drawn: Drawn
+        self, wanted: Wanted, image: np.ndarray, finite: np.bool_, marks: Mapping[str, str], drawn: Drawn
     ) -> formats.Entry | dict[str, Any]:
         """The last touches of one picture: an entry of the shard, or why there is none."""
         row, request = wanted.row, wanted.request
@@ -327,9 +328,8 @@ class Worker:
         own = {"negative_prompt": request.negative_prompt, "seed": request.seed}
         config = dataclasses.replace(self.job.config, **settings | own | NO_PICTURE | changed)
         try:
-            png = finish.encode_png(
-                finish.upscale(image, config.upscale), remember(config, request.prompt, request.index)
-            )
+            about = remember(config, request.prompt, request.index, {**self.job.digests, **marks})
+            png = finish.encode_png(finish.upscale(image, config.upscale), about)
         except UserError as error:
             return {**address, "reason": str(error)}
         facts = {**address, "prompt": request.prompt, "negative_prompt": request.negative_prompt}

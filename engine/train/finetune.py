@@ -1,10 +1,11 @@
 """A model that exists, trained further: its U-Net, with the text encoder, or a LoRA or a word beside them."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -200,6 +201,8 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path, shapes_on
 def draw_prior(config: FinetuneConfig, model: Model, folder: pathlib.Path) -> pathlib.Path:
     """Draws the pictures of the prior that are not there yet: PNGs, and metadata.jsonl when all are.
 
+    Those of a larger prior before are set aside, and taken back where more are wanted again.
+
     Raises:
       UserError: those that are there were drawn of another prompt.
     """
@@ -210,6 +213,7 @@ def draw_prior(config: FinetuneConfig, model: Model, folder: pathlib.Path) -> pa
         drawn = finish.read_settings(folder / names[0])["prompt"]
         if drawn != prompt:
             raise UserError(f"{folder} has pictures of {drawn!r}, not of {prompt!r}: give another --workdir")
+    keep_alone(folder, names)
     missing = [index for index, name in enumerate(names) if not (folder / name).exists()]
     if missing:
         print(f"prior: drawing {len(missing)} pictures of {prompt!r}", flush=True)
@@ -223,6 +227,18 @@ def draw_prior(config: FinetuneConfig, model: Model, folder: pathlib.Path) -> pa
     lines = [json.dumps({"file_name": name, "text": prompt}) for name in names]
     finish.write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
     return folder
+
+
+def keep_alone(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """Leaves no PNGs but these in a folder: others wait in a hidden one below, which no training reads."""
+    aside = folder / ".aside"
+    aside.mkdir(exist_ok=True)
+    others = {file.name for file in folder.glob("*.png")} - set(names)
+    moves = [(folder / name, aside / name) for name in others]
+    moves += [(aside / name, folder / name) for name in names if not (folder / name).exists()]
+    for source, target in moves:
+        with contextlib.suppress(FileNotFoundError):  # never drawn; or another host has moved it
+            source.replace(target)
 
 
 def export(task: Task, params: Any, folder: pathlib.Path, overwrite: bool) -> pathlib.Path:

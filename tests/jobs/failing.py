@@ -19,6 +19,7 @@ CALLS = {
     "read": lambda store: store.read("there"),
     "open": lambda store: store.open("there").close(),
     "names": lambda store: store.names(""),
+    "times": lambda store: store.times(""),
     "delete": lambda store: store.delete("there"),
     "publish": lambda store: store.publish(made(store), "shards/000000"),
 }

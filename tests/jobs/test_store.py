@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 import pytest
 
@@ -113,6 +114,17 @@ def test_names_are_sorted_and_without_dots(store):
     store.spool()
     assert store.names("claims") == ["a", "b", "c"]
     assert store.names("") == ["claims", "job.json"]
+
+
+def test_times_are_in_the_order_of_writing(store):
+    assert store.times("claims") == {}
+    before = time.time()
+    for name in ("b", "a", "c"):
+        store.write(f"claims/{name}", b"x")
+        time.sleep(1.1)  # S3 tells seconds
+    times = store.times("claims")
+    assert times["b"] < times["a"] < times["c"]
+    assert before - 2 < times["b"] and times["c"] < time.time() + 2
 
 
 def test_a_store_that_is_only_read_makes_nothing(url):

@@ -54,7 +54,12 @@ WRONG = {
     "seed too large": (["x", f"--seed={2**64}"], "write 0 to 18446744073709551615"),
     "no pictures": (["x", "--num_images=0"], "num_images=0 is out of range; write 1 to"),
     "too many pictures": (["x", "y z", "--num_images=99999"], "write at most 100000"),
-    "index": (["x", "--first_index=-1"], "first_index=-1 is out of range; write 0 to"),
+    "index": (["x", "--first_index=-1"], "first_index=-1 is out of range; write 0 to 4294967295"),
+    "far": (
+        ["x", "y", "--first_index=4294967295"],
+        "2 pictures would go beyond 4294967295",
+        "at most 4294967294",
+    ),
     "batch size": (["x", "--batch_size=0"], "batch_size=0 is out of range; write 1 to"),
     "upscale": (["x", "--upscale=0"], "upscale=0 is out of range; write 1 to"),
     "sampler": (

@@ -311,6 +311,14 @@ def test_verify_finds_what_is_wrong(job, run, tmp_path):
         (["--prompts_file", "F", "--format", "webdatset"], "did you mean webdataset?"),
         (["--prompts_file", "F", "--process_id", 1], "--processes"),
         (["--prompts_file", "F", "--shard_size", 0], "out of range"),
+        (
+            ["--prompts_file", "F", "--lease", 5],
+            "of claims, and there are none: write --elastic",
+        ),
+        (
+            ["--prompts_file", "F", "--coordinator", "a:1"],
+            "leave it out, or write --parallel jit",
+        ),
         (["--format", "parquet", "a cat"], "--prompts_file"),
         (["--status", "D", "a cat"], "alone"),
         (["--status", "no/such/folder"], "no job"),

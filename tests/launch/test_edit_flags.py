@@ -1,11 +1,17 @@
 """--image, --mask, --strength: other pictures, remembered in them; their mistakes in one line."""
 
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from engine import finish
 from launch import cli
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def pixels(path) -> np.ndarray:
@@ -41,6 +47,24 @@ def test_a_masked_picture_remembers_what_it_was_made_of(draw, run, image, mask, 
     assert free.code == cli.MISTAKE and "without a picture: write --image FILE, too" in free.told[-1]
 
 
+@pytest.mark.parametrize("changed", ["image", "mask"])
+def test_pictures_of_other_contents_under_the_same_name(draw, run, image, mask, tmp_path, changed):
+    """A mask is painted again, and the command run again: what was drawn before stays."""
+    files = {"image": tmp_path / "image.png", "mask": tmp_path / "mask.png"}
+    for name, file in (("image", image), ("mask", mask)):
+        files[name].write_bytes(file.read_bytes())
+    flags = "a red fox", "--seed", 3, "--image", files["image"], "--mask", files["mask"]
+    (first,) = draw(*flags).paths
+    assert draw(*flags).paths == [first]
+    save(files[changed], 255 - np.asarray(Image.open(files[changed])))
+    told = run("--like", first, "--out", tmp_path / "again").told
+    what = {"image": "picture"}.get(changed, changed)
+    assert f"warning: {first} was drawn with another {what}: {files[changed]} has changed since" in told
+    before = first.read_bytes()
+    assert [path.name for path in draw(*flags).paths] == ["00000-a-red-fox-2.png"]
+    assert first.read_bytes() == before
+
+
 def test_pictures_of_words_do_not_say_so(draw):
     settings = finish.read_settings(draw("a red fox", "--seed", 3, "--image_guidance_scale", 0).paths[0])
     assert not {"image", "mask", "strength", "image_guidance_scale"} & settings.keys()
@@ -68,6 +92,17 @@ def test_sizes(draw, tmp_path, shape, flags, drawn):
     file = save(tmp_path / "wide.png", np.full((*shape, 3), 99, np.uint8))
     (path,) = draw("a fox", "--image", file, *flags).paths
     assert pixels(path).shape == (*drawn, 3)
+
+
+def test_a_picture_that_is_too_large_is_one_line(model, tmp_path):
+    """Without Pillow's own warning, and without its code."""
+    large = tmp_path / "large.png"
+    Image.new("1", (12000, 8000)).save(large)
+    command = [sys.executable, "-m", "launch.generate", "a fox", "--model", model, "--image", large]
+    command += ["--out", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == cli.MISTAKE
+    assert done.stderr == f"error: {large}: 12000 x 8000 pixels: too large; write a PNG, JPEG or WebP\n"
 
 
 def test_mistakes_are_one_line(run, image, tmp_path):

@@ -17,7 +17,7 @@ from engine import finish
 from engine.config import FORMATS, GenerateConfig, JobConfig
 from engine.diffusion.samplers import SAMPLERS
 from engine.diffusion.scheduler_config import GRIDS
-from engine.jobs import pictures
+from engine.jobs import digests, pictures
 from engine.parallel import MODES
 from engine.pipeline import DTYPES, Pipeline
 from launch import cli, drawing, generate
@@ -91,6 +91,7 @@ def test_pictures_are_those_of_the_python_api(draw, load_once, model, tmp_path):
     np.testing.assert_array_equal(np.stack([pixels(path) for path in done.paths[:4]]), wanted)
     for index, path in enumerate(done.paths[:4]):
         assert finish.read_settings(path) == {
+            "contents": {"weights": digests.of_weights(model)},
             "prompt": prompts[index],
             "negative_prompt": "night",
             "seed": 7,
@@ -130,6 +131,15 @@ def test_without_a_seed_a_fresh_one_is_told_and_draws_the_same_again(draw):
     again = draw("a red fox", "--seed", seeds[1])
     assert again.paths == second.paths
     assert not any("seed" in line for line in again.told)
+
+
+def test_the_last_index_of_a_seed_is_drawn(draw, run, tmp_path):
+    """And can be drawn again. One more would have no index."""
+    last = 2**32 - 1
+    done = draw("a cat", "a dog", "--seed=7", f"--first_index={last - 1}")
+    assert [finish.read_settings(path)["index"] for path in done.paths[:2]] == [last - 1, last]
+    again = run("--like", done.paths[1], "--out", tmp_path / "again")
+    np.testing.assert_array_equal(pixels(again.paths[0]), pixels(done.paths[1]))
 
 
 def test_upscale(draw):

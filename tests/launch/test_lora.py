@@ -70,6 +70,25 @@ def test_like_tells_of_a_lora_that_is_gone(draw, run, file, tmp_path):
     ]
 
 
+def test_a_lora_that_was_trained_again_leaves_the_pictures_of_the_one_before(
+    draw, run, load_once, configs, tmp_path
+):
+    """The settings name it by its path, which is the same."""
+    path = write(tmp_path / "fox.safetensors", configs)
+    (first,) = draw("a red fox", "--seed", 3, "--lora", path).paths
+    before = first.read_bytes()
+    assert draw("a red fox", "--seed", 3, "--lora", path).paths == [first]
+    write(path, configs, seed=1)
+    load_once.cache_clear()
+    (second,) = draw("a red fox", "--seed", 3, "--lora", path).paths
+    assert second.name == "00000-a-red-fox-2.png" and first.read_bytes() == before
+    assert (pixels(first) != pixels(second)).any()
+    told = run("--like", first, "--out", tmp_path / "again").told
+    assert f"warning: {first} was drawn with another LoRA: {path} has changed since" in told
+    for flags in (["--like", second], ["--like", first, "--lora", f"{path}=0.5"]):
+        assert not any("changed" in line for line in run(*flags, "--out", tmp_path / "again").told)
+
+
 def test_a_job_is_that_of_its_lora(job, draw, configs, file, tmp_path):
     rows = [{"prompt": "a red fox"}]
     flags = ("--format", "files")

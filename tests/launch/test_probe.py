@@ -45,8 +45,11 @@ def test_a_probe_is_trained(tmp_path, monkeypatch, capsys):
         (["--workdir=x", "--test_renders=0"], "test_renders=0: write 1 or more"),
         (["--workdir=x", "--steps=0"], "steps=0: write 1 or more"),
         (["--workdir=x", "--start=no.safetensors"], "there is no probe no.safetensors"),
+        (["--workdir=file", "--steps=1"], "file cannot be written: Not a directory"),
     ],
 )
-def test_mistakes_of_launch_probe(capsys, argv, told):
+def test_mistakes_of_launch_probe(tmp_path, monkeypatch, capsys, argv, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     assert cli.exit_code(probe.main, argv) == cli.MISTAKE
     assert told in capsys.readouterr().err

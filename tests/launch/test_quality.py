@@ -303,7 +303,9 @@ MISTAKES = {
     "captions without pictures": ("--pictures M --clip C", "gone.png: No such file"),
     "nothing there": ("--pictures E --clip C", "E: no pictures"),
     "no place": ("--pictures none --clip C", "none: no such folder"),
-    "kind": ("--pictures P --clip C --kind fils", "did you mean files?"),
+    "kind": ("--pictures P --clip C --kind fils", "--kind='fils' is unknown (did you mean files?)"),
+    "no kind of files": ("--pictures P --clip C --kind world", "no pictures to read: leave it out"),
+    "two kinds": ("--pictures M2 --clip C", "write --kind='files' or 'parquet'"),
     "one picture": ("--prompts_file F --num_prompts 1 --inception I --reference P", "2 pictures or more"),
     "unwritable": ("--prompts_file F --clip C --out F/results", "cannot be written"),
 }
@@ -322,6 +324,9 @@ def test_a_mistake_is_one_line_before_anything_is_drawn(
     (tmp_path / "M").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "M" / "here.png")
     (tmp_path / "M" / "here.txt").write_text("a fox")
+    (tmp_path / "M2").mkdir()
+    for suffix in (".png", ".parquet"):
+        (tmp_path / "M2" / f"0{suffix}").write_bytes(b"")
     (tmp_path / "M" / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a fox"}\n')
     named = {"F": prompts(ROWS[:3]), "C": clip, "I": inception, "P": photographs}
     argv, told = MISTAKES[name]

@@ -23,6 +23,7 @@ from engine.config import (
     PriorConfig,
     SamplesConfig,
 )
+from engine.errors import UserNotice
 from engine.finish import to_uint8
 from engine.train import dry_run, finetune
 from engine.train.objectives import applier, to_float
@@ -129,6 +130,16 @@ def test_the_prior_is_drawn_once_and_learned_beside(config, tmp_path):
     assert metrics[0]["loss"] > first["loss"]
 
 
+def test_a_smaller_prior_leaves_pictures_out(config, tmp_path, capsys):
+    """And a larger one takes them back, without drawing them again."""
+    said = []
+    for steps, count in enumerate((4, 2, 3), 1):
+        finetune.train(config(prior=PriorConfig(prompt="a car", num_images=count), steps=steps), tmp_path)
+        said.append(capsys.readouterr().out)
+        assert f"data: {count} pictures" in said[-1]
+    assert ["drawing" in each for each in said] == [True, False, False]
+
+
 @pytest.fixture(scope="module")
 def cached(model, pictures, tmp_path_factory):
     """The pictures as launch.cache keeps them."""
@@ -185,6 +196,48 @@ def test_latents_stand_in_place_of_pictures(config, options, what):
     wrong = dataclasses.replace(config(), latents="somewhere", **options)
     with pytest.raises(UserError, match=f"latents='somewhere' and {what} do not go together"):
         wrong.validate()
+
+
+@pytest.mark.parametrize(
+    ("data", "instead"),
+    [
+        ({"buckets": 3}, "as --buckets 3, and write data.buckets=1 here"),
+        ({"size": 64}, "as --size 64, and write data.size=0 here"),
+        ({"min_size": 64}, "as --min_size 64, and write data.min_size=1 here"),
+        ({"caption_field": "tags"}, "as --caption_field tags, and write data.caption_field='' here"),
+        ({"crop": "random"}, ": write data.crop='center'"),
+        ({"repeats": (3,)}, ": write data.repeats=(1,)"),
+        ({"kind": "world"}, ": write data.kind='auto'"),
+        ({"workers": 2}, ": write data.workers=8"),
+    ],
+)
+def test_settings_of_pictures_do_nothing_with_latents(config, data, instead):
+    asked = dataclasses.replace(config(), data=DataConfig(**data), latents="somewhere")
+    (name,) = data
+    with pytest.raises(UserError) as error:
+        asked.validate()
+    assert str(error.value).startswith(f"data.{name}={data[name]!r} does nothing with latents='somewhere'")
+    assert str(error.value).endswith(instead)
+
+
+def test_a_config_that_mirrors_pictures_takes_latents_and_says_so():
+    """configs/lora.py is one."""
+    argv = ["--config=configs/lora.py", "--workdir=w", "--config.latents=cached", "--config.data.seed=3"]
+    chosen, _ = train_command.parse(argv)
+    with pytest.warns(UserNotice, match=r"^data.flip=0.5: latents are not mirrored$"):
+        chosen.validate()
+
+
+def test_settings_of_what_is_not_trained_are_told_of(config, recwarn):
+    """One who sets the rank of a LoRA may not know that all of the U-Net is to be trained."""
+    for what, part in (("unet", "lora"), ("lora", "inversion")):
+        sets = {"lora": {"rank": 32}, "inversion": {"initializer": "dog"}}[part]
+        chosen = config(what)
+        chosen.validate()
+        assert not recwarn.list
+        setattr(chosen, part, dataclasses.replace(getattr(chosen, part), **sets))
+        chosen.validate()
+        assert f"settings of {part} do nothing with what='{what}'" in str(recwarn.pop(UserNotice).message)
 
 
 def test_samples_show_the_way(config, tmp_path):
@@ -286,6 +339,11 @@ def test_export_of_any_average(config, tmp_path, capsys):
         ({"samples": SamplesConfig(every=3)}, "samples.every=3 without prompts"),
         ({"scheduler": {"prediction_typ": "epsilon"}}, "unknown option 'prediction_typ'"),
         ({"stage": {"weighting": "min_snrr"}}, "did you mean min_snr?"),
+        ({"stage": {"snr_gamma": 3.0}}, "write finetune.weighting=min_snr, or leave it out"),
+        ({"stage": {"p2_k": 2.0, "weighting": "min_snr"}}, "write finetune.weighting=p2, or leave it out"),
+        ({"samples": SamplesConfig(steps=0)}, "samples.steps=0: write a number from 1"),
+        ({"samples": SamplesConfig(seed=-1)}, "samples.seed=-1 is out of range; write 0 to"),
+        ({"seed": -1}, "seed=-1 is out of range; write 0 to 2147483647"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(config, tmp_path, options, words):
@@ -295,14 +353,26 @@ def test_mistakes_are_told_before_anything_is_written(config, tmp_path, options,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "value"), [("ema", 0.9), ("optim.no_weight_decay", "bias$")])
-def test_a_tuple_without_its_comma(config, name, value):
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("finetune.ema", 0.9, "write a tuple, with a comma"),
+        ("finetune.optim.no_weight_decay", "bias$", "write a tuple, with a comma"),
+        ("finetune.ema", ("a",), "write a list, each a number"),
+        ("data.paths", (1,), "write a list, each a text"),
+        ("data.repeats", ("a",), "write a list, each a whole number"),
+        ("lora.targets", (3,), "write a list, each a text"),
+        ("prior", None, "leave it out, or write prior.NAME=VALUE"),
+    ],
+)
+def test_what_is_no_tuple_of_its_kind(config, name, value, instead):
+    """As a flag of launch.train may give it."""
     chosen = config()
-    *parents, field = f"finetune.{name}".split(".")
+    *parents, field = name.split(".")
     setattr(functools.reduce(getattr, parents, chosen), field, value)
     with pytest.raises(UserError) as error:
         chosen.validate()
-    assert str(error.value) == f"finetune.{name}={value!r}: write a tuple, with a comma"
+    assert str(error.value) == f"{name}={value!r}: {instead}"
 
 
 def test_a_model_that_draws_from_a_picture_is_refused(config, tmp_path):

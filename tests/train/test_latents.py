@@ -179,7 +179,12 @@ def test_the_command(tmp_path, capsys):
         (["--model", "m"], "write --data PATH; --help explains it"),
         (["pictures"], "'pictures' is no flag: write --data pictures"),
         (["--model", "m", "--data", "d", "--out", "o", "--batch_size", "0"], "batch_size=0: write 1 or more"),
-        (["--model", "m", "--data", "d", "--out", "o", "--kind", "tar"], "data.kind='tar' is unknown"),
+        (["--model", "m", "--data", "d", "--out", "o", "--kind", "tar"], "^--kind='tar' is unknown"),
+        (
+            ["--model", "m", "--data", "d", "--out", "o", "--kind", "world"],
+            "no pictures to read: leave it out",
+        ),
+        (["--model", "m", "--data", "d", "--out", "o", "--buckets", "0"], "^--buckets=0 is out of range"),
     ],
 )
 def test_mistakes(arguments, message):
