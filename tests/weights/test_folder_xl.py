@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine.types import UserError
-from engine.weights.folder import load_folder, load_trainable, save_folder
+from engine.weights.folder import load_folder, save_folder
 from tests.tiny import REFINER, XL, tiny_folder
 
 
@@ -94,8 +94,3 @@ def test_wrong_folders(tmp_path, spoil, pattern):
     with pytest.raises(UserError, match=pattern) as error:
         load_folder(folder)
     assert "\n" not in str(error.value)
-
-
-def test_it_cannot_be_trained(base):
-    with pytest.raises(UserError, match="is one of SDXL, which draws here, but cannot be trained yet"):
-        load_trainable(base)
