@@ -19,6 +19,7 @@ import functools
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -258,12 +259,15 @@ def exchanged(told: Any) -> list[Any]:
 def meet(coordinator: str | None, processes: int, process_id: int) -> None:
     """Joins the processes of a job, so that their devices can work on one batch. Before any JAX call.
 
+    What SIGTERM does remains as it was. To be called in the main thread.
+
     Args:
       coordinator: host:port of process 0; None: what the cluster says.
 
     Raises:
       UserError: the others cannot be found.
     """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(coordinator, processes, process_id, gpus_of_node())
     except (RuntimeError, ValueError) as error:
@@ -272,6 +276,9 @@ def meet(coordinator: str | None, processes: int, process_id: int) -> None:
             f"the {processes} processes did not find each other ({reason}); write --coordinator HOST:PORT "
             "of process 0"
         ) from None
+    finally:
+        # JAX has put a handler of its own in its place, for a service that nothing here asks.
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def gpus_of_node(environ: Mapping[str, str] = os.environ) -> list[int] | None:
