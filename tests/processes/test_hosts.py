@@ -30,6 +30,11 @@ def trained(work):
     return seen(work, "lengths", "stops")
 
 
+def test_a_signal_is_heard_where_hosts_have_met(trained):
+    """JAX has a handler of its own for SIGTERM, which would keep it to itself."""
+    assert all(host["met"]["heard"] for host in trained)
+
+
 def test_no_step_waits_for_other_hosts_nor_compiles(trained):
     """Sixteen steps wait as often as four: at the beginning, and for the checkpoint at the end."""
     for host in trained:
