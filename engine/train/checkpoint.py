@@ -154,6 +154,8 @@ class Checkpoints:
     def _position(self, step: int, like: TrainState) -> dict[str, Any]:
         """The position of a checkpoint; UserError where it is of another run than `like`."""
         position, digests = _position(self._folder / str(step)), _digests(_items(like))
+        if missing := {"step", "sums", "arrays", *Tally._fields} - position.keys():
+            raise ValueError(f"position is of another version: it lacks {', '.join(sorted(missing))}")
         if position["arrays"] != digests:
             names = sorted(digests.keys() | position["arrays"].keys())
             others = [name for name in names if digests.get(name) != position["arrays"].get(name)]
@@ -179,11 +181,15 @@ class Broken(Exception):
 
 
 def _check(told: list[dict[str, Any]], found: tuple[Any, Any]) -> None:
-    """Raises what the hosts together make of their attempts to read a checkpoint.
+    """What the hosts together make of their attempts to read a checkpoint.
 
     Args:
       told: by each of them, see `Checkpoints._read`.
       found: by this one.
+
+    Raises:
+      UserError: it is of another run, for one of them at least.
+      Broken: one of them could not read it, or it is not as it was written.
     """
     if mistakes := [each["mistake"] for each in told if "mistake" in each]:
         raise UserError(mistakes[0])
