@@ -16,12 +16,15 @@ functions in the same order with the same values, and gets all results.
 """
 
 import functools
+import json
 import os
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
@@ -43,6 +46,8 @@ SPLIT: Rules = ((r"\.(kernel|embedding)$", PartitionSpec("data")), (r"", Partiti
 # the model in the package 1.3 times as slow, and another no faster. Its matrix products stay.
 _YNN = "LIBRARY_FUSION_TYPE"
 ON_CPUS = {"xla_cpu_experimental_ynn_fusion_type": f"{_YNN}_DOT,{_YNN}_REDUCE"}
+
+EXCHANGED = 4096  # bytes: texts that processes exchange are filled up to a multiple
 
 # f(shared, batched) -> batched: every leaf of `batched` has the batch as its first axis
 Function = Callable[[Any, Any], Any]
@@ -82,6 +87,7 @@ class Devices:
         self._split = NamedSharding(self.mesh, PartitionSpec("data"))
         self.compiler_options = options_for(self.platform)
         self._gather = jax.jit(lambda tree: tree, out_shardings=self._whole)
+        self._any = jax.jit(jnp.any, out_shardings=self._whole)
 
     @property
     def count(self) -> int:
@@ -188,8 +194,15 @@ class Devices:
         return value if self.alone else multihost_utils.broadcast_one_to_all(value)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some host. All hosts must ask."""
-        return flag if self.alone else bool(multihost_utils.process_allgather(np.array(flag)).any())
+        """Whether the flag is set on some host. All hosts must ask. Waits for them."""
+        return bool(self.ask(flag))
+
+    def ask(self, flag: bool) -> bool | Array:
+        """The same; does not wait: the devices find the answer when they have done what they had to do."""
+        if self.alone:
+            return flag
+        own = np.full(len(self.mesh.local_devices), flag)
+        return self._any(jax.make_array_from_process_local_data(self._split, own))
 
     def map(self, f: Function) -> Function:
         """`f`, compiled to run on every device at once.
@@ -231,8 +244,25 @@ def options_for(platform: str) -> dict[str, str] | None:
     return ON_CPUS
 
 
+def exchanged(told: Any) -> list[Any]:
+    """What each of the processes that have met tells, in their order. All must call it. Waits for them.
+
+    Args:
+      told: what JSON knows.
+    """
+    if jax.process_count() == 1:
+        return [told]
+    text = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
+    size = longest + -longest % EXCHANGED  # not a program for each length
+    texts = multihost_utils.process_allgather(np.pad(text, (0, size - len(text)), constant_values=ord(" ")))
+    return [json.loads(each.tobytes()) for each in texts]
+
+
 def meet(coordinator: str | None, processes: int, process_id: int) -> None:
     """Joins the processes of a job, so that their devices can work on one batch. Before any JAX call.
+
+    What SIGTERM does remains as it was. To be called in the main thread.
 
     Args:
       coordinator: host:port of process 0; None: what the cluster says.
@@ -240,6 +270,7 @@ def meet(coordinator: str | None, processes: int, process_id: int) -> None:
     Raises:
       UserError: the others cannot be found.
     """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(coordinator, processes, process_id, gpus_of_node())
     except (RuntimeError, ValueError) as error:
@@ -248,6 +279,9 @@ def meet(coordinator: str | None, processes: int, process_id: int) -> None:
             f"the {processes} processes did not find each other ({reason}); write --coordinator HOST:PORT "
             "of process 0"
         ) from None
+    finally:
+        # JAX has put a handler of its own in its place, for a service that nothing here asks.
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def gpus_of_node(environ: Mapping[str, str] = os.environ) -> list[int] | None:

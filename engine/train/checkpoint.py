@@ -6,17 +6,17 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, ArrayLike, UInt32
 
+from engine.parallel import exchanged
 from engine.train.step import Tally, TrainState
 from engine.types import Params, UserError
 
@@ -55,10 +55,22 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path, keep_last: int = 2, keep_best: int = 0):
+        """Raises UserError where the folder cannot be made, or one of the hosts does not see it."""
         self._folder = folder.absolute()
+        _make(self._folder)
         self._policy = NewestAndBest(self._folder, keep_last, keep_best)
-        options = ocp.CheckpointManagerOptions(preservation_policy=self._policy, cleanup_tmp_directories=True)
+        # All hosts go by the names that the first one sees: others would have them save at different steps.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy,
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,
+            single_host_load_and_broadcast=True,
+        )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        # Each host reads by itself: in Orbax, those that can read would wait for one that cannot, for ever.
+        host = jax.process_index()
+        by_itself = ocp.options.MultiprocessingOptions(primary_host=host, active_processes={host})
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=by_itself)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -74,8 +86,9 @@ class Checkpoints:
         if step == self._manager.latest_step():
             return
         items = _items(state)
+        sums = _total(exchanged(_own_sums(items)))
         counted = {name: value.item() for name, value in state.tally._asdict().items()}
-        position = {"step": step, **counted, **position, "arrays": _digests(items), "sums": _sums(items)}
+        position = {"step": step, **counted, **position, "arrays": _digests(items), "sums": sums}
         self._policy.losses[step] = counted["loss"]
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         args["position"] = ocp.args.JsonSave(position | {"digest": _digest(position)})
@@ -84,7 +97,8 @@ class Checkpoints:
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state that can be read, if any, with the shapes, dtypes and devices of `like`.
 
-        A checkpoint that cannot be read is told of in one line, and keeps its files under another name.
+        A checkpoint that cannot be read, if only by one of several hosts, is told of in one line, and keeps
+        its files under another name.
 
         Args:
           like: of arrays, or of their shapes, which take no memory.
@@ -96,32 +110,23 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 state = self._restore(step, like)
-            except UserError:
-                raise
-            except Exception as error:  # whatever a torn file makes of Orbax, TensorStore and JSON
-                print(f"{self._folder / str(step)} cannot be read ({_reason(error)})", flush=True)
+            except Broken as error:
+                if jax.process_index() == 0:
+                    print(f"{self._folder / str(step)} cannot be read {error}", flush=True)
                 broken.append(step)
                 continue
-            self._set_aside(broken)
+            if broken:
+                self._set_aside(broken)
             return state
         if broken:
             raise UserError(f"no checkpoint in {self._folder} can be read: restore one, or remove the folder")
         return None
 
     def _restore(self, step: int, like: TrainState) -> TrainState:
-        position = _position(self._folder / str(step))
-        wanted = _items(like)
-        if position["arrays"] != (digests := _digests(wanted)):
-            names = sorted(digests.keys() | position["arrays"].keys())
-            others = [name for name in names if digests.get(name) != position["arrays"].get(name)]
-            raise UserError(
-                f"{self._folder} holds a run with another {', '.join(others)}: give another --workdir, or "
-                "the config that it began with"
-            )
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
-        args = {name: ocp.args.StandardRestore(item) for name, item in shapes.items()}
-        items = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
-        _compare(position, {name: items[name] for name in wanted})
+        """Of several hosts, all take it or none: Broken or UserError is raised on all of them alike."""
+        found, own = self._read(step, like)
+        _check(exchanged(own), found)
+        position, items = found
 
         def scalar(name: str, like: Any) -> jax.Array:
             return jax.device_put(np.asarray(position[name], like.dtype), like.sharding)
@@ -130,11 +135,98 @@ class Checkpoints:
         averages = {name: items[name] for name in like.ema_params}
         return TrainState(scalar("step", like.step), items["params"], averages, items["opt_state"], tally)
 
+    def _read(self, step: int, like: TrainState) -> tuple[tuple[Any, Any], dict[str, Any]]:
+        """The position and the items, of which this host reads what is to lie on it; and what it tells the
+        others: how that went. Waits for none of them, and raises nothing, or they would wait for ever.
+        """
+        try:
+            position, wanted = self._position(step, like), _items(like)
+            shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+            args = {name: ocp.args.StandardRestore(item) for name, item in shapes.items()}
+            read = self._reader.restore(self._folder / str(step), args=ocp.args.Composite(**args))
+            items = {name: read[name] for name in wanted}
+            return (position, items), {"position": _digest(position), "sums": _own_sums(items)}
+        except UserError as error:
+            return (None, None), {"mistake": str(error)}
+        except Exception as error:  # whatever a torn file makes of Orbax, TensorStore and JSON
+            return (None, None), {"problem": _reason(error)}
+
+    def _position(self, step: int, like: TrainState) -> dict[str, Any]:
+        """The position of a checkpoint; UserError where it is of another run than `like`."""
+        position, digests = _position(self._folder / str(step)), _digests(_items(like))
+        if missing := {"step", "sums", "arrays", *Tally._fields} - position.keys():
+            raise ValueError(f"position is of another version: it lacks {', '.join(sorted(missing))}")
+        if position["arrays"] != digests:
+            names = sorted(digests.keys() | position["arrays"].keys())
+            others = [name for name in names if digests.get(name) != position["arrays"].get(name)]
+            raise UserError(
+                f"{self._folder} holds a run with another {', '.join(others)}: give another --workdir, or "
+                "the config that it began with"
+            )
+        return position
+
     def _set_aside(self, steps: list[int]) -> None:
         """Gives broken checkpoints another name, so that their steps can be saved again."""
-        for step in steps:
-            (self._folder / str(step)).rename(self._folder / f"{BROKEN}{step}")
+
+        def rename() -> None:
+            for step in steps:
+                (self._folder / str(step)).rename(self._folder / f"{BROKEN}{step}")
+
+        _by_first(rename, self._folder)
         self._manager.reload()
+
+
+class Broken(Exception):
+    """A checkpoint that cannot be used; says by whom, and why."""
+
+
+def _check(told: list[dict[str, Any]], found: tuple[Any, Any]) -> None:
+    """What the hosts together make of their attempts to read a checkpoint.
+
+    Args:
+      told: by each of them, see `Checkpoints._read`.
+      found: by this one.
+
+    Raises:
+      UserError: it is of another run, for one of them at least.
+      Broken: one of them could not read it, or it is not as it was written.
+    """
+    if mistakes := [each["mistake"] for each in told if "mistake" in each]:
+        raise UserError(mistakes[0])
+    failed = {host: each["problem"] for host, each in enumerate(told) if "problem" in each}
+    if failed:
+        host = min(failed)
+        who = f"by process {host} " if len(failed) < len(told) else ""
+        raise Broken(f"{who}({failed[host]})")
+    if len({each["position"] for each in told}) > 1:
+        raise Broken("(position is not the same on all hosts)")
+    try:
+        _compare(found[0], _total([each["sums"] for each in told]))
+    except ValueError as error:
+        raise Broken(f"({_reason(error)})") from None
+
+
+def _make(folder: pathlib.Path) -> None:
+    """Makes a folder for all hosts."""
+    _by_first(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
+    seen = exchanged(folder.is_dir())
+    if not all(seen):
+        raise UserError(
+            f"process {seen.index(False)} does not see {folder}, which process 0 has made: give a --workdir "
+            "that all hosts share"
+        )
+
+
+def _by_first(act: Callable[[], Any], folder: pathlib.Path) -> None:
+    """The first of the hosts acts, the others wait for it; UserError on all where its disk refuses."""
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            act()
+        except OSError as error:
+            problem = f"{folder} cannot be written: {error.strerror or error}"
+    if problem := exchanged(problem)[0]:
+        raise UserError(problem)
 
 
 def restore_params(folder: pathlib.Path, which: str = "params", step: int | None = None) -> Params:
@@ -164,7 +256,7 @@ def restore_params(folder: pathlib.Path, which: str = "params", step: int | None
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
             args = ocp.args.Composite(**{which: ocp.args.StandardRestore(shapes)})
             params = _with_indices(reader.restore(step, args=args)[which])
-        _compare(_position(folder / str(step)), {which: params})
+        _compare(_position(folder / str(step)), _own_sums({which: params}))
         return params
     except Exception as error:  # as in Checkpoints.restore
         raise UserError(f"{folder / str(step) / which} cannot be read ({_reason(error)})") from None
@@ -196,28 +288,29 @@ def _position(folder: pathlib.Path) -> dict[str, Any]:
     return position
 
 
-def _compare(position: dict[str, Any], items: dict[str, Any]) -> None:
+def _compare(position: dict[str, Any], sums: dict[str, int]) -> None:
     """ValueError where the items' arrays are not those that were written."""
-    for name, total in _sums(items).items():
+    for name, total in sums.items():
         if position["sums"][name] != total:
             raise ValueError(f"{name} is not as it was written")
 
 
-def _sums(items: dict[str, Any]) -> dict[str, int]:
-    """A sum of the bits of each item, the same on any number of devices and hosts.
+def _own_sums(items: dict[str, Any]) -> dict[str, int]:
+    """Of each item, a sum of the bits that lie on this host; their `_total` is the same on any number of
+    devices and hosts.
 
     Each device sums what it holds, by one small program for each shape: one for all of the state takes long
     to compile, and small ones that sum over devices make simulated devices wait for each other for ever.
     """
     started = {name: [_shards_bits(leaf) for leaf in jax.tree.leaves(item)] for name, item in items.items()}
-    sums = {
+    return {
         name: sum((2 * i + 1) * sum(map(int, each)) for i, each in enumerate(found)) % 2**32
         for name, found in jax.device_get(started).items()
     }
-    if jax.process_count() == 1:
-        return sums
-    parts = multihost_utils.process_allgather(np.array(list(sums.values()), np.uint32))
-    return dict(zip(sums, parts.sum(0, dtype=np.uint32).tolist(), strict=True))
+
+
+def _total(sums: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(each[name] for each in sums) % 2**32 for name in sums[0]}
 
 
 def _shards_bits(x: Array) -> list[Array]:

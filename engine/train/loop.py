@@ -182,7 +182,7 @@ class _Run:
         stop: threading.Event,
     ) -> steps.TrainState | None:
         """The state after the last step; None when `stop` was set, and the state is saved."""
-        config, before = self.config, None
+        config, before, stopped = self.config, None, Stopped(self.devices, stop)
         for done in range(int(state.step) + 1, config.steps + 1):
             state, metrics = step(state)
             last = done == config.steps
@@ -195,7 +195,7 @@ class _Run:
             self.progress.report(done, metrics, force=last)
             if config.ema_snapshot_every and (last or done % config.ema_snapshot_every == 0):
                 self._keep_averages(done, state)
-            stopping = self.devices.any(stop.is_set())
+            stopping = stopped(last)
             if last or stopping or (done % config.checkpoint_every == 0 and _is_sound(metrics)):
                 place = {"next": done * config.batch_size}
                 self.checkpoints.save(state, {"seed": self.seed, "data": place})
@@ -224,6 +224,24 @@ class _Run:
         params = on_this_host(self.devices, state.ema_params[ema.chosen(self.config)])
         if self.devices.leads:
             self.progress.picture(done, watch.call(done, params))
+
+
+class Stopped:
+    """Whether the run is to stop: a signal to any host stops all, at the same step.
+
+    Several hosts ask at each step and read the answer at the next, when their devices have it: nobody waits
+    for devices that are at work.
+    """
+
+    def __init__(self, devices: Devices, stop: threading.Event):
+        self._devices, self._stop = devices, stop
+        self._before: Any = False
+
+    def __call__(self, last: bool) -> bool:
+        """To be called after each step. Waits for the last one: no other would tell of its signal."""
+        now = self._devices.ask(self._stop.is_set())
+        answer, self._before = now if last or self._devices.alone else self._before, now
+        return bool(answer)
 
 
 def on_this_host(devices: Devices, params: Params) -> Params:

@@ -1,12 +1,6 @@
 """Two processes that train together are one that trains alone; what two have saved, one goes on with."""
 
-import contextlib
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,10 +9,10 @@ from PIL import Image
 from engine.weights.component import load_component
 from launch import cli
 from launch import train as train_command
+from tests.processes.together import started
 from tests.tiny import SHALLOW, compiled_quickly, tiny_folder
 from tests.train.sharing import shared
 
-ROOT = pathlib.Path(__file__).parents[2]
 BLOCKS = {"down": "DownEncoderBlock2D", "up": "UpDecoderBlock2D"}
 
 
@@ -64,33 +58,7 @@ def alone(workdir, flags):
 
 def launched(workdir, flags, devices, processes):
     """launch.train in so many processes, each with so many simulated devices; what they tell."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{found.getsockname()[1]}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    with contextlib.ExitStack() as stack:
-        workers = []
-        for i in range(processes):
-            own = [f"--processes={processes}", f"--process_id={i}", f"--coordinator={coordinator}"]
-            command = [sys.executable, "-m", "launch.train", f"--workdir={workdir}", *flags, *own]
-            worker = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            stack.callback(worker.wait)
-            stack.callback(worker.kill)
-            workers.append(worker)
-        told = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * processes, "\n".join(told)
-    return told
+    return started("launch.train", [f"--workdir={workdir}", *flags], devices, processes)
 
 
 def losses(folder, run, stage="finetune"):

@@ -1,5 +1,6 @@
 """Checkpoints: which are kept, what is read of them alone, and what becomes of damaged ones."""
 
+import json
 import pathlib
 import shutil
 
@@ -177,6 +178,15 @@ def test_no_damage_to_any_file_passes_for_a_checkpoint(saved_small, tmp_path, da
         DAMAGES[damage](folder / file)
         state = restored(folder, SMALL)
         assert same(state, told[int(state.step)]), file
+
+
+def test_a_position_of_another_version_cannot_be_read(folder, capsys):
+    file = folder / "2/position/metadata"
+    position = json.loads(file.read_text())
+    del position["digest"], position["skipped"]
+    file.write_text(json.dumps(position | {"digest": checkpoint._digest(position)}))
+    assert same(restored(folder), state_at(1))
+    assert "it lacks skipped" in capsys.readouterr().out
 
 
 def test_where_none_can_be_read_nothing_is_touched(folder):
