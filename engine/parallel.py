@@ -31,6 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from engine.config import nearest
+from engine.errors import Trouble
 from engine.types import UserError
 
 MODES = ("shard_map", "jit", "pmap")
@@ -268,14 +269,16 @@ def meet(coordinator: str | None, processes: int, process_id: int) -> None:
       coordinator: host:port of process 0; None: what the cluster says.
 
     Raises:
-      UserError: the others cannot be found.
+      UserError: the others cannot be found; Trouble where that may pass.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(coordinator, processes, process_id, gpus_of_node())
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
+        # of the network, or of a host that is not up yet: the same command may go well later
+        passing = isinstance(error, jax.errors.JaxRuntimeError)
+        raise (Trouble if passing else UserError)(
             f"the {processes} processes did not find each other ({reason}); write --coordinator HOST:PORT "
             "of process 0"
         ) from None

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -170,7 +171,9 @@ class Checkpoints:
 
         def rename() -> None:
             for step in steps:
-                (self._folder / str(step)).rename(self._folder / f"{BROKEN}{step}")
+                names = itertools.chain([f"{step}"], (f"{step}-{i}" for i in itertools.count(2)))
+                free = (self._folder / f"{BROKEN}{name}" for name in names)
+                (self._folder / str(step)).rename(next(path for path in free if not path.exists()))
 
         _by_first(rename, self._folder)
         self._manager.reload()

@@ -14,7 +14,7 @@ import numpy as np
 
 from engine import finish
 from engine.config import FinetuneConfig
-from engine.parallel import SPLIT, Devices
+from engine.parallel import SPLIT, Devices, exchanged
 from engine.pipeline import SHIPPED, SHIPPED_NAME, Pipeline
 from engine.train import adapters, inversion, latents, loop, objectives, optim
 from engine.train.data import Batch, BatchAt
@@ -201,7 +201,8 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path, shapes_on
 def draw_prior(config: FinetuneConfig, model: Model, folder: pathlib.Path) -> pathlib.Path:
     """Draws the pictures of the prior that are not there yet: PNGs, and metadata.jsonl when all are.
 
-    Those of a larger prior before are set aside, and taken back where more are wanted again.
+    Those of a larger prior before are set aside, and taken back where more are wanted again. Several hosts
+    draw a share each, into one folder, and wait for each other.
 
     Raises:
       UserError: those that are there were drawn of another prompt.
@@ -213,19 +214,27 @@ def draw_prior(config: FinetuneConfig, model: Model, folder: pathlib.Path) -> pa
         drawn = finish.read_settings(folder / names[0])["prompt"]
         if drawn != prompt:
             raise UserError(f"{folder} has pictures of {drawn!r}, not of {prompt!r}: give another --workdir")
-    keep_alone(folder, names)
-    missing = [index for index, name in enumerate(names) if not (folder / name).exists()]
-    if missing:
-        print(f"prior: drawing {len(missing)} pictures of {prompt!r}", flush=True)
+    leads = jax.process_index() == 0
+    if leads:
+        keep_alone(folder, names)
+    # as the first host sees it: the others may look when some are drawn already
+    missing = exchanged([index for index, name in enumerate(names) if not (folder / name).exists()])[0]
+    batches = sorted({index - index % PRIOR_BATCH for index in missing})
+    own = batches[jax.process_index() :: jax.process_count()]
+    if own:
+        count = sum(min(PRIOR_BATCH, wanted - first) for first in own)
+        print(f"prior: drawing {count} pictures of {prompt!r}", flush=True)
         devices = Devices("jit", rules=SPLIT) if config.finetune.shard_params else Devices()
         pipe = Pipeline(on_devices(model, devices), devices, config.model, "float32", folder)
-        for first in range(missing[0], wanted, PRIOR_BATCH):
+        for first in own:
             count = min(PRIOR_BATCH, wanted - first)
             images = pipe.generate([prompt] * count, seed=config.seed, first_index=first)
             for index, image in enumerate(images, first):
                 finish.write_png(folder / names[index], image, {"prompt": prompt, "index": index})
-    lines = [json.dumps({"file_name": name, "text": prompt}) for name in names]
-    finish.write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
+    if leads:
+        lines = [json.dumps({"file_name": name, "text": prompt}) for name in names]
+        finish.write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
+    exchanged("drawn")
     return folder
 
 
@@ -237,7 +246,7 @@ def keep_alone(folder: pathlib.Path, names: Sequence[str]) -> None:
     moves = [(folder / name, aside / name) for name in others]
     moves += [(aside / name, folder / name) for name in names if not (folder / name).exists()]
     for source, target in moves:
-        with contextlib.suppress(FileNotFoundError):  # never drawn; or another host has moved it
+        with contextlib.suppress(FileNotFoundError):  # never drawn
             source.replace(target)
 
 

@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import pathlib
 import signal
 import threading
 from collections.abc import Iterator
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +140,15 @@ def reads(work: pathlib.Path) -> dict[str, dict]:
     seen = {}
     for folder in sorted((work / "damaged").iterdir()):
         other = folder.name == "other" and jax.process_index() == 1
-        seen[folder.name] = read(folder, dataclasses.replace(CONFIG, ema=(0.5,)) if other else CONFIG)
+        refusing = folder.name == "no room"
+        with mock.patch("pathlib.Path.rename", full) if refusing else contextlib.nullcontext():
+            seen[folder.name] = read(folder, dataclasses.replace(CONFIG, ema=(0.5,)) if other else CONFIG)
     return seen | {"elsewhere": read(work / f"of-host-{jax.process_index()}", CONFIG)}
+
+
+def full(*_) -> None:
+    """In place of renaming: a disk that refuses."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read(folder: pathlib.Path, config: StageConfig) -> dict:

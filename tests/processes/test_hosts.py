@@ -73,10 +73,7 @@ DAMAGED = {
 REFUSED = {
     "all": lambda folder: [position(folder, step).unlink() for step in (OLD, NEW)],
     "other": lambda folder: None,
-    "no room": lambda folder: (
-        DAMAGED["position"](folder),
-        shutil.copytree(folder, folder / f"broken-{NEW}"),
-    ),
+    "no room": DAMAGED["position"],
 }
 
 

@@ -92,6 +92,20 @@ def test_two_processes_train_and_save_and_one_goes_on(folder, shard_params, caps
     np.testing.assert_allclose(weights(folder, run), weights(folder, "alone"), atol=2e-3)
 
 
+def test_two_processes_draw_a_prior_together(folder):
+    """Each its share, and none twice: which picture is which does not depend on who draws it."""
+    flags = [*finetuning(folder, 1), "--config.prior.prompt=a fox", "--config.prior.num_images=20"]
+    told = launched(folder / "prior-two", flags, devices=1, processes=2)
+    assert ["prior: drawing 16 pictures" in each for each in told] == [True, False]
+    assert ["prior: drawing 4 pictures" in each for each in told] == [False, True]
+    alone(folder / "prior-one", flags)
+    runs = folder / "prior-two", folder / "prior-one"
+    for i in range(20):
+        ours, theirs = (np.asarray(Image.open(run / "prior" / f"{i:06d}.png")) for run in runs)
+        assert np.abs(ours.astype(int) - theirs).max() <= 1
+    assert losses(folder, "prior-two")[1] == pytest.approx(losses(folder, "prior-one")[1], rel=1e-3)
+
+
 def test_two_processes_train_a_model_from_scratch(folder):
     """Tokenizer, latents' scale and model are the first one's; the losses are those of a single process.
 

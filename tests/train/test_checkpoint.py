@@ -167,6 +167,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(folder, cap
     assert same(restored(folder), state_at(2))
 
 
+def test_a_step_that_is_damaged_again_has_another_name(folder):
+    for _ in range(3):
+        DAMAGES["empty"](folder / "2/position/metadata")
+        with Checkpoints(folder) as checkpoints:
+            assert same(checkpoints.restore(fresh()), state_at(1))
+            checkpoints.save(state_at(2), {})
+    assert {file.name for file in folder.glob("broken-*")} == {"broken-2", "broken-2-2", "broken-2-3"}
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_no_damage_to_any_file_passes_for_a_checkpoint(saved_small, tmp_path, damage):
     """Some files are not needed: then all is there. Of every kind of file, one."""
