@@ -6,6 +6,7 @@ import pytest
 from engine.benchmark import compiled, compiling, outline
 from engine.parallel import Devices
 from engine.types import UserError
+from tests.tiny import XL, tiny_model
 
 
 def nbytes(model):
@@ -27,6 +28,15 @@ def test_merged_tokens_attend_less():
         for share in (0.0, 0.5)
     ]
     assert counts[1] < counts[0]
+
+
+@pytest.mark.parametrize("kind", [{}, XL], ids=["sd", "sdxl"])
+def test_a_step_of_training_is_three_calls_of_the_unet(kind):
+    """One for the loss, and for each product two in the gradient; the optimizer beside it is little."""
+    model, devices = tiny_model(**kind), Devices("jit")
+    step = compiled.arithmetic(outline.training(model, devices, 64, 1, dtype="float32"))
+    call = compiled.arithmetic(outline.drawing(model, devices, 64, 1)["unet"])
+    assert step == pytest.approx(3 * call, rel=0.05)
 
 
 DRAWING = "quantize, merge_tokens and split_params are for drawing: leave train out of parts"

@@ -45,6 +45,16 @@ def test_what_is_saved_is_read(tmp_path, count):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_of_sdxl_a_file_says_its_word_whatever_its_name(tmp_path):
+    saved = Embedding("<my-thing>", vectors(2), vectors(2)[:, :20])
+    file = embeddings.save(tmp_path / "other.safetensors", saved)
+    assert set(load_file(file)) == {"clip_l", "clip_g"}  # the names that others read
+    read = embeddings.read(file)
+    assert read.token == "<my-thing>"
+    np.testing.assert_array_equal(read.vectors, saved.vectors)
+    np.testing.assert_array_equal(read.vectors_2, saved.vectors_2)
+
+
 def test_other_formats_that_are_read(tmp_path):
     save_file({"emb_params": vectors(2)}, tmp_path / "my-style.safetensors")  # AUTOMATIC1111
     save_file({"<old>": vectors(1)[0].astype(np.float16)}, tmp_path / "old.safetensors")
