@@ -113,9 +113,17 @@ class Devices:
         """Puts the parameter `name` (a dotted path) where it stays: on all devices, or split by the rules."""
         return _put(array, self.sharding(name, array.shape))
 
-    def place_tree(self, tree: Any) -> Any:
-        """The same for every leaf of a tree, whose path is its name."""
-        return jax.tree.map(_put, tree, self.shardings(tree))
+    def place_tree(self, tree: Any, dtype: np.dtype | None = None) -> Any:
+        """The same for every leaf of a tree, whose path is its name.
+
+        dtype: cast to this, one leaf after another, where it lies; None: as they are.
+        """
+
+        def put(leaf: Any, sharding: Sharding) -> Any:
+            placed = _put(leaf, sharding)
+            return placed if dtype in (None, placed.dtype) else placed.astype(dtype)
+
+        return jax.tree.map(put, tree, self.shardings(tree))
 
     def shardings(self, tree: Any) -> Any:
         """Where each leaf of a tree of arrays or shapes stays, by its path."""
@@ -278,13 +286,15 @@ def meet(coordinator: str | None, processes: int, process_id: int) -> None:
         reason = str(error).strip().splitlines()[0]
         # of the network, or of a host that is not up yet: the same command may go well later
         passing = isinstance(error, jax.errors.JaxRuntimeError)
+        later = "the same command may go well later, or " if passing else ""
         raise (Trouble if passing else UserError)(
-            f"the {processes} processes did not find each other ({reason}); write --coordinator HOST:PORT "
-            "of process 0"
+            f"the {processes} processes did not find each other ({reason}); {later}write --coordinator "
+            "HOST:PORT of process 0"
         ) from None
     finally:
         # JAX has put a handler of its own in its place, for a service that nothing here asks.
-        signal.signal(signal.SIGTERM, on_sigterm)
+        if on_sigterm is not None:  # or it was none of Python's
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def gpus_of_node(environ: Mapping[str, str] = os.environ) -> list[int] | None:

@@ -37,6 +37,8 @@ SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-128"
 SHIPPED_NAME = GenerateConfig.model  # what pictures say of the model in the package
 DTYPES = ("float32", "bfloat16")
 MAX_SIDE = 16384
+BATCH_IMAGES = 16  # pictures a device draws at once, unless told: so that the first are soon there,
+BATCH_PIXELS = 8 * 512 * 512  # and all fit into its memory
 DEFAULT_STEPS = GenerateConfig.steps
 DEFAULT_GUIDANCE = GenerateConfig.guidance_scale
 
@@ -349,6 +351,10 @@ class Pipeline:
     def share_of(self, count: int) -> int:
         """Pictures a device where `count` are spread over all devices at once."""
         return max(1, -(-count // self.devices.count))
+
+    def batch_size_for(self, count: int, height: int, width: int) -> int:
+        """Pictures that a device is to draw at once of `count` of this size, where nobody says."""
+        return min(self.share_of(count), max(1, BATCH_PIXELS // (height * width)), BATCH_IMAGES)
 
     # ---- the way through the programs
 

@@ -30,8 +30,8 @@ stdout, to WORKDIR/metrics.jsonl and to WORKDIR/tensorboard; WORKDIR/loss-STAGE.
 stage. Ctrl-C and SIGTERM save before they end the program; what a kill or a power cut leaves
 is the newest checkpoint.
 
-Exit code: 0 trained, or stopped and saved; 2 a mistake, explained in one line; 130 stopped with
-Ctrl-C where there was nothing to save.
+Exit code: 0 trained, or stopped and saved; 2 a mistake, explained in one line; 75 the processes did not
+find each other, which may pass; 130 stopped with Ctrl-C where there was nothing to save.
 """
 
 import ast
@@ -81,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
     from engine.parallel import meet
     from engine.pipeline import use_compilation_cache
     from engine.train import dry_run, finetune, stages
+    from launch.drawing import advice_where_memory_runs_out
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells much
     # The tasks of an array are trainings of their own.
@@ -94,12 +95,25 @@ def main(argv: Sequence[str]) -> int:
         return cli.DONE
     use_compilation_cache()  # a run that goes on need not compile again
     try:
-        result = train(config, pathlib.Path(workdir).expanduser())
+        with advice_where_memory_runs_out(*less_memory(config)):
+            result = train(config, pathlib.Path(workdir).expanduser())
     except OSError as error:
         raise UserError(f"{workdir} cannot be written: {error.strerror or error}") from None
     if result is not None:
         cli.say(f"model: {result}")
     return cli.DONE
+
+
+def less_memory(config: Any) -> list[str]:
+    """What to write for a step that takes less memory."""
+    stage = "--config.finetune" if isinstance(config, FinetuneConfig) else "--config.STAGE"
+    return [
+        f"a smaller {stage}.batch_size",
+        f"{stage}.accumulate=2, which has half of a batch in memory",
+        f"{stage}.remat=blocks",
+        f"{stage}.compute_dtype=bfloat16",
+        f"{stage}.shard_params=True with several devices; --dry_run says what a step takes",
+    ]
 
 
 def literal(text: str) -> Any:

@@ -21,8 +21,6 @@ from engine.text.prompts import check_prompt, check_prompts
 from engine.types import UserError
 from engine.ways import check_heat
 
-BATCH_IMAGES = 16  # pictures a device draws at once, unless told: so that the first are soon there,
-BATCH_PIXELS = 8 * 512 * 512  # and all fit into its memory
 ANIMATED_FRAMES = 24
 
 # What a picture remembers beside prompt, index and version, all under the names of GenerateConfig.
@@ -75,8 +73,7 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     settings = pipe.settings(*options, **config.of_the_way())
     edit = given.read(paths, settings.height, settings.width) if paths.image else None
     strength = edits.default_strength(edit, pipe.made_for) if config.strength is None else config.strength
-    room = max(1, BATCH_PIXELS // (settings.height * settings.width))
-    batch_size = config.batch_size or min(pipe.share_of(len(prompts)), room, BATCH_IMAGES)
+    batch_size = config.batch_size or pipe.batch_size_for(len(prompts), settings.height, settings.width)
     settings = dataclasses.replace(settings, batch_size=batch_size, strength=strength)
     edits.check_strength(settings)
     edits.checked(None if edit is None else [edit], pipe.made_for, settings)

@@ -22,7 +22,6 @@ import engine
 from engine import edits
 from engine.config import MAX_INDEX, OF_THE_WAY, JobConfig
 from engine.jobs import given
-from engine.jobs.pictures import BATCH_IMAGES, BATCH_PIXELS
 from engine.pipeline import Pipeline
 from engine.requests import Request, Settings
 from engine.text.rows import Rejected, Row, Rows
@@ -251,8 +250,7 @@ def _program(config: JobConfig, pipe: Pipeline, *options: Any) -> Program | str:
         edits.checked(stand_ins, pipe.made_for, settings)
     except UserError as error:
         return str(error)
-    room = max(1, BATCH_PIXELS // (settings.height * settings.width))
-    batch_size = config.batch_size or min(pipe.share_of(config.shard_size), room, BATCH_IMAGES)
+    batch_size = config.batch_size or pipe.batch_size_for(config.shard_size, *shape)
     return Program(dataclasses.replace(settings, batch_size=batch_size), masked is not None, bool(masked))
 
 

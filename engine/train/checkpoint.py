@@ -58,7 +58,7 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, keep_last: int = 2, keep_best: int = 0):
         """Raises UserError where the folder cannot be made, or one of the hosts does not see it."""
         self._folder = folder.absolute()
-        _make(self._folder)
+        make_for_all(self._folder)
         self._policy = NewestAndBest(self._folder, keep_last, keep_best)
         # All hosts go by the names that the first one sees: others would have them save at different steps.
         options = ocp.CheckpointManagerOptions(
@@ -209,8 +209,8 @@ def _check(told: list[dict[str, Any]], found: tuple[Any, Any]) -> None:
         raise Broken(f"({_reason(error)})") from None
 
 
-def _make(folder: pathlib.Path) -> None:
-    """Makes a folder for all hosts."""
+def make_for_all(folder: pathlib.Path) -> None:
+    """Makes a folder; UserError, on all hosts, where it is not the same folder for all."""
     _by_first(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
     seen = exchanged(folder.is_dir())
     if not all(seen):

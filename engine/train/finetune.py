@@ -14,18 +14,19 @@ import numpy as np
 
 from engine import finish
 from engine.config import FinetuneConfig
-from engine.parallel import SPLIT, Devices, exchanged
-from engine.pipeline import SHIPPED, SHIPPED_NAME, Pipeline
+from engine.parallel import exchanged
+from engine.pipeline import SHIPPED, SHIPPED_NAME
 from engine.train import adapters, inversion, latents, loop, objectives, optim
+from engine.train.checkpoint import make_for_all
 from engine.train.data import Batch, BatchAt
-from engine.train.samples import Samples
+from engine.train.samples import Drawer, Samples
 from engine.train.sources import training_batches
 from engine.train.step import Around, Loss, cast, itself
 from engine.train.workdir import STAGE, check_same_run, remember
 from engine.types import Params, UserError
 from engine.weights import embeddings, lora_files
-from engine.weights.folder import Model, load_trainable, on_devices, read_scheduler, save_folder
-from engine.weights.lora import XL_KINDS, Lora, merged
+from engine.weights.folder import Model, load_trainable, read_scheduler, save_folder
+from engine.weights.lora import XL_KINDS, Lora, merged_on_host
 
 SETTLED = ("model", "what", "seed", "scheduler", "lora", "inversion")  # settings that a run keeps
 PRIOR_BATCH = 16
@@ -52,7 +53,7 @@ class Task:
         if self.lora is None:
             return params
         weights = {kind: part.params for kind, part in self.model.parts.items() if kind in XL_KINDS}
-        return merged(weights, Lora(params, self.lora.alphas))
+        return merged_on_host(weights, Lora(params, self.lora.alphas))
 
 
 def train(
@@ -74,9 +75,10 @@ def train(
     check_same_run(config, workdir, SETTLED)
     task = begin(config)
     loss, frozen, around = objective(config, task)
+    make_for_all(workdir)
     remember(config, workdir)
     batch_at = batches(config, task, workdir, fit is not loop.fit)
-    samples = Samples(config.samples, task.model, workdir / "samples", config.finetune.shard_params)
+    samples = Samples(config.samples, task.model, config.finetune, workdir / "samples")
     params = fit(
         STAGE,
         loss,
@@ -224,13 +226,15 @@ def draw_prior(config: FinetuneConfig, model: Model, folder: pathlib.Path) -> pa
     if own:
         count = sum(min(PRIOR_BATCH, wanted - first) for first in own)
         print(f"prior: drawing {count} pictures of {prompt!r}", flush=True)
-        devices = Devices("jit", rules=SPLIT) if config.finetune.shard_params else Devices()
-        pipe = Pipeline(on_devices(model, devices), devices, config.model, "float32", folder)
-        for first in own:
-            count = min(PRIOR_BATCH, wanted - first)
-            images = pipe.generate([prompt] * count, seed=config.seed, first_index=first)
-            for index, image in enumerate(images, first):
-                finish.write_png(folder / names[index], image, {"prompt": prompt, "index": index})
+        with Drawer(model, config.finetune, config.model, folder).ready() as pipe:
+            for first in own:
+                count = min(PRIOR_BATCH, wanted - first)
+                at_once = pipe.batch_size_for(count, *pipe.default_size)
+                images = pipe.generate(
+                    [prompt] * count, seed=config.seed, first_index=first, batch_size=at_once
+                )
+                for index, image in enumerate(images, first):
+                    finish.write_png(folder / names[index], image, {"prompt": prompt, "index": index})
     if leads:
         lines = [json.dumps({"file_name": name, "text": prompt}) for name in names]
         finish.write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")

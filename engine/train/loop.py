@@ -63,7 +63,7 @@ def program(
 
     def on_devices(params: Params, frozen: Any, batch: steps.Batch, key: Any) -> Any:
         # These are of the dtype that is computed in: of half precision, half as much travels.
-        params, frozen = devices.whole((params, frozen), parts=devices.shardings((params, frozen)))
+        params, frozen = (devices.whole(each, parts=devices.shardings(each)) for each in (params, frozen))
         with kernels(devices.platform, devices.over_batch):
             return loss(params, frozen, batch, key)
 

@@ -111,7 +111,8 @@ def text_to_image_loss(
         if "mean" in batch:
             latents = batch["mean"].astype(jnp.float32)
         else:
-            latents = vae_module.encode(to_float(batch["image"])).mean  # a draw would be noise to learn
+            mean = vae_module.encode(to_float(batch["image"])).mean  # a draw would be noise to learn
+            latents = mean.astype(jnp.float32)
         # left out in training is what stands for no prompt in drawing
         ids = batch["ids"] if zeros else _where(drop, frozen["empty_ids"], batch["ids"])
         each = [ids] if len(readers) == 1 else [ids[:, i] for i in range(len(readers))]
@@ -127,7 +128,8 @@ def text_to_image_loss(
 def cached_loss(
     unet: nnx.GraphDef, scheduler: SchedulerConfig, objective: ObjectiveConfig, scaling_factor: float
 ) -> Loss:
-    """`denoising_loss` of what `engine.train.latents` keeps: the same numbers, up to float16.
+    """`denoising_loss` of what `engine.train.latents` keeps: the same numbers, up to float16
+    and to the type that is computed in: the cache is made in float32.
 
     frozen: {"empty": {"context": (L, D)}}, in the type in which contexts are computed; batch: {"mean",
     "context"}; of SDXL both with "pooled", and the batch with "sizes".

@@ -163,10 +163,10 @@ def load_trainable(path: str | Path) -> Model:
     return model
 
 
-def on_devices(model: Model, devices: Devices) -> Model:
-    """The model with the params of all its parts where `devices` keep them."""
+def on_devices(model: Model, devices: Devices, dtype: DTypeLike) -> Model:
+    """The model with the params of all its parts where `devices` keep them, in another type."""
     parts = {
-        kind: dataclasses.replace(part, params=devices.place_tree(part.params))
+        kind: dataclasses.replace(part, params=devices.place_tree(part.params, jnp.dtype(dtype)))
         for kind, part in model.parts.items()
     }
     return dataclasses.replace(model, **parts)
@@ -231,9 +231,8 @@ def read_scheduler(folder: Path, changes: Mapping[str, Any] = MappingProxyType({
     """
     name = index.read_index(folder).classes["scheduler"]
     file = folder / "scheduler" / "scheduler_config.json"
-    options = (
-        read_json(file) | {"_class_name": name} | changes
-    )  # the index decides on the class, as in diffusers
+    # the index decides on the class, as in diffusers
+    options = read_json(file) | {"_class_name": name} | changes
     return SchedulerConfig.from_json(options, str(file))
 
 

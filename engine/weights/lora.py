@@ -145,6 +145,20 @@ def merged(parts: Mapping[str, Params], lora: Lora, scale: float = 1.0) -> dict[
     return result
 
 
+def merged_on_host(parts: Mapping[str, Params], lora: Lora) -> dict[str, Params]:
+    """`merged`, of arrays on the host: what is to be split over devices must not be whole on one before."""
+    change = merging([(Lora(jax.tree.map(np.asarray, lora.layers), lora.alphas), 1.0)])
+    return {
+        kind: traverse_util.unflatten_dict(
+            {
+                path: change(".".join(map(str, (kind, *path))), leaf)
+                for path, leaf in traverse_util.flatten_dict(params).items()
+            }
+        )
+        for kind, params in parts.items()
+    }
+
+
 def merging(loras: Sequence[tuple[Lora, float]]) -> Change:
     """`merged` for one parameter after another, on the host, of several LoRAs, each with its scale."""
 

@@ -49,8 +49,8 @@ wait "$workers"
 code=$?
 
 # The highest of the workers'. 0: all done. 1: done, and some rows could not be drawn. 2: a mistake in the
-# arguments. 75: a network failed for longer than --patience; the same command goes on. 143: stopped with
-# SIGTERM, and there is more to do.
+# arguments. 75: a network failed for longer than --patience, or hosts did not meet; the same command goes on.
+# 143: stopped with SIGTERM, and there is more to do.
 if [ "$code" = 143 ] && running; then
   echo "stopped with exit code $code: back into the queue" >&2
   scontrol requeue "$job"

@@ -333,14 +333,17 @@ def test_samples_of_a_training_can_be_drawn_with_a_split_model(tmp_path, monkeyp
     config = SamplesConfig(prompts=("a cat", "a red fox"), every=1, steps=2)
     pixels, parts = {}, {}
     for split in (False, True):
-        samples = Samples(config, model, tmp_path / str(split), split)
+        stage = AutoencoderStage(shard_params=split)  # or any
+        samples = Samples(config, model, stage, tmp_path / str(split))
 
-        def generate(*args, draw=samples._pipe.generate, pipe=samples._pipe, split=split, **options):
+        pipe = samples._drawer._pipe
+
+        def generate(*args, draw=pipe.generate, pipe=pipe, split=split, **options):
             kernel = pipe.model.unet.params["conv_in"]["kernel"]
             parts[split] = kernel.size // kernel.addressable_shards[0].data.size
             return draw(*args, **options)
 
-        monkeypatch.setattr(samples._pipe, "generate", generate)
+        monkeypatch.setattr(pipe, "generate", generate)
         pixels[split] = np.asarray(Image.open(samples.draw(1, {"unet": model.unet.params})), np.int32)
     assert parts == {False: 1, True: 8}
     assert np.abs(pixels[True] - pixels[False]).max() <= 1

@@ -250,17 +250,33 @@ def test_samples_show_the_way(config, tmp_path):
 
 def test_samples_leave_no_copy_of_the_model_on_the_devices(config, tmp_path):
     """Nor does the training: what it does not train of a model stays on the host, but for the step's own."""
-    drawn = dataclasses.replace(config(), samples=SamplesConfig(prompts=("a cat",), every=1, steps=2))
+    parts = {"samples": SamplesConfig(prompts=("a cat",), every=1, steps=2), "prior": PriorConfig("a dog", 2)}
+    drawn = dataclasses.replace(config(), **parts)
     task = finetune.begin(drawn)
     leaves = [jax.tree.leaves(part.params) for part in task.model.parts.values()]
     assert all(isinstance(leaf, np.ndarray) for each in leaves for leaf in each)
-    samples = Samples(drawn.samples, task.model, tmp_path)
+    samples = Samples(drawn.samples, task.model, drawn.finetune, tmp_path)
     gc.collect()
     before = sum(leaf.nbytes for leaf in jax.live_arrays())
-    samples.draw(1, task.params)
-    gc.collect()
-    kept = sum(leaf.nbytes for leaf in jax.live_arrays()) - before
+    gc.disable()  # what it would find some time is memory that the training lacks now
+    try:
+        samples.draw(1, task.params)
+        finetune.draw_prior(drawn, task.model, tmp_path / "prior")
+        kept = sum(leaf.nbytes for leaf in jax.live_arrays()) - before
+    finally:
+        gc.enable()
     assert kept < 0.01 * sum(leaf.nbytes for leaf in jax.tree.leaves(task.params))
+
+
+def test_too_little_memory_is_one_line(pictures, tmp_path, monkeypatch, capsys):
+    def train(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
+
+    monkeypatch.setattr(finetune, "train", train)
+    argv = ["--config=configs/lora.py", f"--workdir={tmp_path}", f"--config.data.paths=('{pictures}',)"]
+    assert cli.exit_code(train_command.main, argv) == cli.MISTAKE
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "out of memory; write a smaller --config.finetune.batch_size, or " in told and "--dry_run" in told
 
 
 def test_four_pictures_are_learned_by_heart(config, tmp_path):

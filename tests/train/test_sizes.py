@@ -35,7 +35,7 @@ def test_sizes_say_where_a_crop_was(shape, flip, tmp_path):
             assert left == pytest.approx(across, abs=1.5)
             assert top == pytest.approx(green * shape[1] * scale - SIDE / 2, abs=1.5)
             seen.add((top, left))
-    assert len(seen) > 3 if min(shape) != max(shape) and shape != (9, 12) else len(seen) >= 1
+    assert len(seen) > 3 if max(shape) > 2 * min(shape) else len(seen) <= 8
 
 
 def test_sizes_are_those_of_diffusers_scripts():

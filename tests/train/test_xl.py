@@ -133,7 +133,7 @@ def test_cached_latents_train_as_the_pictures_do(config, model, data, tmp_path):
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["pictures", "cached"])
-def test_sizes_are_seen_and_dropped_captions_are_zeros(config, model, data, tmp_path, cached):
+def test_dropped_captions_are_zeros_and_sizes_are_seen(config, model, data, tmp_path, cached):
     """As pictures without a prompt are drawn: the model says force_zeros_for_empty_prompt."""
     told = config()
     if cached:
@@ -142,13 +142,24 @@ def test_sizes_are_seen_and_dropped_captions_are_zeros(config, model, data, tmp_
     told.finetune.caption_dropout = 1.0
     task = finetune.begin(told)
     batch = dict(finetune.batches(told, task, tmp_path)(0))
-    loss, frozen, _ = finetune.objective(told, task)
-    value = jax.jit(lambda *arguments: loss(*arguments, jax.random.key(0))[0])
-    with_captions = float(value(task.params, frozen, batch))
-    name = "context" if cached else "ids"
-    assert float(value(task.params, frozen, batch | {name: np.roll(batch[name], 1, 0)})) == with_captions
+
+    def value(batch, zeros=True):
+        begun = dataclasses.replace(task, model=dataclasses.replace(task.model, zeros=zeros))
+        loss, frozen, _ = finetune.objective(told, begun)
+        return float(jax.jit(loss)(task.params, frozen, batch, jax.random.key(0))[0])
+
+    dropped = value(batch)
+    assert abs(value(batch, zeros=False) - dropped) > 1e-5 * dropped  # what the encoders say of no text
     elsewhere = batch | {"sizes": batch["sizes"] + 100}
-    assert abs(float(value(task.params, frozen, elsewhere)) - with_captions) > 1e-5 * with_captions
+    assert abs(value(elsewhere) - dropped) > 1e-5 * dropped
+    if cached:  # it can be told zeros, and nothing is dropped
+        nothing = {name: np.zeros_like(batch[name]) for name in ("context", "pooled")}
+        told.finetune.caption_dropout = 0.0
+        assert value(batch | nothing) == pytest.approx(dropped, rel=1e-6)
+        assert abs(value(batch) - dropped) > 1e-5 * dropped
+    else:
+        others = batch | {"ids": np.roll(batch["ids"], 1, 0)}
+        assert value(others) == dropped
 
 
 def test_a_prior_and_a_dry_run(config, tmp_path, capsys):
