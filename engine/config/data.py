@@ -65,6 +65,8 @@ class DataConfig:
             )
 
     def _check_repeats(self, where: str) -> None:
+        if not isinstance(self.repeats, tuple):
+            raise UserError(f"{where}.repeats={self.repeats!r}: write a tuple, with a comma")
         if len(self.repeats) not in (1, len(self.paths)) or not all(1 <= n <= 1000 for n in self.repeats):
             raise UserError(
                 f"{where}.repeats={self.repeats}: write a number from 1 to 1000, or one for each path"

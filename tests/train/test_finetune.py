@@ -374,6 +374,7 @@ def test_mistakes_are_told_before_anything_is_written(config, tmp_path, options,
     [
         ("finetune.ema", 0.9, "write a tuple, with a comma"),
         ("finetune.optim.no_weight_decay", "bias$", "write a tuple, with a comma"),
+        ("data.repeats", 2, "write a tuple, with a comma"),
         ("finetune.ema", ("a",), "write a list, each a number"),
         ("data.paths", (1,), "write a list, each a text"),
         ("data.repeats", ("a",), "write a list, each a whole number"),
