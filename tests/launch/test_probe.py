@@ -45,7 +45,7 @@ def test_a_probe_is_trained(tmp_path, monkeypatch, capsys):
         (["--workdir=x", "--test_renders=0"], "test_renders=0: write 1 or more"),
         (["--workdir=x", "--steps=0"], "steps=0: write 1 or more"),
         (["--workdir=x", "--start=no.safetensors"], "there is no probe no.safetensors"),
-        (["--workdir=file", "--steps=1"], "file cannot be written: Not a directory"),
+        (["--workdir=file", "--steps=1"], "/file/probe cannot be written: Not a directory"),
     ],
 )
 def test_mistakes_of_launch_probe(tmp_path, monkeypatch, capsys, argv, told):
