@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -75,7 +76,7 @@ def table(
 
 
 def _count(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree) if np.issubdtype(leaf.dtype, np.floating))
+    return sum(leaf.size for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def _bytes(tree: Any) -> int:

@@ -310,15 +310,18 @@ def given_back(model, files):
     return np.asarray(to_uint8(module.decode(latents)), float)
 
 
-def test_a_dry_run_says_what_it_takes(config, tmp_path, capsys):
-    prior = PriorConfig(prompt="a car", num_images=3)
-    assert finetune.train(config("lora", prior=prior), tmp_path, dry_run.fit) is None
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dry_run_says_what_it_takes(config, tmp_path, capsys, dtype):
+    told = config("lora", prior=PriorConfig(prompt="a car", num_images=3), stage={"compute_dtype": dtype})
+    assert finetune.train(told, tmp_path, dry_run.fit) is None
     assert not (tmp_path / "prior").exists(), "to draw it takes hours"
     said = capsys.readouterr().out
     rows = dict(line.split("  ", 1) for line in said.splitlines() if "  " in line)
     trained = int(rows["parameters that are trained"].replace(",", ""))
     stay = int(rows["parameters that stay"].replace(",", ""))
     assert 0 < trained < stay / 5
+    parts = finetune.begin(told).model.parts.values()
+    assert stay == sum(leaf.size for part in parts for leaf in jax.tree.leaves(part.params))
     assert float(rows["arithmetic of a step"].split()[0]) > 0
     assert not (tmp_path / "finetune").exists()
 
