@@ -31,8 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from engine.config import nearest
-from engine.errors import Trouble
-from engine.types import UserError
+from engine.types import Trouble, UserError
 
 MODES = ("shard_map", "jit", "pmap")
 
