@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from engine.models.attention import Read
 from engine.requests import Context, Request, Settings
 from engine.types import Params
 from engine.weights.folder import Model
@@ -27,6 +28,7 @@ class Told(NamedTuple):
 
     context: Context
     numbers: Float[Array, "B N"] | None = None  # of SDXL, see above
+    read: Read | None = None  # what the U-Net's layers make of the words; None: they have yet to read them
 
 
 def params_of(model: Model) -> dict[str, Params]:

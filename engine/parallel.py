@@ -42,9 +42,9 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 # need it; a training step has all of it once, in the dtype that it computes in, and its gradient.
 SPLIT: Rules = ((r"\.(kernel|embedding)$", PartitionSpec("data")), (r"", PartitionSpec()))
 
-# On CPUs, convolutions and products are left to Eigen. XLA prefers those of YNNPACK, and where it takes a product
-# it takes the convolutions beside it, too, which are slow: 16 pictures of the model in the package took 1.3 times
-# as long. Its sums stay.
+# On CPUs, convolutions and products are left to Eigen, sums to YNNPACK. XLA prefers the latter for all of it,
+# but its convolutions are slow, and it takes those beside its products along: 16 pictures of the model in the
+# package took 1.3 times as long.
 ON_CPUS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 EXCHANGED = 4096  # bytes: texts that processes exchange are filled up to a multiple

@@ -162,7 +162,8 @@ class Programs:
         if way.fresh is not None:
             small["fresh"] = jnp.asarray(way.fresh)
         shared = self.devices.share(small) | {"unet": self.model.unet.params}
-        state = self.begin_program(way.kind, way.from_noise)(shared, {**batched, "x": x})
+        state, told = self.begin_program(way.kind, way.from_noise)(shared, {**batched, "x": x})
+        batched = {**batched, **told}
         length = segment_length(way.steps)
         segment = self.segment_program(way.kind, length, traced)
         traces = []
@@ -291,13 +292,17 @@ class Programs:
             def call(recall):
                 unet = module(self.model.unet, self.devices.whole(params, after=x))  # at each step anew
                 with self._kernels(), merging(merge, size):
-                    return unet(x, t, told.context.words, guidance_scale, added, recall)
+                    return unet(x, t, told.read or told.context.words, guidance_scale, added, recall)
 
             if recall is None or self.devices.rules is None:
                 return call(recall)
             return caching.either(call, recall)  # split params of lower levels come where they are used
 
         return apply
+
+    def _read(self, params: Any, told: conditions.Told) -> conditions.Told:
+        unet = module(self.model.unet, self.devices.whole(self.computed(params)))
+        return told._replace(read=unet.read(told.context.words))
 
     def _build_begin(self, kind: Kind, from_noise: bool) -> Callable:
         def begin(shared, batched):
@@ -306,7 +311,8 @@ class Programs:
                 scales = shared["initial_scale"], shared["sigmas"][0], shared["anew"]
                 x = edits.started(x, batched, *scales)
             init, _ = self._sampler(kind, shared, batched)
-            return init(x)
+            sides = ("cond", "uncond") if kind.guided else ("cond",)
+            return init(x), {side: self._read(shared["unet"], batched[side]) for side in sides}
 
         return self.devices.map(begin)
 

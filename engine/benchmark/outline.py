@@ -99,7 +99,7 @@ def drawing(
 
     kind = Kind(sampler, guided=True, merge=merge)
     begin = made.begin_program(kind, True)
-    state = begin.eval_shape(shared, {**batched, "x": latents})
+    state, read = begin.eval_shape(shared, {**batched, "x": latents})
     texts = {kind: params[kind] for kind in model.parts if kind in TOKENIZERS}
     ids = {kind: shape(whole, tokens(model), dtype=jnp.int32) for kind in texts}
     first = {"first": shape(dtype=jnp.int32)}
@@ -108,7 +108,7 @@ def drawing(
     return {
         "text": Program(made.text_program, (texts, split(ids, devices))),
         "unet": Program(call, (params["unet"], split((latents, shape(whole), words), devices))),
-        "sampler": Program(step, (shared | first, split({**batched, "state": state}, devices))),
+        "sampler": Program(step, (shared | first, split({**batched, **read, "state": state}, devices))),
         "decoder": Program(made.decoder_program, (params["vae"], split(latents, devices))),
     }
 
@@ -138,7 +138,7 @@ def training(
     params = jax.tree.map(lambda leaf: shape(*leaf.shape), model.unet.params)
     optimizer = optim.optimizer(config.optim, config.steps)
     devices, init, step = loop.program("benchmark", loss, params, optimizer, config, devices.devices)
-    (words, pooled, _), numbers = told(model, config.batch_size, jnp.float16)
+    (words, pooled, _), numbers, _ = told(model, config.batch_size, jnp.float16)
     contexts = {"context": words} if pooled is None else {"context": words, "pooled": pooled}
     latents = shape(config.batch_size, *latent_shape(model, side), dtype=jnp.float16)
     batch_shapes = {"mean": latents, **contexts} | ({} if numbers is None else {"sizes": numbers})

@@ -15,6 +15,10 @@ from engine.models.layers import GroupNorm, Identity, conv, linear
 CPU_SCORES = 2**21
 QUERY_BLOCK = 512
 
+# What the layers that attend to the words make of them, keys and values (B, S, D), by the layer's place in
+# the network. It is the same at every step.
+Read = dict[str, tuple[Array, Array]]
+
 
 def _attend(q, k, v, mask=None):
     """softmax(q k^T) v, of (..., T, K), (..., S, K) and (..., S, K); sums in float32."""
@@ -97,16 +101,23 @@ class Attention(nnx.Module):
         self.to_v = linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
         self.to_out = nnx.List([linear(dim, dim, rngs=rngs), Identity()])
         self.heads = heads
+        self.place = ""  # in a network whose words are read beforehand
+
+    def read(self, seen: Float[Array, "B S E"]) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"]]:
+        """Keys and values."""
+        return self.to_k(seen), self.to_v(seen)
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Float[Array, "B S E"] | None = None
+        self, x: Float[Array, "B T D"], context: Float[Array, "B S E"] | Read | None = None
     ) -> Float[Array, "B T D"]:
-        seen = x if context is None else context
-
         def split_heads(a):
             return a.reshape(*a.shape[:-1], self.heads, -1)
 
-        q, k, v = split_heads(self.to_q(x)), split_heads(self.to_k(seen)), split_heads(self.to_v(seen))
+        if isinstance(context, dict):
+            read = context[self.place]
+        else:
+            read = self.read(x if context is None else context)
+        q, k, v = map(split_heads, (self.to_q(x), *read))
         if context is not None:
             watching.see(q, k)
         out = attend(q, k, v)
@@ -172,10 +183,15 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(dim, rngs=rngs)
         self.only_cross_attention = only_cross_attention
 
+    def read(self, context: Float[Array, "B L E"]) -> Read:
+        """What its layers make of the words."""
+        layers = (self.attn1, self.attn2) if self.only_cross_attention else (self.attn2,)
+        return {layer.place: layer.read(context) for layer in layers}
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        context: Float[Array, "B L E"],
+        context: Float[Array, "B L E"] | Read,
         merge: Callable[[Array], merging.Merged] | None = None,
     ) -> Float[Array, "B T D"]:
         """merge: tells by x which of its tokens attend as one; None: none do."""
@@ -230,7 +246,9 @@ class Transformer2DModel(nnx.Module):
         self.proj_out = projection()
 
     @remat.block
-    def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"]) -> Float[Array, "B H W C"]:
+    def __call__(
+        self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"] | Read
+    ) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape
         h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
         merge = merging.chosen(H, W)

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from engine.models.attention import Transformer2DModel
+from engine.models.attention import Attention, BasicTransformerBlock, Read, Transformer2DModel
 from engine.models.layers import (
     Downsample2D,
     GroupNorm,
@@ -148,6 +149,9 @@ class UNet2DConditionModel(nnx.Module):
         zeros = nnx.initializers.zeros_init()
         self.conv_out = conv(channels[0], config.out_channels, 3, kernel_init=zeros, rngs=rngs)
         self.act = act
+        for path, layer in nnx.iter_modules(self):
+            if isinstance(layer, Attention):
+                layer.place = ".".join(map(str, path))
 
     def _transformer(self, block: int, rngs: nnx.Rngs, *, only_cross_attention: bool):
         config = self.config
@@ -212,11 +216,19 @@ class UNet2DConditionModel(nnx.Module):
             width = out
         return nnx.List(blocks)
 
+    def read(self, context: Float[Array, "B L D"]) -> Read:
+        """What the layers make of the words, which `__call__` takes in their place: once for many calls."""
+        context, found = context.astype(self.conv_in.kernel[...].dtype), {}
+        for _, block in nnx.iter_modules(self):
+            if isinstance(block, BasicTransformerBlock):
+                found |= block.read(context)
+        return found
+
     def __call__(
         self,
         x: Float[Array, "B H W C"],
         t: Float[Array, " B"],
-        context: Float[Array, "B L D"],
+        context: Float[Array, "B L D"] | Read,
         guidance: Float[Array, " B"] | None = None,
         added: tuple[Float[Array, "B P"], Float[Array, "B N"]] | None = None,
         recall: Callable[[Callable[[], Deep]], Deep] | None = None,
@@ -226,7 +238,7 @@ class UNet2DConditionModel(nnx.Module):
         Args:
           x: the scaled noisy latent.
           t: the timestep of each image, 0 to 999, fractions allowed.
-          context: the words' vectors.
+          context: the words' vectors, or what `read` made of them.
           guidance: the scale w of distilled guidance, 0 for none (Meng et al. 2023, section 3); for a U-Net
             with `time_cond_proj_dim`.
           added: for a U-Net with `addition_embed_type`: the pooled words, and numbers such as sizes and crops
@@ -236,7 +248,7 @@ class UNet2DConditionModel(nnx.Module):
         """
         config = self.config
         dtype = self.conv_in.kernel[...].dtype
-        x, context = x.astype(dtype), context.astype(dtype)
+        x, context = jax.tree.map(lambda array: array.astype(dtype), (x, context))
         if config.center_input_sample:
             x = 2 * x - 1
         temb = sinusoidal_embedding(

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from flax import traverse_util
 
 from engine.benchmark import compiled, compiling, outline
 from engine.parallel import Devices
@@ -28,6 +29,21 @@ def test_merged_tokens_attend_less():
         for share in (0.0, 0.5)
     ]
     assert counts[1] < counts[0]
+
+
+def test_words_are_read_before_the_steps():
+    """A step with guidance is two calls of the U-Net, without the keys and values of the words."""
+    model = outline.model("tiny")
+    programs = outline.drawing(model, Devices("shard_map"), 128, 1)
+    flat = traverse_util.flatten_dict(model.unet.params)
+    reading = [
+        leaf.size
+        for path, leaf in flat.items()
+        if path[-3:] in (("attn2", "to_k", "kernel"), ("attn2", "to_v", "kernel"))
+    ]
+    call, step = (compiled.arithmetic(programs[name]) for name in ("unet", "sampler"))
+    assert reading
+    assert step == outline.SEGMENT * 2 * (call - 2 * outline.tokens(model) * sum(reading))
 
 
 @pytest.mark.parametrize("kind", [{}, XL], ids=["sd", "sdxl"])

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from PIL import Image
 
 import engine
-from engine import flops
+from engine import flops, parallel
 from engine.benchmark import outline, scaling
 from engine.benchmark.compiled import collectives
 from engine.benchmark.drawing import Asked, Case
@@ -374,6 +374,7 @@ def test_a_training_has_kernels_on_each_devices_part(monkeypatch, shard_params):
 
     expected = trained(kernel=False)
     monkeypatch.setattr(Devices, "platform", "tpu")
+    monkeypatch.setattr(parallel, "options_for", lambda _: parallel.ON_CPUS)  # the same products
     # Not by the interpreter for TPUs: there the two kernels of a derivative wait for each other for good.
     monkeypatch.setattr(pallas, "pallas_call", functools.partial(pallas.pallas_call, interpret=True))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), trained(True), expected)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as Original
+from flax import nnx
 
 from engine.models.unet import UNet2DConditionModel, UNetConfig
 from tests.parity.common import Twin, assert_same, compiled, nchw, nhwc, normal
@@ -127,6 +128,21 @@ def test_whole(name):
     x, context = inputs(twin, size)
     theirs = twin.theirs(x, torch.from_numpy(T), torch.from_numpy(context)).sample
     assert_same(nchw(twin(nhwc(x), T, context)), theirs)
+
+
+@pytest.mark.parametrize("name", ["stable diffusion 2", "context alone in one block"])
+def test_words_that_were_read_beforehand(name):
+    options, size = CONFIGS[name]
+    twin = twins(options)
+    x, context = inputs(twin, size)
+    theirs = twin.theirs(x, torch.from_numpy(T), torch.from_numpy(context)).sample
+
+    def unet(params):
+        return nnx.merge(twin.graphdef, nnx.State(params))
+
+    read = compiled(lambda params: unet(params).read(jnp.asarray(context)))(twin.params)
+    ours = compiled(lambda params, x, read: unet(params)(x, jnp.asarray(T), read))(twin.params, nhwc(x), read)
+    assert_same(nchw(ours), theirs)
 
 
 def test_pooled_words_and_sizes_beside_the_time():
