@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -314,6 +315,10 @@ def resize_nearest(x: Float[Array, "B h w C"], size: tuple[int, int]) -> Float[A
     return x
 
 
+# [p, r, i]: whether in a row of parity p the kernel's row i lies over the r-th of the two rows that it covers
+HALVED = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
+
+
 class Upsample2D(nnx.Module):
     """Nearest neighbour to twice the size, or to `size` where the way down met odd sizes; then a conv."""
 
@@ -323,5 +328,25 @@ class Upsample2D(nnx.Module):
     def __call__(
         self, x: Float[Array, "B h w C"], size: tuple[int, int] | None = None
     ) -> Float[Array, "B H W C"]:
-        _, h, w, _ = x.shape
-        return self.conv(resize_nearest(x, size or (2 * h, 2 * w)))
+        twice = (2 * x.shape[1], 2 * x.shape[2])
+        if size not in (None, twice):
+            return self.conv(resize_nearest(x, size))
+        return jax.lax.platform_dependent(
+            x, cpu=self.in_one, default=lambda x: self.conv(resize_nearest(x, twice))
+        )
+
+    def in_one(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
+        """To twice the size with 4/9 of the arithmetic, and without the larger picture: faster on CPUs.
+
+        Under the 3 x 3 of the kernel lie 2 x 2 of the smaller picture; which of them depends on whether the
+        row and the column are even. So there are four kernels of 2 x 2, of sums of the weights.
+        """
+        B, h, w, _ = x.shape
+        kernel = jnp.einsum("pri,qsj,ijcd->rscpqd", HALVED, HALVED, self.conv.kernel[...])
+        kernel = kernel.reshape(*kernel.shape[:3], -1).astype(x.dtype)
+        # Padded beforehand, as else its derivative is a convolution with a kernel larger than the picture.
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        found = convolved(x, kernel, (1, 1), ((0, 0), (0, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        found = found.reshape(B, h + 1, w + 1, 2, 2, -1)
+        rows = [jnp.stack([found[:, p : p + h, q : q + w, p, q] for q in (0, 1)], 3) for p in (0, 1)]
+        return jnp.stack(rows, 2).reshape(B, 2 * h, 2 * w, -1) + self.conv.bias[...]

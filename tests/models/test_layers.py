@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from engine.models.attention import Transformer2DModel
-from engine.models.layers import GroupNorm, TimestepEmbedding, conv, host_rngs, resize_nearest
+from engine.models.layers import GroupNorm, TimestepEmbedding, Upsample2D, conv, host_rngs, resize_nearest
 
 
 def test_host_rngs_draw_the_keys_of_flax():
@@ -76,6 +76,15 @@ def test_group_norm_in_half_precision(dtype):
     np.testing.assert_allclose(
         found.astype(jnp.float32), exact, atol=float(jnp.finfo(dtype).eps) * jnp.abs(exact).max()
     )
+
+
+@pytest.mark.parametrize("size", [(5, 3), (2, 2), (1, 1)], ids=str)
+def test_twice_as_large_in_one_step_and_in_two(size):
+    """What CPUs do, and what all others do."""
+    layer = Upsample2D(6, rngs=host_rngs())
+    x = jax.random.normal(jax.random.key(1), (2, *size, 6))
+    expected = layer.conv(resize_nearest(x, (2 * size[0], 2 * size[1])))
+    np.testing.assert_allclose(layer.in_one(x), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(6, 8), (7, 11), (3, 4), (1, 2), (5, 8)], ids=str)
