@@ -300,10 +300,6 @@ class Programs:
 
         return apply
 
-    def _read(self, params: Any, told: conditions.Told) -> conditions.Told:
-        unet = module(self.model.unet, self.devices.whole(self.computed(params)))
-        return told._replace(read=unet.read(told.context.words))
-
     def _build_begin(self, kind: Kind, from_noise: bool) -> Callable:
         def begin(shared, batched):
             x = batched["x"]
@@ -311,8 +307,11 @@ class Programs:
                 scales = shared["initial_scale"], shared["sigmas"][0], shared["anew"]
                 x = edits.started(x, batched, *scales)
             init, _ = self._sampler(kind, shared, batched)
-            sides = ("cond", "uncond") if kind.guided else ("cond",)
-            return init(x), {side: self._read(shared["unet"], batched[side]) for side in sides}
+            unet = module(self.model.unet, self.devices.whole(self.computed(shared["unet"])))
+            told = {side: batched[side] for side in (("cond", "uncond") if kind.guided else ("cond",))}
+            return init(x), {
+                side: each._replace(read=unet.read(each.context.words)) for side, each in told.items()
+            }
 
         return self.devices.map(begin)
 
