@@ -225,7 +225,7 @@ OURS_IN_TRAINING = ["engine.train", "engine.evaluate", "engine.world"]
 def loaded_by(code: str) -> set[str]:
     """Names of the modules in a fresh interpreter after `code`."""
     listing = "import sys, json; sys.stdout.write('\\n' + json.dumps(sorted(sys.modules)))"
-    program = f"import atexit\natexit.register(lambda: exec({listing!r}))\n{code}"
+    program = f"try: exec({code!r})\nfinally: exec({listing!r})"  # --help ends by SystemExit
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert "Traceback" not in result.stderr, result.stderr  # the status of --help is another test's business

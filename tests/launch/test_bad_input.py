@@ -372,3 +372,34 @@ def test_a_fault_of_ours_has_a_code_of_its_own():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == cli.CRASHED
     assert "ZeroDivisionError" in done.stderr
+
+
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+def test_what_was_asked_for_at_the_end_is_done_and_the_code_is_kept(tmp_path):
+    """Python itself is not taken apart, but files and other libraries may have something to do."""
+    code = (
+        "import atexit, sys; from launch import cli\n"
+        "def job(argv):\n"
+        "    atexit.register(print, 'by a library')\n"
+        "    cli.say('drawn')\n"
+        "    return cli.FAILED\n"
+        "cli.main(job)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=BUFFERED)
+    assert (done.returncode, done.stdout, done.stderr) == (cli.FAILED, "drawn\nby a library\n", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk to write on")
+@pytest.mark.parametrize("line", ["cli.say('drawn')", "print('drawn', end='')"])
+def test_a_full_disk_behind_standard_output_is_one_line(line):
+    code = f"from launch import cli; cli.main(lambda argv: {line} or cli.DONE)"
+    command = [sys.executable, "-c", code]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED)
+    assert (done.returncode, done.stderr) == (
+        cli.MISTAKE,
+        "error: standard output: No space left on device\n",
+    )
