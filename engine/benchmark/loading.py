@@ -21,9 +21,11 @@ PIECE = 2**24  # bytes
 
 
 def row(folder: pathlib.Path | None, dtype: str, parallel: str, rounds: int) -> Row:
-    """Loading, reading the same files and copying as many bytes in memory, in turn.
+    """Loading, reading the same files, copying as many bytes in memory, and filling the memory, in turn.
 
     The files are in the memory of the operating system if it has room: then it is memory that is measured.
+    To fill is to write numbers once where a model's would lie, which the system first makes room for. All
+    rates are of the files' bytes.
     """
     folder, devices = folder or SHIPPED, Devices(parallel)
     stems = {kind: KNOWN[kind].stem for kind in read_index(folder).kinds}
@@ -31,9 +33,12 @@ def row(folder: pathlib.Path | None, dtype: str, parallel: str, rounds: int) -> 
     files = [file for each in weights for file in read_headers(each)]
     size = sum(file.stat().st_size for file in files)
 
+    sizes: list[int] = []  # of the parameters, as they lie in memory
+
     def load() -> None:
         model = load_folder(folder, jnp.dtype(dtype), place=devices.place)
-        jax.block_until_ready([part.params for part in model.parts.values()])
+        params = jax.block_until_ready([part.params for part in model.parts.values()])
+        sizes[:] = [array.nbytes for array in jax.tree.leaves(params)]
 
     source, target = np.ones(PIECE, np.uint8), np.ones(PIECE, np.uint8)
 
@@ -43,14 +48,19 @@ def row(folder: pathlib.Path | None, dtype: str, parallel: str, rounds: int) -> 
                 while opened.readinto(target):
                     pass
 
-    fresh = np.ones(size, np.uint8)
+    used = np.ones(size, np.uint8)
 
     def copy() -> None:
         for first in range(0, size, PIECE):
-            part = fresh[first : first + PIECE]
+            part = used[first : first + PIECE]
             np.copyto(part, source[: len(part)])
 
-    calls: dict[str, Callable[[], Any]] = {"load": load, "read": read, "copy": copy}
+    def fill() -> None:
+        filled = [np.empty(size, np.uint8) for size in sizes]
+        for each in filled:
+            each.fill(1)
+
+    calls: dict[str, Callable[[], Any]] = {"load": load, "read": read, "copy": copy, "fill": fill}
     for call in calls.values():
         call()
     seconds = timing.in_turn(calls, rounds)
@@ -61,7 +71,9 @@ def row(folder: pathlib.Path | None, dtype: str, parallel: str, rounds: int) -> 
         "GB/s": rate["load"],
         "read GB/s": rate["read"],
         "copy GB/s": rate["copy"],
+        "fill GB/s": rate["fill"],
         "of reading": str(timing.ratio(seconds["read"], seconds["load"])),
         "of copying": str(timing.ratio(seconds["copy"], seconds["load"])),
+        "of filling": str(timing.ratio(seconds["fill"], seconds["load"])),
         "_seconds": seconds,
     }

@@ -23,6 +23,7 @@ from jaxtyping import Array, Int
 from engine.config import StageConfig
 from engine.types import Params, UserError
 from engine.weights import safetensors_io
+from engine.weights.arrays import cast
 
 T = TypeVar("T")
 
@@ -93,7 +94,7 @@ def save_snapshots(
             unfinished,
             {name: array.shape for name, array in arrays.items()},
             dict.fromkeys(arrays, dtype),
-            lambda name, arrays=arrays: safetensors_io.cast(np.asarray(arrays[name]), dtype, name),
+            lambda name, arrays=arrays: cast(np.asarray(arrays[name]), dtype, name),
         )
         unfinished.replace(file)
 

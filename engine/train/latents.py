@@ -24,10 +24,11 @@ from engine.train.data import Batch, BatchAt, own_rows
 from engine.train.objectives import applier, to_float
 from engine.train.sources import PictureBatches
 from engine.types import UserError
+from engine.weights.arrays import cast
 from engine.weights.component import digest_of
 from engine.weights.files import read_json, write_json
 from engine.weights.folder import Model
-from engine.weights.safetensors_io import DTYPES, cast, read_header, write
+from engine.weights.safetensors_io import DTYPES, read_header, write
 
 SHARD = 512  # pictures in a file; some 100 MB of Stable Diffusion's
 FLOAT16 = np.dtype(np.float16)

@@ -30,12 +30,12 @@ from engine.models.layers import outline
 from engine.models.unet import UNet2DConditionModel, UNetConfig
 from engine.types import Params, UserError
 from engine.weights import names
+from engine.weights.arrays import Scratch, cast
 from engine.weights.files import new_folder, read_json, write_json
 from engine.weights.safetensors_io import (
     DTYPES,
     Tensor,
     as_dtype,
-    cast,
     read_header,
     read_tensor,
     write,
@@ -138,7 +138,7 @@ def load_component(
       variant: "fp16" for the files *.fp16.safetensors. None takes the plain ones, or those of fp16 where
         there are no others.
       place: puts a host array on its device or devices; called with "kind.path.of.the.parameter" and the
-        array in Flax's layout, maybe a view, from several threads. None: the default device.
+        array in Flax's layout, from several threads. None: the default device.
       changes: called with the same before the cast, in the type of the file, one on what another gives.
 
     Raises:
@@ -163,16 +163,20 @@ def read_params(
 ) -> Params:
     """Reads the parameters that `match` found, some at a time; the rest is as in `load_component`.
 
-    Their axes and types are changed on the host, by a thread each: that takes ten times as long as reading.
+    Their axes and types are changed on the host, by a thread each: that takes some times as long as reading.
     """
+
+    scratch = Scratch()
 
     def read(file: Path, path: names.Path, stored: str, tensor: Tensor) -> Any:
         with open(file, "rb") as opened:
-            array = names.to_flax(path, read_tensor(opened, stored, tensor), len(shapes[path].shape))
+            found = read_tensor(opened, stored, tensor, scratch)
+        array = names.to_flax(path, found, len(shapes[path].shape))
         name = ".".join(map(str, (kind, *path)))
         for change in changes:
             array = change(name, array)
-        leaf = (place or _on_default_device)(name, cast(array, dtype, f"{file}: {stored}"))
+        array = scratch.kept(cast(array, dtype, f"{file}: {stored}"))
+        leaf = (place or _on_default_device)(name, array)
         return jax.block_until_ready(leaf)  # or the transfers in flight would pile up
 
     wanted = [(file, path, *found) for file, tensors in sources.items() for path, found in tensors.items()]
@@ -327,7 +331,7 @@ def write_component(
 
     def tensor(key: str) -> np.ndarray:
         array = _on_host(leaves[paths[key]])
-        return names.to_torch(paths[key], cast(array, dtypes[key], f"{component.kind}: {key}"))
+        return cast(names.to_torch(paths[key], array), dtypes[key], f"{component.kind}: {key}")
 
     dtypes = {key: as_dtype(dtype or leaves[path].dtype) for key, path in paths.items()}
     write_config(folder, component.kind, component.config)

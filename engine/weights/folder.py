@@ -16,7 +16,6 @@ from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -152,7 +151,7 @@ def load_trainable(path: str | Path) -> Model:
     Raises:
       UserError: as there; or a model of a kind that is not trained.
     """
-    model = load_folder(path, place=lambda name, array: np.ascontiguousarray(array))
+    model = load_folder(path, place=lambda name, array: array)
     unet = model.unet.config
     if index.channels(unet, model.vae.config) != index.WORDS:
         raise UserError(f"{path} draws from a picture beside words, and is not trained: give its base")

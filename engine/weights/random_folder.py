@@ -19,11 +19,12 @@ from engine.models.unet_config import UNetConfig
 from engine.text.tokenizer import BOS, BYTES, END_OF_WORD, EOS, Merges, Tokenizer
 from engine.types import UserError
 from engine.weights import names
+from engine.weights.arrays import cast
 from engine.weights.component import abstract, write_config, write_weights
 from engine.weights.files import new_folder
 from engine.weights.folder import TOKENIZERS, write_rest
 from engine.weights.index import FILE, PARTS
-from engine.weights.safetensors_io import as_dtype, cast
+from engine.weights.safetensors_io import as_dtype
 
 
 class Architecture(NamedTuple):

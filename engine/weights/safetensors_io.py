@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from engine.types import UserError
+from engine.weights import arrays
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -44,17 +45,6 @@ def as_dtype(dtype: DTypeLike) -> np.dtype:
     if known not in CODES:
         raise UserError(f"weights cannot be {dtype}: write float32, float16 or bfloat16")
     return known
-
-
-def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`array` as `dtype`, itself if it already is; UserError where a finite number would become infinite."""
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype)
-    if dtype == np.float16 and not np.isfinite(result).all() and np.isfinite(array).all():
-        raise UserError(f"{name} has values beyond float16's 65504: use bfloat16 or float32")
-    return result
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -89,11 +79,13 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def read_tensor(file: BinaryIO, name: str, tensor: Tensor) -> np.ndarray:
-    """One tensor of an open file, in memory of its own."""
+def read_tensor(
+    file: BinaryIO, name: str, tensor: Tensor, memory: Callable[[int], np.ndarray] = arrays.fresh_bytes
+) -> np.ndarray:
+    """One tensor of an open file, in `memory` of so many bytes; without it, in memory of its own."""
     file.seek(tensor.start)
-    data = np.fromfile(file, np.uint8, tensor.end - tensor.start)
-    if data.nbytes != tensor.end - tensor.start:
+    data = memory(tensor.end - tensor.start)
+    if file.readinto(data) != data.nbytes:
         raise UserError(f"{file.name} became shorter while it was read: {name} is not whole")
     return data.view(DTYPES[tensor.code]).reshape(tensor.shape)
 
@@ -127,6 +119,6 @@ def write(
             array = tensor(name)
             if array.shape != tuple(shapes[name]) or array.dtype != dtypes[name]:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}, not {dtypes[name]}{shapes[name]}")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.write(arrays.in_order(array).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())

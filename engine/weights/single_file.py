@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.types import UserError
 from engine.weights import names
+from engine.weights.arrays import cast
 from engine.weights.component import KNOWN, abstract, listed, write_config, write_weights
 from engine.weights.files import new_folder
 from engine.weights.folder import TOKENIZERS, write_rest
@@ -42,7 +43,6 @@ from engine.weights.safetensors_io import (
     DTYPES,
     Tensor,
     as_dtype,
-    cast,
     read_header,
     read_metadata,
     read_tensor,
