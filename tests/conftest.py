@@ -37,3 +37,12 @@ def swept():
         jax.clear_caches()
     gc.collect()
     gc.freeze()  # what stays is modules: half a second to look through, for each of two hundred files
+
+
+@pytest.fixture(scope="module")
+def quick_compiler():
+    """For files that ask for it: see there."""
+    from tests.tiny import compiled_quickly
+
+    with compiled_quickly():
+        yield

@@ -11,16 +11,12 @@ from engine.diffusion import noise, samplers
 from engine.requests import Edit
 from engine.types import UserError
 from tests.compiled import COMPILED
-from tests.tiny import compiled_quickly, tiny_folder
+from tests.tiny import tiny_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 PROMPTS = ["a red fox", "a blue car", "a cat"]
 STEPS = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")

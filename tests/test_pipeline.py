@@ -17,7 +17,9 @@ from engine.diffusion.segments import segment_length
 from engine.finish import to_uint8
 from engine.programs import module
 from engine.types import UserError
-from tests.tiny import compiled_quickly, tiny_folder
+from tests.tiny import tiny_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 # One level: what is tested here does not depend on the network, and half the compiler's time does.
 ONE_LEVEL = {
@@ -28,12 +30,6 @@ ONE_LEVEL = {
 }
 PROMPTS = ["a red fox", "a blue car", "a cat"]
 STEPS = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")

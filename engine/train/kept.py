@@ -17,9 +17,10 @@ from engine.parallel import Devices
 from engine.text.tokenizer import Tokenizer
 from engine.train.data import BatchAt, easy_share, own_rows
 from engine.train.objectives import applier, to_float
+from engine.weights.arrays import cast
 from engine.weights.component import Component, digest_of
 from engine.weights.files import new_file
-from engine.weights.safetensors_io import DTYPES, cast, read_header, read_metadata, write
+from engine.weights.safetensors_io import DTYPES, read_header, read_metadata, write
 from engine.world import batch, retold
 
 STEPS = 16  # whose latents are one file

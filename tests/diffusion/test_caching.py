@@ -11,17 +11,13 @@ from engine.diffusion.noise import image_keys
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.diffusion.schedules import schedule_for
 from engine.ways import ways_of
-from tests.tiny import compiled_quickly, tiny_folder
+from tests.tiny import tiny_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 SIGMAS = jnp.array([8.0, 4.0, 2.0, 1.0, 0.5, 0.0])
 X = 8 * jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
 PROMPTS = ["a red fox", "a blue car"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,8 @@ from engine.diffusion.schedules import exponential, karras
 from engine.types import UserError
 from tests.compiled import COMPILED
 from tests.compiling import FUSING, LOOPING
-from tests.tiny import compiled_quickly
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 MU, S = 0.7, 0.5

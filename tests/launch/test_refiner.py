@@ -7,13 +7,9 @@ import pytest
 from PIL import Image
 
 from launch import generate
-from tests.tiny import REFINER, TINY_VAE, XL, compiled_quickly, tiny_folder
+from tests.tiny import REFINER, TINY_VAE, XL, tiny_folder
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 @pytest.fixture(scope="module")

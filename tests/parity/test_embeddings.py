@@ -11,7 +11,9 @@ from engine.weights.folder import load_folder
 from tests.parity.common import assert_same
 from tests.parity.pictures import PROMPTS, STEPS, psnr
 from tests.parity.test_lora import GUIDANCE, LATENTS, drawn_by, in_pytorch
-from tests.tiny import compiled_quickly, tiny_folder
+from tests.tiny import tiny_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 WIDTH = 24
 ABOUT = [
@@ -21,12 +23,6 @@ ABOUT = [
     "a red fox",
     "<my-thing> " * 9,  # cut in the middle of it
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,12 @@ from tests.parity.common import nchw
 from tests.parity.pictures import SCHEDULERS, psnr
 from tests.parity.test_embeddings import their_ids
 from tests.parity.test_lora import GUIDANCE, LATENTS
-from tests.tiny import XL, compiled_quickly, tiny_folder
+from tests.tiny import XL, tiny_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 PROMPTS = ["a zzbad at night", "zzbad, a red fox"]
 STEPS = 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
 
 
 def test_same_ids_and_picture_as_in_pytorch(tmp_path):

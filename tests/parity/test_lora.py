@@ -19,19 +19,15 @@ from engine.weights.safetensors_io import read_header
 from tests.kohya import as_kohya
 from tests.parity.common import nchw
 from tests.parity.pictures import PROMPTS, STEPS, psnr
-from tests.tiny import compiled_quickly, tiny_folder
+from tests.tiny import tiny_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
 OTHERS = ["proj_in", "conv1", "net.*", "conv_in", "conv_out", "time_emb_proj", "fc1"]
 LATENTS = np.random.default_rng(0).standard_normal((2, 8, 8, 4), np.float32)
 GUIDANCE = 4.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")

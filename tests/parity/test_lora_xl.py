@@ -18,17 +18,13 @@ from tests.kohya import as_kohya
 from tests.parity.common import nchw
 from tests.parity.pictures import PROMPTS, SCHEDULERS, psnr
 from tests.parity.test_lora import ATTENTION, GUIDANCE, LATENTS, TEXT, random_lora
-from tests.tiny import XL, compiled_quickly, tiny_folder
+from tests.tiny import XL, tiny_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 STEPS = 6
 TARGETS = (*ATTENTION, *TEXT, "proj_in", "net.*", "fc1", "conv_in", "conv1", "conv2", "add_embedding.*")
 ALPHA = 4.5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from engine.weights import single_file, single_file_written
 from tests.parity.common import nchw
 from tests.parity.pictures import psnr
 from tests.single import foreign, like, whole_open_clip
-from tests.tiny import compiled_quickly
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 NUMBERS = (1, 2)
 PROMPT = "a red fox at night"
@@ -53,12 +54,6 @@ ORIGINAL_VAE = {
     "z_channels": 4,
     "num_res_blocks": 2,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module", params=NUMBERS)

@@ -15,7 +15,8 @@ from tests.parity.common import nchw
 from tests.parity.pictures import psnr
 from tests.parity.test_single_file import ORIGINAL_VAE, assert_equal, config, stored
 from tests.single import foreign, like_xl
-from tests.tiny import compiled_quickly
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 PROMPT = "a red fox at night"
 # What the original program's config (sd_xl_base.yaml) would say of the tiny model.
@@ -34,12 +35,6 @@ ORIGINAL = {
     "adm_in_channels": 32 + 6 * 256,
     "image_size": 128,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ from engine.weights import embeddings, lora_files
 from engine.weights.folder import load_folder
 from engine.weights.lora import KINDS, XL_KINDS
 from tests.parity.pictures import PROMPTS, How, both, psnr
-from tests.tiny import REFINER, TINY_VAE, XL, compiled_quickly, shallow
+from tests.tiny import REFINER, TINY_VAE, XL, shallow
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 SD, TAESD = {}, {"vae": TINY_VAE}
 INPAINTS, FOLLOWS = shallow({"unet": {"in_channels": 9}}), {"unet": {"in_channels": 8}}
@@ -140,12 +142,6 @@ ROWS = {
     "SSD-1B, words": (SSD, "euler", XL_WORDS),
     "SDXL refiner alone, img2img": (LEAST_REFINER, "euler", How(negatives=ONE, image=True, strength=0.6)),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -19,7 +19,9 @@ from engine.weights import names
 from engine.weights.folder import load_trainable
 from tests.parity.common import assert_same, nchw, nhwc, normal
 from tests.parity.pictures import SCHEDULERS
-from tests.tiny import CAPTIONS, XL, compiled_quickly, tiny_folder
+from tests.tiny import CAPTIONS, XL, tiny_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 TIMESTEPS = np.array([3, 250, 700, 999])
 NOISE = normal(4, 4, 8, 8)
@@ -27,12 +29,6 @@ SEEN = [[16, 16, 0, 0], [300, 200, 8, 0], [40, 90, 0, 20], [9, 9, 0, 0]]  # orig
 SIZES = np.array([[*each, 16, 16] for each in SEEN])
 TEXTS = ("text_encoder", "text_encoder_2")
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,12 @@ from engine.weights.component import load_component
 from launch import cli
 from launch import train as train_command
 from tests.processes.together import started
-from tests.tiny import SHALLOW, compiled_quickly, tiny_folder
+from tests.tiny import SHALLOW, tiny_folder
 from tests.train.sharing import shared
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 BLOCKS = {"down": "DownEncoderBlock2D", "up": "UpDecoderBlock2D"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """As of the processes that are started."""
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")

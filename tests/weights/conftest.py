@@ -5,7 +5,7 @@ import json
 import pytest
 
 from engine.weights.folder import load_folder
-from tests.tiny import compiled_quickly, tiny_folder
+from tests.tiny import tiny_folder
 
 BLOCKS = {"block_out_channels": (8, 16), "norm_num_groups": 4}
 UNET = BLOCKS | {
@@ -83,12 +83,6 @@ def torch_folder(torch_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("torch") / "model"
     torch_pipeline.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def quick_compiler():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")
