@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 
 from engine.models.attention import Read
 from engine.requests import Context, Request, Settings
-from engine.types import Params
+from engine.types import Params, UserError
 from engine.weights.folder import Model
 
 BEAUTIFUL, UGLY = 6.0, 2.5  # scores towards and away from which the refiner is steered, as in its original
@@ -42,20 +42,32 @@ def ids_of(model: Model, prompts: Sequence[str]) -> dict[str, Int32[np.ndarray, 
 
 
 def encoded(
-    graphdefs: Mapping[str, nnx.GraphDef], params: Mapping[str, Params], ids: Mapping[str, Array]
+    graphdefs: Mapping[str, nnx.GraphDef],
+    params: Mapping[str, Params],
+    ids: Mapping[str, Array],
+    clip_skip: int = 0,
 ) -> Context:
     """What the text encoders of a model say of a batch.
 
     Args:
       graphdefs, params: of its text encoders at least.
       ids: for each of them.
+      clip_skip: layers of each that are left out at its end. What the text is as a whole has all of them.
     """
     build = {kind: nnx.merge(graphdefs[kind], nnx.State(params[kind])) for kind in ids}
     if "text_encoder_2" not in build:
-        return Context(build["text_encoder"].context(ids["text_encoder"]))
+        return Context(build["text_encoder"].context(ids["text_encoder"], clip_skip))
     outputs = [encoder(ids[kind]) for kind, encoder in build.items()]
-    words = [output.hidden_states[-2] for output in outputs]
+    words = [output.hidden_states[-2 - clip_skip] for output in outputs]
     return Context(jnp.concatenate(words, -1), outputs[-1].pooled)
+
+
+def check_clip_skip(clip_skip: int, model: Model) -> None:
+    """Raises UserError unless the text encoders have so many layers to leave out, and one more."""
+    layers = min(part.config.num_hidden_layers for part, _ in model.readers.values())
+    most = layers - (2 if model.text_encoder_2 else 1)
+    if not 0 <= clip_skip <= most:
+        raise UserError(f"clip_skip={clip_skip}: of this model's text encoder write 0 to {most}")
 
 
 def told(model: Model, requests: Sequence[Request], contexts: Any, settings: Settings) -> tuple[Told, Told]:

@@ -16,7 +16,7 @@ import numpy as np
 import platformdirs
 from jaxtyping import Float, UInt8
 
-from engine import edits
+from engine import conditions, edits
 from engine.config import GenerateConfig, nearest
 from engine.diffusion import noise, samplers, schedules
 from engine.diffusion.scheduler_config import sampler_name
@@ -53,6 +53,7 @@ def load(
     tile: int = 0,
     refiner: str | os.PathLike | None = None,
     quantize: str = "",
+    clip_skip: int = 0,
 ) -> "Pipeline":
     """Loads a model onto the devices.
 
@@ -69,6 +70,8 @@ def load(
       refiner: the folder of a model for the same latents that goes the last part of the way to a picture.
       quantize: "int8" or "fp8": the U-Nets' kernels in 8 bits (engine.weights.quantized). "": as `dtype`.
       tile: in pixels; larger pictures are decoded in tiles of this side, for less memory. 0: whole.
+      clip_skip: layers of the text encoders that are left out at their end, for models that were trained so;
+        of negative prompts, too. The refiner reads as it always does.
 
     Raises:
       UserError: the folder or an argument is wrong; the message says what to write instead.
@@ -89,8 +92,9 @@ def load(
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
     check_tile(tile, loaded.vae.config.scale)
+    conditions.check_clip_skip(clip_skip, loaded)
     name = SHIPPED_NAME if model is None else str(model)
-    return Pipeline(loaded, devices, name, dtype, folder, tile, second)
+    return Pipeline(loaded, devices, name, dtype, folder, tile, second, clip_skip)
 
 
 def use_compilation_cache() -> None:
@@ -120,10 +124,11 @@ class Pipeline:
         folder: pathlib.Path,
         tile: int = 0,
         refiner: Model | None = None,
+        clip_skip: int = 0,
     ):
         self.devices, self.name, self.dtype = devices, name, dtype
         self.folder = folder  # from which the model was loaded
-        self.programs = Programs(model, devices, name, tile)
+        self.programs = Programs(model, devices, name, tile, clip_skip)
         self.refiner = Programs(refiner, devices, "the refiner", tile) if refiner else None
         self.made_for = self.programs.made_for
 

@@ -83,7 +83,8 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
     with advice_where_memory_runs_out(HALF, "--parallel jit --split_params"):
         model = None if is_shipped(config) else config.model
         files = config.loras(), config.embeddings(), config.decoder or None, config.tile
-        pipe = engine.load(model, config.dtype, parallel, *files, config.refiner or None, config.quantize)
+        options = config.refiner or None, config.quantize, config.clip_skip
+        pipe = engine.load(model, config.dtype, parallel, *files, *options)
     cli.stop_if_asked()
     return pipe
 

@@ -69,6 +69,11 @@ FLAGS: cli.Groups = {
             "decodes with another autoencoder than the model's own, such as TAESD: its folder, or a\n"
             "model's with vae/ in it",
         ),
+        "clip_skip": (
+            "N",
+            "leave out the last N layers of the text encoders, for models that were trained so.\n"
+            "AUTOMATIC1111 counts from one, so that its 2 is 1 here",
+        ),
         "refiner": (
             "FOLDER",
             "hands over the last part of the way to a second model, such as SDXL's refiner",

@@ -36,6 +36,7 @@ FLAGS: cli.Groups = {
         "embedding": ("FILE", "likewise"),
         "decoder": ("FOLDER", "as in launch.generate, and so are those below"),
         "refiner": ("FOLDER", "a second model for the last part of the way"),
+        "clip_skip": ("N", "layers of the text encoders that are left out at their end"),
         "refiner_start": ("S", "share of the way that the model goes before it"),
         "grid": ("NAME", "how noise levels are spread"),
         "guidance_start": ("S", "share of the steps before which there is no guidance"),
@@ -53,7 +54,7 @@ FLAGS: cli.Groups = {
 }
 SHARED = ("model", "seed", "sampler", "steps", "guidance_scale", "batch_size")  # with the probe
 OWN = (
-    *("negative_prompt", "lora", "embedding", "decoder", "refiner", "height", "width"),
+    *("negative_prompt", "lora", "embedding", "decoder", "refiner", "clip_skip", "height", "width"),
     *OF_THE_WAY,
     *("dtype", "parallel", "split_params", "quantize", "tile"),
 )

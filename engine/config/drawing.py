@@ -12,6 +12,7 @@ MAX_INDEX = 2**32  # indices of one seed, from 0: the noise of a picture is addr
 MAX_BATCH_SIZE = 4096
 MAX_UPSCALE = 16
 MAX_TILE = 16384
+MAX_CLIP_SKIP = 99
 MAX_CACHE_INTERVAL = 1000
 
 # Options of `Pipeline.settings` that say what is special on the way from noise to picture; None: nothing.
@@ -33,6 +34,7 @@ class GenerateConfig:
     decoder: str = ""  # a folder, whose autoencoder stands in for the model's own
     refiner: str = ""  # a folder, whose model goes the last part of the way
     refiner_start: float | None = None  # share of the way before that; None: 0.8
+    clip_skip: int = 0  # layers of the text encoders that are left out at their end
     tile: int = 0  # pixels; larger pictures are decoded in tiles of this side. 0: whole
     sampler: str | None = None  # None: the one that the model's folder names
     grid: str | None = None  # how noise levels are spread; None: as the model's folder says
@@ -136,6 +138,7 @@ class GenerateConfig:
             "batch_size": (1, MAX_BATCH_SIZE),
             "upscale": (1, MAX_UPSCALE),
             "tile": (0, MAX_TILE),
+            "clip_skip": (0, MAX_CLIP_SKIP),
             "cache_interval": (1, MAX_CACHE_INTERVAL),
         }
         self.check_ranges(ranges)

@@ -29,7 +29,11 @@ REMEMBERED = (
     *("model", "dtype", "parallel", "batch_size", "upscale"),
 )
 # Remembered where there are any.
-ADDED = ("lora", "embedding", "decoder", "refiner", *OF_THE_WAY, "tile", "quantize", "image", "mask")
+ADDED = (
+    *("lora", "embedding", "decoder", "refiner"),
+    *OF_THE_WAY,
+    *("clip_skip", "tile", "quantize", "image", "mask"),
+)
 CHANGING = ("strength", "image_guidance_scale")  # remembered of a picture that was made of another
 
 

@@ -1,6 +1,7 @@
 """A tiny model in a folder, and launch.generate on it, in this process."""
 
 import functools
+import inspect
 import json
 import pathlib
 from typing import NamedTuple
@@ -49,8 +50,10 @@ def load_once():
     """engine.load with a memory: what it has compiled serves all tests of a file."""
     cached = functools.cache(pipeline.load)
 
-    def load(model, dtype, parallel, lora=(), embeddings=(), decoder=None, tile=0, refiner=None, quantize=""):
-        return cached(model, dtype, parallel, lora, embeddings, decoder, tile, refiner, quantize)
+    def load(*args):
+        bound = inspect.signature(pipeline.load).bind(*args)
+        bound.apply_defaults()
+        return cached(*bound.args)
 
     load.cache_clear = cached.cache_clear
     return load

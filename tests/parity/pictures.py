@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import pathlib
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -67,6 +68,7 @@ class How(NamedTuple):
     guidance_end: float | None = None
     cache_interval: int | None = None
     merge_tokens: float | None = None
+    clip_skip: int = 0
     # (folder) -> what `engine.load` is given beside it, and what does the same to a pipeline of diffusers
     beside: Callable[[pathlib.Path], tuple[dict, Callable]] | None = None
 
@@ -84,7 +86,7 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
     if how.refiner:
         refiner = tiny_folder(at / "refiner", seed=1, **how.refiner, scheduler=SCHEDULERS[scheduler])
         options["refiner"] = refiner
-    ours = engine.load(folder, tile=how.tile, **options)
+    ours = engine.load(folder, tile=how.tile, clip_skip=how.clip_skip, **options)
     here = ours.generate(
         PROMPTS,
         how.negatives,
@@ -165,11 +167,28 @@ def _certain(pipeline: Any, how: How) -> Iterator[None]:
         yield
 
 
+def _words_less_deep(pipeline: Any, negatives: list[str], clip_skip: int) -> dict[str, Any]:
+    """Theirs leaves layers out of prompts alone: negative ones are read as if they were prompts."""
+    encoder = pipeline.text_encoder  # whose norm diffusers looks for where transformers 4 had it
+    vars(encoder)["text_model"] = types.SimpleNamespace(final_layer_norm=encoder.final_layer_norm)
+    words, _, *pooled = pipeline.encode_prompt(
+        negatives,
+        device="cpu",
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+        clip_skip=clip_skip,
+    )
+    found = {"clip_skip": clip_skip, "negative_prompt_embeds": words}
+    return found | ({"negative_pooled_prompt_embeds": pooled[0]} if pooled else {})
+
+
 def drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.ndarray:
     words = {"num_inference_steps": how.steps, "guidance_scale": how.scale}
     if how.negatives is not None:
         many = isinstance(how.negatives, list) or "XL" not in type(pipeline).__name__
         words["negative_prompt"] = how.negatives if many else [how.negatives] * 2
+    if how.clip_skip:
+        words |= _words_less_deep(pipeline, words.pop("negative_prompt"), how.clip_skip)
     options: dict[str, Any] = {"output_type": "np"}
     if how.merge_tokens is not None:
         tomesd.apply_patch(pipeline, how.merge_tokens, use_rand=False)

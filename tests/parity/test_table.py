@@ -38,6 +38,7 @@ SSD = {
 # Where the sampler is tested, or what it begins with: most of the time is the compiler's.
 LEAST, LEAST_XL, LEAST_REFINER = shallow(SD), shallow(XL), shallow(REFINER)
 WORDS, ALONE = How(), How(scale=1.0)
+DEEP = {kind: {"num_hidden_layers": 3} for kind in ("text_encoder", "text_encoder_2")}
 ONE = "a blue car"  # negative prompt, of both
 XL_WORDS = How(negatives=ONE)
 
@@ -83,6 +84,11 @@ ROWS = {
     ),
     "SD, tokens merged": (SD, "euler", How(merge_tokens=0.5)),
     "SD, most tokens merged": (SD, "euler", How(merge_tokens=0.7, size=(24, 40))),
+    "SD, two layers less of words": (
+        LEAST | {"text_encoder": DEEP["text_encoder"]},
+        "euler",
+        How(clip_skip=2),
+    ),
     "SD, no guidance": (LEAST, "dpmpp_2m", ALONE),
     "SD, pndm": (LEAST, "pndm", WORDS),
     "SD, ddim of v": (LEAST, "ddim, v", WORDS),
@@ -117,6 +123,7 @@ ROWS = {
     "InstructPix2Pix, features kept": (FOLLOWS, "euler", How(image=True, cache_interval=2)),
     "SDXL, words": (XL, "euler", XL_WORDS),
     "SDXL, no negative prompt": (LEAST_XL, "ddim, v", How(negatives=None)),
+    "SDXL, a layer less of words": (LEAST_XL | DEEP, "euler", How(negatives=ONE, clip_skip=1)),
     "SDXL, no guidance": (LEAST_XL, "dpmpp_2m", ALONE),
     "SDXL, img2img": (LEAST_XL, "euler", How(negatives=ONE, image=True, strength=0.6)),
     "SDXL, a masked part": (LEAST_XL, "euler", How(negatives=ONE, image=True, mask=True, strength=0.6)),
