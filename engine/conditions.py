@@ -7,6 +7,7 @@ drawn; or for the refiner, in place of the last, how beautiful it was found.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,9 @@ from jaxtyping import Array, Float, Int32
 from engine.models.attention import Read
 from engine.requests import Context, Request, Settings
 from engine.types import Params, UserError
-from engine.weights.folder import Model
+from engine.weights.component import read_config
+from engine.weights.folder import TOKENIZERS, Model
+from engine.weights.index import read_index
 
 BEAUTIFUL, UGLY = 6.0, 2.5  # scores towards and away from which the refiner is steered, as in its original
 
@@ -62,10 +65,11 @@ def encoded(
     return Context(jnp.concatenate(words, -1), outputs[-1].pooled)
 
 
-def check_clip_skip(clip_skip: int, model: Model) -> None:
-    """Raises UserError unless the text encoders have so many layers to leave out, and one more."""
-    layers = min(part.config.num_hidden_layers for part, _ in model.readers.values())
-    most = layers - (2 if model.text_encoder_2 else 1)
+def check_clip_skip(clip_skip: int, folder: Path) -> None:
+    """Raises UserError unless the text encoders of a model have so many layers to leave out, and one more."""
+    kinds = [kind for kind in read_index(folder).kinds if kind in TOKENIZERS]
+    layers = [read_config(folder / kind / "config.json", kind).num_hidden_layers for kind in kinds]
+    most = max(0, min(layers) - (2 if "text_encoder_2" in kinds else 1))
     if not 0 <= clip_skip <= most:
         raise UserError(f"clip_skip={clip_skip}: of this model's text encoder write 0 to {most}")
 

@@ -81,6 +81,8 @@ def load(
     devices = Devices(parallel) if isinstance(parallel, str) else parallel
     use_compilation_cache()
     folder, place = SHIPPED if model is None else pathlib.Path(model).expanduser(), devices.place
+    if clip_skip:
+        conditions.check_clip_skip(clip_skip, folder)
     if quantize:
         if devices.rules is not None:
             raise UserError(f"quantize={quantize!r} where devices split the model: leave it whole")
@@ -92,7 +94,6 @@ def load(
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
     check_tile(tile, loaded.vae.config.scale)
-    conditions.check_clip_skip(clip_skip, loaded)
     name = SHIPPED_NAME if model is None else str(model)
     return Pipeline(loaded, devices, name, dtype, folder, tile, second, clip_skip)
 

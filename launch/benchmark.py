@@ -22,6 +22,7 @@ Exit code: 0 done; 1 the peer's pictures are others; 2 a mistake, explained in o
 """
 
 import dataclasses
+import gc
 import itertools
 import os
 from collections.abc import Sequence
@@ -184,6 +185,7 @@ def scale(options: dict[str, Any], argv: Sequence[str]) -> int:
     with models.folder_of(options["model"]) as folder:
         for each in sizes:
             found += scaling.rows(folder, asked, drawing.Case(*each), counts)
+            gc.collect()  # a pipeline and its programs are a cycle
     return tell([{"model": options["model"], **row} for row in found], options, argv)
 
 

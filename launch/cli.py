@@ -44,29 +44,34 @@ def main(job: Job) -> NoReturn:
     sys.stdout.reconfigure(errors="surrogateescape")  # a path may hold any bytes; print them as they are
     warnings.showwarning = functools.partial(_warned, warnings.showwarning)
     gc.set_threshold(*FEW_COLLECTIONS)
-    code = STOPPED  # where a signal comes at a bad moment
-
-    # Registered before JAX's, so called behind them: all that is left then is to take Python itself and a
-    # model apart, for 0.4 s.
-    @atexit.register
-    def leave() -> None:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(code)
-
+    ended: list[int] = []
+    atexit.register(_leave, ended)
     try:
         code = exit_code(job, sys.argv[1:])
     except Exception:  # a fault of ours; Python's own code for it is 1, which says something else here
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         code = CRASHED
     try:
         sys.stdout.flush()
     except OSError as error:  # nobody reads it any more, or the disk is full
         os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or Python complains at the end
-        if not isinstance(error, BrokenPipeError):
+        if code == DONE and not isinstance(error, BrokenPipeError):
             tell(f"error: standard output: {error.strerror}")
-            code = code or MISTAKE
+            code = MISTAKE
+    ended.append(code)
     sys.exit(code)
+
+
+def _leave(ended: Sequence[int]) -> None:
+    """Ends the program after `main`, with its code, without taking Python and a model apart, for 0.4 s.
+
+    To be registered with atexit before JAX is imported, so that it comes behind all that JAX has to do.
+    """
+    if ended:  # or something else ends the program, in its own way
+        with contextlib.suppress(OSError, ValueError):  # full, or closed
+            sys.stdout.flush()
+        os._exit(ended[0])
 
 
 def exit_code(job: Job, argv: Sequence[str]) -> int:
@@ -164,8 +169,9 @@ def say(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """One line on stderr, above a progress bar if there is one."""
-    tqdm.write(one_line(text), file=sys.stderr)
+    """One line on stderr, above a progress bar if there is one. Where that is full, nothing is lost by it."""
+    with contextlib.suppress(OSError):
+        tqdm.write(one_line(text), file=sys.stderr)
 
 
 def one_line(text: str) -> str:

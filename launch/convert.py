@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     """From the command line to a folder or a file; returns the exit code."""
     parsed = cli.parse(argv, KINDS)
     if parsed is None:
-        print(cli.help_text(__doc__ or "", FLAGS, {}))
+        cli.say(cli.help_text(__doc__ or "", FLAGS, {}))
         return cli.DONE
     paths, given = parsed
     if len(paths) != 2:

@@ -71,8 +71,8 @@ FLAGS: cli.Groups = {
         ),
         "clip_skip": (
             "N",
-            "leave out the last N layers of the text encoders, for models that were trained so.\n"
-            "AUTOMATIC1111 counts from one, so that its 2 is 1 here",
+            "leave out the last N layers of the text encoders, for models that were trained so. Of\n"
+            "Stable Diffusion 1, AUTOMATIC1111's 2 is 1 here; of SDXL it is 0, the usual",
         ),
         "refiner": (
             "FOLDER",
@@ -183,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
     """From the command line to pictures; returns the exit code."""
     command = read_command(argv)
     if command is None:
-        print(cli.help_text(__doc__ or "", FLAGS, vars(JobConfig())))
+        cli.say(cli.help_text(__doc__ or "", FLAGS, vars(JobConfig())))
         return cli.DONE
     given, other = command
     with cli.stops_put_off():

@@ -72,7 +72,7 @@ FLAGS: cli.Groups = {
 def main(argv: Sequence[str]) -> int:
     """From the command line to a model; returns the exit code."""
     if {"--help", "-help", "-h"} & set(argv):
-        print(cli.help_text(__doc__ or "", FLAGS, {}))
+        cli.say(cli.help_text(__doc__ or "", FLAGS, {}))
         return cli.DONE
     config, given = parse(argv)
     workdir = given["workdir"]

@@ -1,8 +1,10 @@
 """How fast a folder's weights come onto the devices, beside what its bytes take at least."""
 
+import os
 import pathlib
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ from engine.benchmark import timing
 from engine.benchmark.report import Row
 from engine.parallel import Devices
 from engine.pipeline import SHIPPED
-from engine.weights.component import KNOWN, find_weights, read_headers
+from engine.weights.component import KNOWN, READERS, find_weights, read_headers
 from engine.weights.folder import load_folder
 from engine.weights.index import read_index
 
@@ -24,8 +26,8 @@ def row(folder: pathlib.Path | None, dtype: str, parallel: str, rounds: int) -> 
     """Loading, reading the same files, copying as many bytes in memory, and filling the memory, in turn.
 
     The files are in the memory of the operating system if it has room: then it is memory that is measured.
-    To fill is to write numbers once where a model's would lie, which the system first makes room for. All
-    rates are of the files' bytes.
+    To fill is to write numbers once where a model's would lie, by as many threads as read them: most of that
+    is the system's, which makes room. All rates are of the files' bytes.
     """
     folder, devices = folder or SHIPPED, Devices(parallel)
     stems = {kind: KNOWN[kind].stem for kind in read_index(folder).kinds}
@@ -56,9 +58,8 @@ def row(folder: pathlib.Path | None, dtype: str, parallel: str, rounds: int) -> 
             np.copyto(part, source[: len(part)])
 
     def fill() -> None:
-        filled = [np.empty(size, np.uint8) for size in sizes]
-        for each in filled:
-            each.fill(1)
+        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+            _ = list(pool.map(lambda size: np.full(size, 1, np.uint8), sizes))  # all at once, as a model's
 
     calls: dict[str, Callable[[], Any]] = {"load": load, "read": read, "copy": copy, "fill": fill}
     for call in calls.values():

@@ -215,8 +215,7 @@ def remember(config: GenerateConfig, prompt: str, index: int, contents: Mapping[
 def remembered(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """The options of GenerateConfig that draw this picture again, and the version that drew it.
 
-    Among them are a strip's number of frames, that a sheet shows words, and LoRAs, embeddings, decoder and
-    tile where there were any.
+    Among them are a strip's number of frames, that a sheet shows words, and those of ADDED that there were.
 
     Raises:
       UserError: no picture with settings, or settings that this version cannot follow.

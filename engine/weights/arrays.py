@@ -4,7 +4,7 @@ Both are changed in tiles that stay in a core's cache. numpy by itself turns a m
 number that it writes comes from another line of memory, and widens float16 at 1.2, one number at a time.
 """
 
-import math
+import itertools
 import threading
 from collections.abc import Iterator
 
@@ -16,6 +16,7 @@ ALIGNMENT = 64  # bytes: what lies so JAX takes on CPUs without a copy
 NUMBERS, COLUMNS = 2**16, 256  # of a tile, at most
 # of float16 in float32: sign, and exponent and mantissa 13 bits to the left; behind a bias smaller by 112
 HALF_BITS, HALF_BIAS = np.array(0x8FFFE000, np.uint32).view(np.int32), np.float32(2.0**112)
+SMALLEST = np.array(1 << 13, np.int32).view(np.float32)[()]  # what float16's is before the bias
 HALF_INFINITY = np.float32(2.0**16)  # what float16's becomes by the same steps; NaNs become more
 
 
@@ -40,7 +41,11 @@ class Scratch(threading.local):
 
     def kept(self, array: np.ndarray) -> np.ndarray:
         """The array, or where it lies in this memory a copy of it."""
-        return array.copy() if np.may_share_memory(array, self.memory) else array
+        if not np.may_share_memory(array, self.memory):
+            return array
+        copied = fresh_bytes(array.nbytes).view(array.dtype).reshape(array.shape)
+        copied[...] = array
+        return copied
 
 
 def in_order(array: np.ndarray) -> np.ndarray:
@@ -67,27 +72,37 @@ def _changed(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     half = array.dtype == np.float16 and dtype != np.float16
     source, target = (array.reshape(-1), result.reshape(-1)) if array.flags.c_contiguous else (array, result)
     with np.errstate(over="ignore", invalid="ignore"):
-        for tile in _tiles(source.shape):
-            part = np.ascontiguousarray(source[tile])
-            target[tile] = _from_half(part) if half else part
+        for tile in _tiles(source):
+            part = source[tile]
+            if half:
+                part = _from_half(part)
+            elif part.dtype != dtype:  # numpy is slow where it changes axes and types at once
+                part = np.ascontiguousarray(part).astype(dtype)
+            target[tile] = part
     return result
 
 
-def _tiles(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Parts that make up an array: of a line, or of its last two axes."""
-    if len(shape) == 1:
-        yield from ((slice(first, first + NUMBERS),) for first in range(0, shape[0], NUMBERS))
-        return
-    *before, rows, columns = shape
-    height = max(1, NUMBERS // (max(1, math.prod(before)) * COLUMNS))
-    for top in range(0, rows, height):
-        for left in range(0, columns, COLUMNS):
-            yield (..., slice(top, top + height), slice(left, left + COLUMNS))
+def _tiles(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
+    """Parts that make up an array: long in its last axis, and in the one whose numbers lie side by side."""
+    axes = range(array.ndim)
+    nearest = min(axes, key=lambda axis: (abs(array.strides[axis]), -axis))
+    sides, left = {}, NUMBERS
+    for axis in (axes[-1], nearest, *reversed(axes)):
+        if axis not in sides:
+            most = COLUMNS if array.ndim > 1 and axis in (axes[-1], nearest) else left
+            sides[axis] = max(1, min(array.shape[axis], most, left))
+            left //= sides[axis]
+    steps = [range(0, array.shape[axis], sides[axis]) for axis in axes]
+    for corner in itertools.product(*steps):
+        yield tuple(slice(first, first + sides[axis]) for axis, first in enumerate(corner))
 
 
 def _from_half(part: np.ndarray) -> np.ndarray:
     """float16 as float32, which is exact."""
     wide = np.empty(part.shape, np.float32)
+    if not SMALLEST * HALF_BIAS:  # some library has told this thread's CPU that such numbers are zeros
+        wide[...] = part
+        return wide
     bits = wide.view(np.int32)
     bits[...] = part.view(np.int16)
     bits <<= 13

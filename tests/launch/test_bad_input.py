@@ -377,10 +377,12 @@ def test_a_fault_of_ours_has_a_code_of_its_own():
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
-def test_what_was_asked_for_at_the_end_is_done_and_the_code_is_kept(tmp_path):
-    """Python itself is not taken apart, but files and other libraries may have something to do."""
+def test_what_was_asked_for_at_the_end_is_done_and_python_is_not_taken_apart():
     code = (
         "import atexit, sys; from launch import cli\n"
+        "class Model:\n"
+        "    def __del__(self): print('taken apart')\n"
+        "model = Model()\n"
         "def job(argv):\n"
         "    atexit.register(print, 'by a library')\n"
         "    cli.say('drawn')\n"
@@ -392,8 +394,12 @@ def test_what_was_asked_for_at_the_end_is_done_and_the_code_is_kept(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (cli.FAILED, "drawn\nby a library\n", "")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk to write on")
-@pytest.mark.parametrize("line", ["cli.say('drawn')", "print('drawn', end='')"])
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk to write on")
+MANY = "[cli.say('drawn') for _ in range(2000)]"  # more than a buffer takes
+
+
+@FULL
+@pytest.mark.parametrize("line", ["cli.say('drawn')", "print('drawn', end='')", MANY])
 def test_a_full_disk_behind_standard_output_is_one_line(line):
     code = f"from launch import cli; cli.main(lambda argv: {line} or cli.DONE)"
     command = [sys.executable, "-c", code]
@@ -403,3 +409,23 @@ def test_a_full_disk_behind_standard_output_is_one_line(line):
         cli.MISTAKE,
         "error: standard output: No space left on device\n",
     )
+
+
+@FULL
+@pytest.mark.parametrize(
+    ("job", "status"),
+    [
+        ("cli.tell('drawn') or cli.FAILED", cli.FAILED),
+        ("exec('raise UserError(1)')", cli.MISTAKE),
+        ("1 // 0", cli.CRASHED),
+        ("sys.exit(3)", 3),
+    ],
+)
+def test_a_full_disk_behind_standard_error_changes_no_exit_code(job, status):
+    code = (
+        "import sys; from launch import cli; from engine.errors import UserError\n"
+        f"cli.main(lambda argv: {job})"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=full, env=BUFFERED)
+    assert done.returncode == status

@@ -6,6 +6,7 @@ from PIL import Image
 
 from engine import finish
 from launch import cli
+from tests.tiny import XL, tiny_folder
 
 
 def pixels(path):
@@ -43,3 +44,12 @@ def test_a_job_is_that_of_its_depth(job, draw, tmp_path):
 def test_a_wrong_depth_is_one_line(draw, layers, message):
     done = draw("a red fox", "--clip_skip", layers)
     assert (done.code, done.told) == (cli.MISTAKE, [f"error: {message}"])
+
+
+def test_of_sdxl_a_layer_more_is_its_own(draw, tmp_path):
+    """It reads the states before the last layer as it is: one layer is enough, and has none to leave out."""
+    least = {"num_hidden_layers": 1}
+    model = tiny_folder(tmp_path / "model", **{**XL, "text_encoder": least, "text_encoder_2": least})
+    assert draw("a red fox", "--model", model).code == cli.DONE
+    done = draw("a red fox", "--model", model, "--clip_skip", 1)
+    assert done.told == ["error: clip_skip=1: of this model's text encoder write 0 to 0"]

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import tarfile
 import zlib
 
@@ -28,6 +30,8 @@ from tests.train.laid_out import (
     saved,
     write,
 )
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def bomb() -> bytes:
@@ -255,3 +259,20 @@ def test_parquet_of_others(tmp_path):
     pq.write_table(pa.table({"pictures": images}), tmp_path / "y.parquet")
     with pytest.raises(UserError, match="no column 'image' of bytes; its columns are pictures"):
         made(tmp_path / "y.parquet", tmp_path)
+
+
+def test_the_copy_of_parquet_goes_with_the_program(tmp_path):
+    """The program ends without looking for what is in cycles, as a run's data are."""
+    pq.write_table(pa.table({"image": [plain_png(0)], "text": ["a fox"]}), tmp_path / "x.parquet")
+    (tmp_path / "temporary").mkdir()
+    code = (
+        "import os; from launch import cli; from engine.train.sources.tables import Tables\n"
+        "def job(argv):\n"
+        f"    tables = Tables([{str(tmp_path / 'x.parquet')!r}])\n"
+        "    tables.cycle = tables\n"
+        "    return len(os.listdir(os.environ['TMPDIR'])) - 1\n"
+        "cli.main(job)"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    assert not list((tmp_path / "temporary").iterdir())

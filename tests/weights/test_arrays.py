@@ -1,5 +1,7 @@
 """Arrays between files and devices: other orders of axes and other types of the same numbers."""
 
+import platform
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,13 +44,36 @@ def test_an_infinity_is_kept_in_its_part_alone():
     assert np.flatnonzero(found != 1).tolist() == [NUMBERS + 5] and found[NUMBERS + 5] == np.inf
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (1, 2 * COLUMNS + 3), (COLUMNS, COLUMNS), (4, 3, 2, 3), (0, 3)])
+SHAPES = [(3, 5), (0, 3), (4, 3, 2, 3), (300, 2 * COLUMNS + 3), (3, 3, 40, 300), (300, 40, 3, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
 def test_axes_come_in_order(shape, dtype):
     array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    for found in (in_order(array.T), cast(array.T, np.dtype(np.float32), "conv")):
-        assert found.flags.c_contiguous
-        np.testing.assert_array_equal(found.astype(np.float32), array.T.astype(np.float32))
+    orders = [tuple(reversed(range(array.ndim))), *([(3, 2, 0, 1), (2, 3, 1, 0)] if array.ndim == 4 else [])]
+    for order in orders:
+        turned = array.transpose(order)
+        for found in (in_order(turned), cast(turned, np.dtype(np.float32), "conv")):
+            assert found.flags.c_contiguous
+            np.testing.assert_array_equal(found.astype(np.float32), turned.astype(np.float32))
+
+
+def test_numbers_that_do_not_lie_side_by_side():
+    every_other = np.arange(3 * NUMBERS, dtype=np.float32)[::-2]
+    np.testing.assert_array_equal(in_order(every_other), every_other.copy())
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="a switch of these CPUs")
+def test_no_float16_is_lost_where_a_library_has_switched_off_small_numbers():
+    """As -ffast-math does, and torch.set_flush_denormal."""
+    torch = pytest.importorskip("torch")
+    assert torch.set_flush_denormal(True)
+    try:
+        found = cast(FINITE_HALVES, np.dtype(np.float32), "conv")
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(bits(found), bits(FINITE_HALVES.astype(np.float32)))
 
 
 def test_what_is_as_it_should_be_is_not_copied():
@@ -69,6 +94,7 @@ def test_what_is_kept_of_memory_that_is_used_again():
     first = scratch(100)
     first[:] = 1
     kept, other = scratch.kept(first[10:20]), np.ones(3)
+    assert kept.ctypes.data % ALIGNMENT == 0
     assert scratch.kept(other) is other
     assert np.shares_memory(scratch(50), first)
     scratch(50)[:] = 2

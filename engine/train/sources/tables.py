@@ -6,6 +6,7 @@ in the folder of temporary files (TMPDIR), which is as large as they are togethe
 """
 
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ class Tables:
     """The rows of several files, one file after the other."""
 
     def __init__(self, paths: Sequence[str], field: str = ""):
-        self._copy = tempfile.NamedTemporaryFile(prefix="fogsculpt-")  # noqa: SIM115, as long as this
+        self._copy = tempfile.NamedTemporaryFile(prefix="fogsculpt-")  # noqa: SIM115, as long as this,
+        weakref.finalize(self, self._copy.close)  # or if it is never collected, as the program
         self._entries: list[Entry] = []
         for path in paths:
             try:
