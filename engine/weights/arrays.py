@@ -87,7 +87,7 @@ def _tiles(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
     axes = range(array.ndim)
     nearest = min(axes, key=lambda axis: (abs(array.strides[axis]), -axis))
     sides, left = {}, NUMBERS
-    for axis in (axes[-1], nearest, *reversed(axes)):
+    for axis in (axes[-1], nearest, *sorted(axes, key=lambda axis: array.shape[axis])):  # short ones whole
         if axis not in sides:
             most = COLUMNS if array.ndim > 1 and axis in (axes[-1], nearest) else left
             sides[axis] = max(1, min(array.shape[axis], most, left))
