@@ -7,7 +7,6 @@ drawn; or for the refiner, in place of the last, how beautiful it was found.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +17,8 @@ from jaxtyping import Array, Float, Int32
 
 from engine.models.attention import Read
 from engine.requests import Context, Request, Settings
-from engine.types import Params, UserError
-from engine.weights.component import read_config
-from engine.weights.folder import TOKENIZERS, Model
-from engine.weights.index import read_index
+from engine.types import Params
+from engine.weights.folder import Model
 
 BEAUTIFUL, UGLY = 6.0, 2.5  # scores towards and away from which the refiner is steered, as in its original
 
@@ -55,7 +52,7 @@ def encoded(
     Args:
       graphdefs, params: of its text encoders at least.
       ids: for each of them.
-      clip_skip: layers of each that are left out at its end. What the text is as a whole has all of them.
+      clip_skip: see `Model`. What the text is as a whole has all layers.
     """
     build = {kind: nnx.merge(graphdefs[kind], nnx.State(params[kind])) for kind in ids}
     if "text_encoder_2" not in build:
@@ -63,15 +60,6 @@ def encoded(
     outputs = [encoder(ids[kind]) for kind, encoder in build.items()]
     words = [output.hidden_states[-2 - clip_skip] for output in outputs]
     return Context(jnp.concatenate(words, -1), outputs[-1].pooled)
-
-
-def check_clip_skip(clip_skip: int, folder: Path) -> None:
-    """Raises UserError unless the text encoders of a model have so many layers to leave out, and one more."""
-    kinds = [kind for kind in read_index(folder).kinds if kind in TOKENIZERS]
-    layers = [read_config(folder / kind / "config.json", kind).num_hidden_layers for kind in kinds]
-    most = max(0, min(layers) - (2 if "text_encoder_2" in kinds else 1))
-    if not 0 <= clip_skip <= most:
-        raise UserError(f"clip_skip={clip_skip}: of this model's text encoder write 0 to {most}")
 
 
 def told(model: Model, requests: Sequence[Request], contexts: Any, settings: Settings) -> tuple[Told, Told]:

@@ -16,7 +16,7 @@ import numpy as np
 import platformdirs
 from jaxtyping import Float, UInt8
 
-from engine import conditions, edits
+from engine import edits
 from engine.config import GenerateConfig, nearest
 from engine.diffusion import noise, samplers, schedules
 from engine.diffusion.scheduler_config import sampler_name
@@ -81,13 +81,11 @@ def load(
     devices = Devices(parallel) if isinstance(parallel, str) else parallel
     use_compilation_cache()
     folder, place = SHIPPED if model is None else pathlib.Path(model).expanduser(), devices.place
-    if clip_skip:
-        conditions.check_clip_skip(clip_skip, folder)
     if quantize:
         if devices.rules is not None:
             raise UserError(f"quantize={quantize!r} where devices split the model: leave it whole")
         place = quantized.placing(place, quantize)
-    loaded = load_folder(folder, dtype=jnp.dtype(dtype), place=place, loras=lora, words=embeddings)
+    loaded = load_folder(folder, jnp.dtype(dtype), None, place, lora, embeddings, clip_skip)
     edits.made_for(loaded, str(folder))
     second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None
     if decoder:
@@ -95,7 +93,7 @@ def load(
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
     check_tile(tile, loaded.vae.config.scale)
     name = SHIPPED_NAME if model is None else str(model)
-    return Pipeline(loaded, devices, name, dtype, folder, tile, second, clip_skip)
+    return Pipeline(loaded, devices, name, dtype, folder, tile, second)
 
 
 def use_compilation_cache() -> None:
@@ -125,11 +123,10 @@ class Pipeline:
         folder: pathlib.Path,
         tile: int = 0,
         refiner: Model | None = None,
-        clip_skip: int = 0,
     ):
         self.devices, self.name, self.dtype = devices, name, dtype
         self.folder = folder  # from which the model was loaded
-        self.programs = Programs(model, devices, name, tile, clip_skip)
+        self.programs = Programs(model, devices, name, tile)
         self.refiner = Programs(refiner, devices, "the refiner", tile) if refiner else None
         self.made_for = self.programs.made_for
 

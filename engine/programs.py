@@ -88,14 +88,9 @@ def module(part: Component, params: Any) -> nnx.Module:
 class Programs:
     """Those of one model. They are compiled when they are first needed, and kept."""
 
-    def __init__(self, model: Model, devices: Devices, name: str, tile: int = 0, clip_skip: int = 0):
-        """Nothing is compiled yet.
-
-        Args:
-          tile: side in pixels, of the parts in which the decoder makes larger pictures; 0: none.
-          clip_skip: layers of the text encoders that are left out at their end.
-        """
-        self.model, self.devices, self.tile, self.clip_skip = model, devices, tile, clip_skip
+    def __init__(self, model: Model, devices: Devices, name: str, tile: int = 0):
+        """tile: side in pixels, of the parts in which the decoder makes larger pictures; 0: none."""
+        self.model, self.devices, self.tile = model, devices, tile
         self.distilled = model.unet.config.time_cond_proj_dim is not None  # it knows what guidance does
         self.made_for = edits.made_for(model, name)
         self.text_program = devices.map(self._encode)
@@ -207,7 +202,7 @@ class Programs:
 
     def _encode(self, params: Any, ids: Any) -> Context:
         params = self.devices.whole(self.computed(params))
-        return conditions.encoded(self.model.graphdefs, params, ids, self.clip_skip)
+        return conditions.encoded(self.model.graphdefs, params, ids, self.model.clip_skip)
 
     def _decode(self, params: Any, latents: Any) -> Any:
         params = self.devices.whole(self.computed(params))

@@ -11,7 +11,8 @@ with Ctrl-C.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from engine.config import DRAWN, DataConfig
 from engine.errors import UserError
@@ -20,6 +21,7 @@ from launch import cli
 FLAGS: cli.Groups = {
     "What to encode": {
         "model": ("FOLDER", "in the layout of PyTorch diffusers"),
+        "clip_skip": ("N", "layers of its text encoders that are left out at their end, as in training"),
         "data": ("PATH", "a folder of pictures with captions, a shard, or a folder of shards"),
         "kind": ("KIND", "files, webdataset, arrayrecord or parquet, where the path holds several"),
         "caption_field": ("NAME", "in JSON and Parquet; without it caption, text or prompt"),
@@ -40,7 +42,7 @@ FLAGS: cli.Groups = {
 SETTINGS = ("kind", "caption_field", "min_size", "size", "buckets", "max_aspect", "multiple", "workers")
 NEEDED = {"model": "FOLDER", "data": "PATH", "out": "DIR"}
 DATA = DataConfig()
-DEFAULTS = {name: getattr(DATA, name) for name in SETTINGS} | {"batch_size": 8}
+DEFAULTS = {name: getattr(DATA, name) for name in SETTINGS} | {"batch_size": 8, "clip_skip": 0}
 KINDS = {name: type(value) for name, value in DEFAULTS.items()} | dict.fromkeys(NEEDED, str)
 
 
@@ -56,26 +58,27 @@ def main(argv: Sequence[str]) -> int:
     config = DataConfig(paths=(options["data"],), **{name: options[name] for name in SETTINGS})
     with cli.data_by_flags(SETTINGS):
         config.validate()
-        encode(config, options["model"], pathlib.Path(options["out"]).expanduser(), options["batch_size"])
+        encode(config, options)
     cli.say(options["out"])
     return cli.DONE
 
 
-def encode(config: DataConfig, model_folder: str, out: pathlib.Path, batch_size: int) -> None:
+def encode(config: DataConfig, options: Mapping[str, Any]) -> None:
     """Writes the cache of a config's pictures; UserError for all that can be wrong."""
+    out = pathlib.Path(options["out"]).expanduser()
     try:  # JAX comes with these: --help should be instant
         from engine.train import latents
         from engine.train.sources import PictureBatches, Skipped
         from engine.weights.folder import load_trainable
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -e '.[train]'") from None
-    model = load_trainable(model_folder)
+    model = load_trainable(options["model"], options["clip_skip"])
     size = config.size or min(model.default_size)
     try:
         pictures = PictureBatches(config, 1, size, Skipped(out / "skipped.jsonl"))
         cli.tell(pictures.summary())
         with cli.stops_put_off():
-            latents.write_cache(model, pictures, out, batch_size, report)
+            latents.write_cache(model, pictures, out, options["batch_size"], report)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
 

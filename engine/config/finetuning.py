@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 
 from engine.config.data import DataConfig
+from engine.config.drawing import MAX_CLIP_SKIP
 from engine.config.inversion import InversionConfig
 from engine.config.reader import check_parts, nearest
 from engine.config.training import LoraConfig, ObjectiveConfig, StageConfig, check_seed, check_stage
@@ -75,6 +76,7 @@ class FinetuneConfig:
     model: str = "shipped"  # a folder, or this word for the one in the package
     what: str = "unet"  # or "unet+text_encoder", "lora", "textual_inversion"
     seed: int = 0
+    clip_skip: int = 0  # layers of the text encoders that are left out at their end, as in drawing
     scheduler: dict = dataclasses.field(default_factory=dict)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     latents: str = ""  # a folder that launch.cache made with this model, in place of pictures
@@ -92,6 +94,8 @@ class FinetuneConfig:
             raise UserError(
                 f"what={self.what!r} is unknown{nearest(self.what, WHAT)}; write {', '.join(WHAT)}"
             )
+        if not 0 <= self.clip_skip <= MAX_CLIP_SKIP:
+            raise UserError(f"clip_skip={self.clip_skip} is out of range; write 0 to {MAX_CLIP_SKIP}")
         self._tell_of_idle_parts()
         check_stage("finetune", self.finetune, 1)
         self.finetune.validate("finetune")

@@ -28,7 +28,8 @@ from engine.weights import embeddings, lora_files
 from engine.weights.folder import Model, load_trainable, read_scheduler, save_folder
 from engine.weights.lora import XL_KINDS, Lora, merged_on_host
 
-SETTLED = ("model", "what", "seed", "scheduler", "lora", "inversion")  # settings that a run keeps
+# settings that a run keeps
+SETTLED = ("model", "what", "seed", "clip_skip", "scheduler", "lora", "inversion")
 PRIOR_BATCH = 16
 
 
@@ -105,7 +106,8 @@ def folder_of(config: FinetuneConfig) -> pathlib.Path:
 def begin(config: FinetuneConfig) -> Task:
     """Loads the model, and says what of it is trained."""
     folder = folder_of(config)
-    model = dataclasses.replace(load_trainable(folder), scheduler=read_scheduler(folder, config.scheduler))
+    model = load_trainable(folder, config.clip_skip)
+    model = dataclasses.replace(model, scheduler=read_scheduler(folder, config.scheduler))
     if config.what == "textual_inversion":
         model, word = inversion.begin(model, config.inversion, config.seed)
         return Task(model, word.params, None, word)
@@ -133,7 +135,8 @@ def objective(config: FinetuneConfig, task: Task) -> Objective:
         )
         frozen = {"unet": model.unet.params, "empty": latents.empty(pathlib.Path(config.latents), model)}
     else:
-        loss = objectives.text_to_image_loss(model.graphdefs, model.scheduler, config.finetune, model.zeros)
+        how = model.scheduler, config.finetune, model.zeros, model.clip_skip
+        loss = objectives.text_to_image_loss(model.graphdefs, *how)
         frozen = {kind: part.params for kind, part in model.parts.items()}
         frozen["empty_ids"] = model.tokenizers.encode([""])[0]
     if config.prior.num_images:

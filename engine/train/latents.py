@@ -69,7 +69,9 @@ def write_cache(
     begun = folder / f".{MARKER}"
     for file in (folder / MARKER, begun):
         if file.exists() and any(read_json(file).get(name) != value for name, value in about.items()):
-            raise UserError(f"{folder} holds other pictures, or those of another model: write another --out")
+            raise UserError(
+                f"{folder} holds other pictures, or those of another model or clip_skip: write another --out"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(begun, about)
     encode = _encoder(model, batch_size)
@@ -112,7 +114,7 @@ def _encoder(model: Model, batch_size: int) -> Encode:
     @devices.map
     def run(params: Any, batch: Any) -> Any:
         posterior = build_vae(params["vae"]).encode(to_float(batch["image"]))
-        context = conditions.encoded(model.graphdefs, params, batch["ids"])
+        context = conditions.encoded(model.graphdefs, params, batch["ids"], model.clip_skip)
         found = {"mean": posterior.mean, "logvar": posterior.logvar, "context": context.words}
         return found if context.pooled is None else found | {"pooled": context.pooled}
 
@@ -137,7 +139,8 @@ def _write(path: pathlib.Path, arrays: Arrays) -> None:
 
 def _made_by(model: Model) -> str:
     """Tells apart the networks that make the arrays."""
-    return digest_of({kind: model.parts[kind].params for kind in ("vae", *model.readers)})
+    digest = digest_of({kind: model.parts[kind].params for kind in ("vae", *model.readers)})
+    return f"{digest}, clip_skip {model.clip_skip}" if model.clip_skip else digest
 
 
 def cached_batches(
@@ -182,8 +185,8 @@ def empty(folder: pathlib.Path, model: Model) -> Arrays:
     """
     if _whole(folder)["model"] != _made_by(model):
         raise UserError(
-            f"{folder} was made with another autoencoder or text encoder: write a new one with "
-            "python -m launch.cache --model FOLDER"
+            f"{folder} was made with another autoencoder or text encoder, or another clip_skip: "
+            "write a new one with python -m launch.cache --model FOLDER"
         )
     found = {name: np.float32(x[0]) for name, x in _mapped(folder / EMPTY).items()}
     return {name: np.zeros_like(x) for name, x in found.items()} if model.zeros else found

@@ -94,6 +94,7 @@ def text_to_image_loss(
     scheduler: SchedulerConfig,
     objective: ObjectiveConfig,
     zeros: bool = False,
+    clip_skip: int = 0,
 ) -> Loss:
     """`denoising_loss` of pictures and captions.
 
@@ -102,7 +103,7 @@ def text_to_image_loss(
 
     Args:
       graphdefs: of the model's networks: "unet", "vae", "text_encoder", and of SDXL "text_encoder_2".
-      zeros: see `Model`.
+      zeros, clip_skip: see `Model`.
     """
     build_vae, readers = applier(graphdefs["vae"]), [kind for kind in TOKENIZERS if kind in graphdefs]
 
@@ -117,7 +118,7 @@ def text_to_image_loss(
         ids = batch["ids"] if zeros else _where(drop, frozen["empty_ids"], batch["ids"])
         each = [ids] if len(readers) == 1 else [ids[:, i] for i in range(len(readers))]
         params = {kind: frozen[kind] for kind in readers}
-        context = encoded(graphdefs, params, dict(zip(readers, each, strict=True)))
+        context = encoded(graphdefs, params, dict(zip(readers, each, strict=True)), clip_skip)
         if zeros:
             context = jax.tree.map(lambda x: _where(drop, jnp.zeros_like(x[0]), x), context)
         return latents * vae_module.config.scaling_factor, Told(context, numbers(batch))

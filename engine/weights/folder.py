@@ -51,6 +51,7 @@ class Model:
     text_encoder_2: Component | None = None  # of SDXL
     tokenizer_2: Tokenizer | None = None
     zeros: bool = False  # no negative prompt is zeros, in place of what the encoders say of an empty text
+    clip_skip: int = 0  # layers of the text encoders that are left out at their end, where words are read
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -104,16 +105,18 @@ def load_folder(
     place: Place | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     words: Sequence[str | Path] = (),
+    clip_skip: int = 0,
 ) -> Model:
     """Reads a whole model; `dtype`, `variant`, `place` as in `load_component`.
 
     Args:
       loras: files (see engine.weights.lora_files) and scales. They are merged in float32, before the cast.
       words: files of embeddings (see engine.weights.embeddings), which the model then knows, too.
+      clip_skip: see `Model`; no folder says it.
 
     Raises:
       UserError: no such folder, or anything in it is missing, broken or of a kind that the engine lacks; or
-        a LoRA or an embedding that is not for this model.
+        a LoRA or an embedding that is not for this model, or a text encoder of too few layers.
     """
     folder = Path(os.path.expanduser(path))  # unlike Path's own, silent about users that do not exist
     found, scheduler = index.read_index(folder), read_scheduler(folder)
@@ -123,11 +126,21 @@ def load_folder(
     _check_classes(configs, found.classes, folder)
     changes, learned = _changes(loras, words, configs, tokenizers)
     check_parts_fit(configs, tokenizers, folder)
+    if clip_skip:
+        _check_clip_skip(clip_skip, {kind: configs[kind] for kind in texts})
     parts = {kind: load_component(folder / kind, kind, dtype, variant, place, changes) for kind in configs}
     readers = {name: tokenizers.get(kind) for kind, name in TOKENIZERS.items()}
     whole = dict.fromkeys(index.PARTS) | parts
-    model = Model(**whole, **readers, scheduler=scheduler, zeros=found.zeros)
+    model = Model(**whole, **readers, scheduler=scheduler, zeros=found.zeros, clip_skip=clip_skip)
     return functools.reduce(with_words, learned, model)
+
+
+def _check_clip_skip(clip_skip: int, texts: Mapping[str, Any]) -> None:
+    """UserError unless the text encoders of these configs have so many layers to leave out, and one more."""
+    least = min(config.num_hidden_layers for config in texts.values())
+    most = max(0, least - (2 if "text_encoder_2" in texts else 1))
+    if not 0 <= clip_skip <= most:
+        raise UserError(f"clip_skip={clip_skip}: of this model's text encoder write 0 to {most}")
 
 
 def _changes(
@@ -145,13 +158,13 @@ def _changes(
     return changes + [each.change for each in learned], learned
 
 
-def load_trainable(path: str | Path) -> Model:
+def load_trainable(path: str | Path, clip_skip: int = 0) -> Model:
     """`load_folder` in float32, of arrays on the host: devices are to hold what a step needs, and that once.
 
     Raises:
       UserError: as there; or a model of a kind that is not trained.
     """
-    model = load_folder(path, place=lambda name, array: array)
+    model = load_folder(path, place=lambda name, array: array, clip_skip=clip_skip)
     unet = model.unet.config
     if index.channels(unet, model.vae.config) != index.WORDS:
         raise UserError(f"{path} draws from a picture beside words, and is not trained: give its base")
