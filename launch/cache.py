@@ -11,8 +11,7 @@ with Ctrl-C.
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from engine.config import DRAWN, DataConfig
 from engine.errors import UserError
@@ -58,27 +57,29 @@ def main(argv: Sequence[str]) -> int:
     config = DataConfig(paths=(options["data"],), **{name: options[name] for name in SETTINGS})
     with cli.data_by_flags(SETTINGS):
         config.validate()
-        encode(config, options)
+        out = pathlib.Path(options["out"]).expanduser()
+        encode(config, options["model"], out, options["batch_size"], options["clip_skip"])
     cli.say(options["out"])
     return cli.DONE
 
 
-def encode(config: DataConfig, options: Mapping[str, Any]) -> None:
+def encode(
+    config: DataConfig, model_folder: str, out: pathlib.Path, batch_size: int, clip_skip: int = 0
+) -> None:
     """Writes the cache of a config's pictures; UserError for all that can be wrong."""
-    out = pathlib.Path(options["out"]).expanduser()
     try:  # JAX comes with these: --help should be instant
         from engine.train import latents
         from engine.train.sources import PictureBatches, Skipped
         from engine.weights.folder import load_trainable
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -e '.[train]'") from None
-    model = load_trainable(options["model"], options["clip_skip"])
+    model = load_trainable(model_folder, clip_skip)
     size = config.size or min(model.default_size)
     try:
         pictures = PictureBatches(config, 1, size, Skipped(out / "skipped.jsonl"))
         cli.tell(pictures.summary())
         with cli.stops_put_off():
-            latents.write_cache(model, pictures, out, options["batch_size"], report)
+            latents.write_cache(model, pictures, out, batch_size, report)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
 
