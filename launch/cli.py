@@ -227,7 +227,7 @@ def options(
     """
     parsed = parse(argv, kinds)
     if parsed is None:
-        print(help_text(about or "", groups, defaults))
+        say(help_text(about or "", groups, defaults))
         return None
     others, given = parsed
     if others:

@@ -41,7 +41,7 @@ def swept():
 
 @pytest.fixture(scope="module")
 def quick_compiler():
-    """For files that ask for it: see there."""
+    """For files of tests by `pytestmark`: where JAX, too, need not draw as fast as it can."""
     from tests.tiny import compiled_quickly
 
     with compiled_quickly():

@@ -184,9 +184,10 @@ def empty(folder: pathlib.Path, model: Model) -> Arrays:
       UserError: the folder holds no whole cache, or one that another model made.
     """
     if _whole(folder)["model"] != _made_by(model):
+        skip = f" --clip_skip {model.clip_skip}" if model.clip_skip else ""
         raise UserError(
             f"{folder} was made with another autoencoder or text encoder, or another clip_skip: "
-            "write a new one with python -m launch.cache --model FOLDER"
+            f"write a new one with python -m launch.cache --model FOLDER{skip}"
         )
     found = {name: np.float32(x[0]) for name, x in _mapped(folder / EMPTY).items()}
     return {name: np.zeros_like(x) for name, x in found.items()} if model.zeros else found

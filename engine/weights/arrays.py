@@ -27,6 +27,11 @@ def fresh_bytes(size: int) -> np.ndarray:
     return memory[first : first + size]
 
 
+def fresh_like(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The same for numbers of another type."""
+    return fresh_bytes(array.size * dtype.itemsize).view(dtype).reshape(array.shape)
+
+
 class Scratch(threading.local):
     """Memory of each thread that is used again: what is fresh, the system first fills with zeros."""
 
@@ -43,7 +48,7 @@ class Scratch(threading.local):
         """The array, or where it lies in this memory a copy of it."""
         if not np.may_share_memory(array, self.memory):
             return array
-        copied = fresh_bytes(array.nbytes).view(array.dtype).reshape(array.shape)
+        copied = fresh_like(array, array.dtype)
         copied[...] = array
         return copied
 
@@ -68,7 +73,7 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def _changed(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    result = fresh_bytes(array.size * dtype.itemsize).view(dtype).reshape(array.shape)
+    result = fresh_like(array, dtype)
     half = array.dtype == np.float16 and dtype != np.float16
     source, target = (array.reshape(-1), result.reshape(-1)) if array.flags.c_contiguous else (array, result)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -100,14 +105,13 @@ def _tiles(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
 def _from_half(part: np.ndarray) -> np.ndarray:
     """float16 as float32, which is exact."""
     wide = np.empty(part.shape, np.float32)
-    if not SMALLEST * HALF_BIAS:  # some library has told this thread's CPU that such numbers are zeros
-        wide[...] = part
-        return wide
-    bits = wide.view(np.int32)
-    bits[...] = part.view(np.int16)
-    bits <<= 13
-    bits &= HALF_BITS
-    wide *= HALF_BIAS
-    if not (wide.max() < HALF_INFINITY and wide.min() > -HALF_INFINITY):
-        wide[...] = part
+    if SMALLEST * HALF_BIAS:  # or some library has told this thread's CPU that such numbers are zeros
+        bits = wide.view(np.int32)
+        bits[...] = part.view(np.int16)
+        bits <<= 13
+        bits &= HALF_BITS
+        wide *= HALF_BIAS
+        if wide.max() < HALF_INFINITY and wide.min() > -HALF_INFINITY:
+            return wide
+    wide[...] = part
     return wide

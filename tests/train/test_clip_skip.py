@@ -46,8 +46,11 @@ def config(model, pictures):
 
 @pytest.fixture(scope="module")
 def cached(model, pictures, tmp_path_factory):
-    out = tmp_path_factory.mktemp("cached") / "cache"
-    flags = ("--model", model, "--data", pictures, "--out", out, "--clip_skip", 1)
+    return cache_of(model, pictures, tmp_path_factory.mktemp("cached") / "cache", "--clip_skip", 1)
+
+
+def cache_of(model, pictures, out, *more):
+    flags = ("--model", model, "--data", pictures, "--out", out, *more)
     assert cache.main([str(flag) for flag in flags]) == 0
     return out
 
@@ -65,6 +68,12 @@ def test_latents_train_as_the_pictures_that_they_were_made_of(config, cached, tm
         finetune.train(config(0, cached), tmp_path / "other")
     with pytest.raises(UserError, match="holds a run with clip_skip=1, not 0"):
         finetune.train(config(0), tmp_path / "1")
+
+
+def test_the_advice_for_latents_of_another_depth_is_right(config, model, pictures, tmp_path):
+    whole = cache_of(model, pictures, tmp_path / "cache")
+    with pytest.raises(UserError, match="launch.cache --model FOLDER --clip_skip 1$"):
+        finetune.train(config(1, whole), tmp_path / "run")
 
 
 def test_samples_are_what_the_model_draws_so(config, tmp_path):
