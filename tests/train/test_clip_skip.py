@@ -72,7 +72,7 @@ def test_latents_train_as_the_pictures_that_they_were_made_of(config, cached, tm
 
 def test_the_advice_for_latents_of_another_depth_is_right(config, model, pictures, tmp_path):
     whole = cache_of(model, pictures, tmp_path / "cache")
-    with pytest.raises(UserError, match="launch.cache --model FOLDER --clip_skip 1$"):
+    with pytest.raises(UserError, match=r"launch\.cache --model FOLDER --clip_skip 1$"):
         finetune.train(config(1, whole), tmp_path / "run")
 
 
