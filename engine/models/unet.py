@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from engine.models.attention import Read
+from engine.models.controlnet import Control
 from engine.models.layers import GroupNorm, conv, sinusoidal_embedding
 from engine.models.unet_blocks import UpBlock2D
 from engine.models.unet_config import UNetConfig
@@ -63,6 +64,7 @@ class UNet2DConditionModel(UNetEncoder):
         guidance: Float[Array, " B"] | None = None,
         added: tuple[Float[Array, "B P"], Float[Array, "B N"]] | None = None,
         recall: Callable[[Callable[[], Deep]], Deep] | None = None,
+        control: Control | None = None,
     ) -> Float[Array, "B H W O"]:
         """What the model was trained to say of `x` (eps, v, ...).
 
@@ -76,6 +78,7 @@ class UNet2DConditionModel(UNetEncoder):
             in pixels (Podell et al. 2023, SDXL, section 2.2).
           recall: called with what computes the deep feature, which goes into the last block; it returns that,
             or what takes its place (`engine.diffusion.caching`). None: it is computed.
+          control: what ControlNets add.
         """
         x, context = jax.tree.map(lambda array: array.astype(self.dtype), (x, context))
         if self.config.center_input_sample:
@@ -84,12 +87,17 @@ class UNet2DConditionModel(UNetEncoder):
 
         x = first = self.conv_in(x)
         x, skips = self.down_blocks[0].at_full_size(x, temb, context)
-        compute = partial(self._deep, x, temb, context)
+        compute = partial(self._deep, x, temb, context, control)
         x = recall(compute) if recall else compute()
-        x = self.up_blocks[-1](x, [first, *skips], temb, context, None)
+        skips = [first, *skips]
+        if control is not None:
+            skips = [skip + more for skip, more in zip(skips, control.full_size, strict=True)]
+        x = self.up_blocks[-1](x, skips, temb, context, None)
         return self.conv_out(self.act(self.conv_norm_out(x)))
 
-    def _deep(self, x: Float[Array, "B H W C"], temb: Float[Array, "B D"], context: Any) -> Deep:
+    def _deep(
+        self, x: Float[Array, "B H W C"], temb: Float[Array, "B D"], context: Any, control: Control | None
+    ) -> Deep:
         """All but the blocks of the full size, first and last: what the last one takes up."""
         size = x.shape[1:3]
         x, skips = self.down_blocks[0].down(x)
@@ -98,6 +106,9 @@ class UNet2DConditionModel(UNetEncoder):
             skips += block_skips
         if self.config.mid_block_type is not None:
             x = self.mid_block(x, temb, context)
+        if control is not None:
+            more, middle = control.deep()
+            skips, x = [skip + each for skip, each in zip(skips, more, strict=True)], x + middle
         for block in self.up_blocks[:-1]:
             # An odd size was rounded on the way down: go back to the size of the next skip.
             next_skip = len(skips) - len(block.resnets) - 1

@@ -26,6 +26,7 @@ from engine.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from engine.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from engine.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from engine.models.clip_vision import CLIPConfig, CLIPModel
+from engine.models.controlnet import ControlNetConfig, ControlNetModel
 from engine.models.layers import outline
 from engine.models.unet import UNet2DConditionModel, UNetConfig
 from engine.types import Params, UserError
@@ -100,6 +101,7 @@ _PROJECTED = "CLIPTextModelWithProjection"
 KNOWN = KINDS | {
     "text_encoder_2": Kind("transformers", _PROJECTED, CLIPTextConfig, CLIPTextModelWithProjection, "model"),
     "clip": Kind("transformers", "CLIPModel", CLIPConfig, CLIPModel, "model"),
+    "controlnet": Kind("diffusers", "ControlNetModel", ControlNetConfig, ControlNetModel, _DIFFUSERS_STEM),
 }
 
 
@@ -133,7 +135,7 @@ def load_component(
 
     Args:
       folder: with config.json and the weights, as one safetensors file or several with an index.
-      kind: "unet", "vae", "text_encoder", "text_encoder_2" or "clip".
+      kind: a key of KNOWN: "unet", "vae", "text_encoder", ...
       dtype: float32, float16 or bfloat16; the files may hold any of the three.
       variant: "fp16" for the files *.fp16.safetensors. None takes the plain ones, or those of fp16 where
         there are no others.
@@ -165,7 +167,6 @@ def read_params(
 
     Their axes and types are changed on the host, by a thread each: that takes some times as long as reading.
     """
-
     scratch = Scratch()
 
     def read(file: Path, path: names.Path, stored: str, tensor: Tensor) -> Any:
