@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from engine.requests import Edit, Settings
+from engine.requests import Given, Settings
 from engine.types import Denoise, Latents, UserError
 from engine.weights.folder import Model
 from engine.weights.index import FOLLOWS, INPAINTS, WORDS, channels
@@ -46,13 +46,18 @@ def made_for(model: Model, where: str) -> str:
     return made
 
 
-def checked(edits: Sequence[Edit] | None, made: str, settings: Settings) -> None:
-    """UserError where the edits are not what the model is made for, or not what the settings are for."""
+def checked(given: Sequence[Given], made: str, settings: Settings) -> None:
+    """UserError where pictures to change are not what the model is made for, or the settings are for."""
     height, width = settings.height, settings.width
-    if settings.strength != 1 and (edits is None or made == FOLLOWS):
-        why = "nothing to start from" if edits is None else "a model that starts from noise alone"
+    edits = [each for each in given if each.image is not None]
+    if settings.strength != 1 and (not edits or made == FOLLOWS):
+        why = "a model that starts from noise alone" if edits else "nothing to start from"
         raise UserError(f"strength={settings.strength} with {why}: leave it out")
-    if edits is None:
+    if len(edits) not in (0, len(given)):
+        raise UserError("some prompts have a picture and others have none: draw them one after the other")
+    if not edits:
+        if any(each.mask is not None for each in given):
+            raise UserError("a mask without a picture: give its image, too")
         if made != WORDS:
             missing = {INPAINTS: "--image FILE --mask FILE", FOLLOWS: "--image FILE"}[made]
             raise UserError(f"this model changes pictures, and there is none: write {missing}")
@@ -70,9 +75,9 @@ def checked(edits: Sequence[Edit] | None, made: str, settings: Settings) -> None
         raise UserError("this model changes a whole picture, as it is told: leave out --mask")
 
 
-def default_strength(edit: Edit | None, made: str) -> float:
+def default_strength(given: Given, made: str) -> float:
     """1 but for a picture that is drawn over as a whole."""
-    return STRENGTH if edit is not None and edit.mask is None and made == WORDS else 1.0
+    return STRENGTH if given.image is not None and given.mask is None and made == WORDS else 1.0
 
 
 def check_strength(settings: Settings) -> None:
@@ -85,12 +90,13 @@ def check_strength(settings: Settings) -> None:
         raise UserError(f"strength={strength} takes none of {steps} steps: write {least} or more")
 
 
-def pixels(edits: Sequence[Edit]) -> dict[str, np.ndarray]:
-    """What `looked_at` and `pasted` take: a batch of pictures, and of masks where there are any."""
-    found = {"image": np.stack([edit.image for edit in edits])}
-    if edits[0].mask is not None:
-        found["mask"] = np.stack([edit.mask for edit in edits])
-    return found
+def pixels(given: Sequence[Given]) -> dict[str, np.ndarray]:
+    """What `looked_at` and `pasted` take: a batch of pictures and of masks, where there are any."""
+    return {
+        name: np.stack([getattr(each, name) for each in given])
+        for name in ("image", "mask")
+        if getattr(given[0], name) is not None
+    }
 
 
 def looked_at(vae: nnx.Module, given: dict[str, Array], made: str) -> dict[str, Float[Array, "B h w _"]]:

@@ -24,7 +24,7 @@ from engine.diffusion.segments import chosen_stages
 from engine.models.tiles import check_tile
 from engine.parallel import Devices, pad
 from engine.programs import Programs
-from engine.requests import Batch, Context, Edit, Frames, Request, Settings
+from engine.requests import Batch, Context, Frames, Given, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.types import UserError
 from engine.ways import check_heat, check_refiner_start, grid_of, ways_of
@@ -150,7 +150,7 @@ class Pipeline:
         width: int | None = None,
         latents: Float[np.ndarray, "B h w C"] | None = None,
         batch_size: int | None = None,
-        given: Sequence[Edit] | None = None,
+        given: Sequence[Given] | None = None,
         strength: float | None = None,
         image_guidance_scale: float = GenerateConfig.image_guidance_scale,
         refiner_start: float | None = None,
@@ -191,7 +191,7 @@ class Pipeline:
         if batch_size is None:
             batch_size = self.share_of(len(prompts))
         if strength is None:
-            strength = edits.default_strength(given[0] if given else None, self.made_for)
+            strength = edits.default_strength(given[0] if given else Given(), self.made_for)
         settings = self.settings(
             *(steps, sampler, guidance_scale, height, width, batch_size, strength, refiner_start, grid),
             *(guidance_start, guidance_end, cache_interval, merge_tokens),
@@ -226,7 +226,7 @@ class Pipeline:
         frames: int = 0,
         heat: bool = False,
         progress: Callable[[int], None] | None = None,
-        given: Sequence[Edit] | None = None,
+        given: Sequence[Given] | None = None,
         image_guidance_scale: float = GenerateConfig.image_guidance_scale,
     ) -> Iterator[Batch]:
         """The same, batch by batch as they are done.
@@ -240,7 +240,8 @@ class Pipeline:
         prompts = check_prompts(prompts)
         negatives = check_negative_prompts(negative_prompts, len(prompts))
         latents = self._check_latents(latents, len(prompts), settings)
-        if given is not None and len(given) != len(prompts):
+        given = [Given()] * len(prompts) if given is None else given
+        if len(given) != len(prompts):
             raise UserError(f"{len(given)} pictures for {len(prompts)} prompts: give one for each")
         edits.checked(given, self.made_for, settings)
         if heat:
@@ -248,10 +249,8 @@ class Pipeline:
         contexts = self.encode([*prompts, *negatives], settings.batch_size)
         indices = range(first_index, first_index + len(prompts))
         requests = [
-            Request(prompt, negative, seed, index, settings.guidance_scale, edit, image_guidance_scale)
-            for prompt, negative, index, edit in zip(
-                prompts, negatives, indices, [None] * len(prompts) if given is None else given, strict=True
-            )
+            Request(prompt, negative, seed, index, settings.guidance_scale, each, image_guidance_scale)
+            for prompt, negative, index, each in zip(prompts, negatives, indices, given, strict=True)
         ]
         size = settings.batch_size * self.devices.count
         for first in range(0, len(prompts), size):
@@ -289,8 +288,7 @@ class Pipeline:
           Pictures (uint8, B H W 3) and which of them are finite (B,), of a whole batch: what lies behind the
           last request only fills it. np.asarray waits for them.
         """
-        if requests[0].edit is None:
-            edits.checked(None, self.made_for, settings)
+        edits.checked([r.given for r in requests], self.made_for, settings)
         images, finite, *_ = self._draw(requests, contexts, settings)
         return images, finite
 
@@ -366,9 +364,7 @@ class Pipeline:
         size = settings.batch_size * self.devices.count
         requests = [*requests, *[requests[-1]] * (size - len(requests))]
         keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
-        given = None
-        if requests[0].edit is not None:
-            given = self.devices.shard_batch(edits.pixels([r.edit for r in requests]))
+        given = self.devices.shard_batch(edits.pixels([r.given for r in requests]))
         batched = self.programs.batched(requests, contexts, settings, keys, given)
         if latents is None:
             start = self.programs.noise(batched, self._latent_shape(settings))

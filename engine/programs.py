@@ -12,6 +12,7 @@ nothing. Sizes, the number of steps and what `Kind` says are static.
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,7 @@ from engine.weights import quantized
 from engine.weights.component import Component
 from engine.weights.folder import Model
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 WATCHED = 8  # noise levels, at most, at which it is seen which word steers what
 
 
@@ -121,7 +123,7 @@ class Programs:
         contexts: Mapping[str, Context],
         settings: Settings,
         keys: noise.Keys,
-        given: Mapping[str, Any] | None,
+        given: Mapping[str, Any],
     ) -> dict[str, Any]:
         """What differs from picture to picture, spread over the devices."""
         cond, uncond = conditions.told(self.model, requests, contexts, settings)
@@ -133,7 +135,7 @@ class Programs:
             "keys": keys,
         }
         found = self.devices.shard_batch(arrays)
-        return found if given is None else found | self.look_program(self.model.vae.params, given)
+        return found | self.look_program(self.model.vae.params, given) if given else found
 
     def noise(self, batched: Mapping[str, Any], shape: tuple[int, ...]) -> jax.Array:
         """Unit noise (B, *shape) that the keys stand for."""
@@ -191,10 +193,10 @@ class Programs:
         program = self.steering_program(way.kind)
         return program(shared | {"unet": self.model.unet.params}, {**batched, "stages": stages})
 
-    def decode(self, latents: jax.Array, given: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+    def decode(self, latents: jax.Array, given: Mapping[str, Any] = NOTHING) -> tuple[Any, Any]:
         """Pictures (uint8), pasted into the given ones where a mask says so, and which of them are finite."""
         images, finite = self.decoder_program(self.model.vae.params, latents)
-        if given is not None and "mask" in given:
+        if "mask" in given:
             images = self.paste_program((), (images, given))
         return images, finite
 

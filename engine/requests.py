@@ -45,11 +45,12 @@ class Settings:
         return range(round(start * self.steps), round(end * self.steps))
 
 
-class Edit(NamedTuple):
-    """A picture to change."""
+class Given(NamedTuple):
+    """Pictures that are given beside the words."""
 
-    image: UInt8[np.ndarray, "H W 3"]
-    mask: Float[np.ndarray, "H W"] | None = None  # 1: to be drawn anew, 0: stays
+    image: UInt8[np.ndarray, "H W 3"] | None = None  # to change
+    mask: Float[np.ndarray, "H W"] | None = None  # of it; 1: to be drawn anew, 0: stays
+    control: tuple[UInt8[np.ndarray, "H W 3"], ...] = ()  # one for each ControlNet
 
 
 class Request(NamedTuple):
@@ -60,7 +61,7 @@ class Request(NamedTuple):
     seed: int
     index: int
     guidance_scale: float
-    edit: Edit | None = None
+    given: Given = Given()
     image_guidance_scale: float = 1.5  # of a model that changes pictures as it is told
 
 

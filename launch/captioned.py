@@ -24,7 +24,7 @@ from engine.jobs.store import Store, open_store
 from engine.jobs.work import TEXT_BATCH
 from engine.pipeline import Pipeline
 from engine.pixels import FORMATS, read_header
-from engine.requests import Edit
+from engine.requests import Given
 from engine.text.rows import Rejected, Row, Rows
 from engine.train.sources.finding import open_source
 from engine.train.sources.item import NO_CAPTION, Source, Unusable, caption_in
@@ -111,13 +111,13 @@ def _dispatch(
     settings, requests = program.settings, [request(config, row, 0) for row in rows]
     if program.image:
         shape = settings.height, settings.width
-        edits = [_read_edit(config, row, pictures, *shape) for row in rows]
-        requests = [one._replace(edit=edit) for one, edit in zip(requests, edits, strict=True)]
+        given = [_given(config, row, pictures, *shape) for row in rows]
+        requests = [one._replace(given=each) for one, each in zip(requests, given, strict=True)]
     texts = [text for one in requests for text in (one.prompt, one.negative_prompt)]
     return pipe.dispatch(requests, pipe.encode(texts, TEXT_BATCH), settings)
 
 
-def _read_edit(config: JobConfig, row: Row, pictures: OfRows, height: int, width: int) -> Edit:
+def _given(config: JobConfig, row: Row, pictures: OfRows, height: int, width: int) -> Given:
     try:
         return pictures.read(row, height, width)
     except (UserError, OSError) as error:

@@ -8,7 +8,7 @@ import pytest
 import engine
 from engine import edits
 from engine.diffusion import noise, samplers
-from engine.requests import Edit
+from engine.requests import Given
 from engine.types import UserError
 from tests.compiled import COMPILED
 from tests.tiny import tiny_folder
@@ -43,7 +43,7 @@ def draw(pipe, given, prompts=PROMPTS, **options):
 
 def test_the_weaker_the_nearer(pipe):
     """To what the autoencoder makes of the given picture."""
-    given = [Edit(picture(i)) for i in range(3)]
+    given = [Given(picture(i)) for i in range(3)]
     known = pipe.programs.look_program(pipe.model.vae.params, edits.pixels(given))["known"]
     same = np.asarray(pipe.programs.decoder_program(pipe.model.vae.params, known)[0]).astype(int)
     away = [np.abs(draw(pipe, given, strength=s) - same).mean() for s in (0.25, 0.5, 1.0)]
@@ -53,7 +53,7 @@ def test_the_weaker_the_nearer(pipe):
 
 
 def test_what_a_mask_keeps_stays_bit_for_bit(pipe):
-    given = [Edit(picture(i), half()) for i in range(3)]
+    given = [Given(picture(i), half()) for i in range(3)]
     drawn, before = draw(pipe, given), np.stack([edit.image for edit in given])
     np.testing.assert_array_equal(drawn[:, 8:], before[:, 8:])
     assert np.abs(drawn[:, :8].astype(int) - before[:, :8]).mean() > 10
@@ -80,37 +80,37 @@ def test_any_sampler_leaves_what_is_known_at_every_sigma(name):
 def test_a_latent_is_drawn_anew_where_any_of_its_pixels_is(pipe):
     mask = np.zeros((16, 16), np.float32)
     mask[5, 11], mask[0, 0] = 0.6, 0.4
-    found = pipe.programs.look_program(pipe.model.vae.params, edits.pixels([Edit(picture(0), mask)] * 3))[
+    found = pipe.programs.look_program(pipe.model.vae.params, edits.pixels([Given(picture(0), mask)] * 3))[
         "mask"
     ]
     assert np.argwhere(np.asarray(found)[0, ..., 0]).tolist() == [[2, 5]]
 
 
 def test_a_picture_does_not_depend_on_those_beside_it(pipe):
-    given = [Edit(picture(i), half()) for i in range(3)]
+    given = [Given(picture(i), half()) for i in range(3)]
     together = draw(pipe, given)
     alone = draw(pipe, given[2:], PROMPTS[2:], first_index=2)
     assert np.abs(together[2].astype(int) - alone[0]).max() <= 1
 
 
 def test_another_picture_mask_or_prompt_compiles_nothing(pipe):
-    draw(pipe, [Edit(picture(i), half()) for i in range(3)], strength=0.5)
+    draw(pipe, [Given(picture(i), half()) for i in range(3)], strength=0.5)
     before = COMPILED.copy()
-    draw(pipe, [Edit(picture(i + 9), 1 - half()) for i in range(3)], PROMPTS[::-1], strength=0.5, seed=3)
+    draw(pipe, [Given(picture(i + 9), 1 - half()) for i in range(3)], PROMPTS[::-1], strength=0.5, seed=3)
     assert before == COMPILED
 
 
 @pytest.mark.parametrize(
     "given, options, message",
     [
-        ([Edit(picture(0)[:8])] * 3, {}, r"a picture of shape \(8, 16, 3\): it must be \(16, 16, 3\)"),
-        ([Edit(picture(0), half()[:4])] * 3, {}, r"a mask of shape \(4, 16\): its picture has \(16, 16\)"),
-        ([Edit(picture(0)), Edit(picture(0), half()), Edit(picture(0))], {}, "one after the other"),
-        ([Edit(picture(0))] * 3, {"strength": 0.0}, "strength=0.0: write a number above 0"),
-        ([Edit(picture(0))] * 3, {"strength": 1.5}, "strength=1.5: write a number above 0 and up to 1"),
+        ([Given(picture(0)[:8])] * 3, {}, r"a picture of shape \(8, 16, 3\): it must be \(16, 16, 3\)"),
+        ([Given(picture(0), half()[:4])] * 3, {}, r"a mask of shape \(4, 16\): its picture has \(16, 16\)"),
+        ([Given(picture(0)), Given(picture(0), half()), Given(picture(0))], {}, "one after the other"),
+        ([Given(picture(0))] * 3, {"strength": 0.0}, "strength=0.0: write a number above 0"),
+        ([Given(picture(0))] * 3, {"strength": 1.5}, "strength=1.5: write a number above 0 and up to 1"),
         (None, {"strength": 0.5}, "strength=0.5 with nothing to start from: leave it out"),
-        ([Edit(picture(0))] * 2, {}, "2 pictures for 3 prompts: give one for each"),
-        ([Edit(picture(0))] * 3, {"strength": 0.2}, r"takes none of 4 steps: write 0\.25 or more"),
+        ([Given(picture(0))] * 2, {}, "2 pictures for 3 prompts: give one for each"),
+        ([Given(picture(0))] * 3, {"strength": 0.2}, r"takes none of 4 steps: write 0\.25 or more"),
     ],
 )
 def test_a_wrong_edit_is_one_line(pipe, given, options, message):
@@ -122,10 +122,10 @@ def test_a_wrong_edit_is_one_line(pipe, given, options, message):
     "channels, given, strength, message",
     [
         (9, None, None, "write --image FILE --mask FILE"),
-        (9, [Edit(picture(0))], None, "nothing says which: write --mask FILE"),
+        (9, [Given(picture(0))], None, "nothing says which: write --mask FILE"),
         (8, None, None, "this model changes pictures, and there is none: write --image FILE"),
-        (8, [Edit(picture(0), half())], None, "leave out --mask"),
-        (8, [Edit(picture(0))], 0.5, "strength=0.5 with a model that starts from noise alone: leave it out"),
+        (8, [Given(picture(0), half())], None, "leave out --mask"),
+        (8, [Given(picture(0))], 0.5, "strength=0.5 with a model that starts from noise alone: leave it out"),
     ],
 )
 def test_models_made_for_pictures_say_what_they_need(channels, given, strength, message, tmp_path):

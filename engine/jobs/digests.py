@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from engine.config import GenerateConfig
-from engine.requests import Edit
+from engine.requests import Given
 from engine.weights import decoder, embeddings, lora_files
 
 EDGE = 2**20  # bytes at either end of a file of weights that tell it from others
@@ -34,14 +34,17 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
     return {name: told for name, told in found.items() if told}
 
 
-def of_edit(edit: Edit | None) -> dict[str, str]:
-    """The same for a picture to change and its mask, at the size that is drawn."""
-    parts = edit._asdict() if edit else {}
-    return {
-        name: hashlib.sha256(np.ascontiguousarray(part)).hexdigest()[:16]
-        for name, part in parts.items()
-        if part is not None
-    }
+def of_given(given: Given) -> dict[str, str]:
+    """The same for pictures that are given, at the size that is drawn."""
+
+    def of(pixels: np.ndarray) -> str:
+        return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:16]
+
+    found = {"image": given.image, "mask": given.mask}
+    told = {name: of(pixels) for name, pixels in found.items() if pixels is not None}
+    if given.control:
+        told["control_image"] = ", ".join(map(of, given.control))
+    return told
 
 
 def _of(path: pathlib.Path) -> str:

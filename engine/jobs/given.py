@@ -21,7 +21,7 @@ from engine.config import GenerateConfig, JobConfig
 from engine.finish import SETTINGS_KEY
 from engine.pipeline import Pipeline
 from engine.pixels import Crop, Unusable, read_header, read_pixels
-from engine.requests import Edit
+from engine.requests import Given
 from engine.text.row_files import PATHS, SHOWN
 from engine.text.row_paths import astray
 from engine.text.rows import Row
@@ -72,10 +72,15 @@ def check_flags(config: GenerateConfig) -> None:
         _of(config.mask, _look)
 
 
-def stand_in(height: int, width: int, masked: bool) -> Edit:
-    """For a picture that is not read yet: of its shape, without its pixels."""
+def stand_in(height: int, width: int, masked: bool | None) -> Given:
+    """For pictures that are not read yet: of their shape, without their pixels.
+
+    masked: whether the picture to change has a mask; None: there is no picture.
+    """
+    if masked is None:
+        return Given()
     image = np.broadcast_to(np.uint8(0), (height, width, 3))
-    return Edit(image, np.broadcast_to(np.float32(0), (height, width)) if masked else None)
+    return Given(image, np.broadcast_to(np.float32(0), (height, width)) if masked else None)
 
 
 def looked(paths: Paths) -> tuple[Look, Look | None]:
@@ -108,8 +113,8 @@ def size(look: Look, pipe: Pipeline, height: int | None, width: int | None) -> t
     return height or rounded(look.height), width or rounded(look.width)
 
 
-def read(paths: Paths, height: int, width: int) -> Edit:
-    """The picture and its mask, scaled to fill height x width and cropped alike.
+def read(paths: Paths, height: int, width: int) -> Given:
+    """The picture and its mask, where there are any, scaled to fill height x width and cropped alike.
 
     Raises:
       UserError: a file cannot be read.
@@ -120,16 +125,18 @@ def read(paths: Paths, height: int, width: int) -> Edit:
         raise UserError(f"{error.filename or paths.image}: {error.strerror or error}") from None
 
 
-def _read(paths: Paths, height: int, width: int) -> Edit:
+def _read(paths: Paths, height: int, width: int) -> Given:
     """The same; what may pass, as a network that fails, is an OSError."""
 
     def pixels(file: BinaryIO) -> np.ndarray:
         return read_pixels(io.BytesIO(file.read()), width, height, Crop())  # trouble is no damage
 
+    if not paths.image:
+        return Given()
     image = _of(paths.image, pixels, passing=True)
     if not paths.mask:
-        return Edit(image)
-    return Edit(image, _of(paths.mask, pixels, passing=True).astype(np.float32).mean(-1) / 255)
+        return Given(image)
+    return Given(image, _of(paths.mask, pixels, passing=True).astype(np.float32).mean(-1) / 255)
 
 
 def _look(file: BinaryIO) -> Look:
@@ -250,7 +257,7 @@ class OfRows:
         mark = image.mark + (mask.mark if mask else "")
         return Seen(*size(image, self._pipe, *asked), mask is not None, mark)
 
-    def read(self, row: Row, height: int, width: int) -> Edit:
+    def read(self, row: Row, height: int, width: int) -> Given:
         """The pixels of a row that has a picture.
 
         Raises:

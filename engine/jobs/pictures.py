@@ -16,7 +16,7 @@ from engine.config import OF_THE_WAY, GenerateConfig, from_json
 from engine.diffusion.noise import fresh_seed
 from engine.jobs import digests, given
 from engine.pipeline import Pipeline
-from engine.requests import Edit, Frames, Settings
+from engine.requests import Frames, Given, Settings
 from engine.text.prompts import check_prompt, check_prompts
 from engine.types import UserError
 from engine.ways import check_heat
@@ -47,7 +47,7 @@ class Plan:
     stages: int  # of each picture, for strip and animation; 0: none
     folder: pathlib.Path
     contents: Mapping[str, str]  # tells all files that are drawn with from others of their names
-    given: Edit | None = None  # the picture to change
+    given: Given  # beside the words
 
 
 class Drawn(NamedTuple):
@@ -75,23 +75,23 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
         height, width = given.size(given.looked(paths)[0], pipe, height, width)
     options = (config.steps, config.sampler, config.guidance_scale, height, width)
     settings = pipe.settings(*options, **config.of_the_way())
-    edit = given.read(paths, settings.height, settings.width) if paths.image else None
-    strength = edits.default_strength(edit, pipe.made_for) if config.strength is None else config.strength
+    beside = given.read(paths, settings.height, settings.width)
+    strength = edits.default_strength(beside, pipe.made_for) if config.strength is None else config.strength
     batch_size = config.batch_size or pipe.batch_size_for(len(prompts), settings.height, settings.width)
     settings = dataclasses.replace(settings, batch_size=batch_size, strength=strength)
     edits.check_strength(settings)
-    edits.checked(None if edit is None else [edit], pipe.made_for, settings)
+    edits.checked([beside], pipe.made_for, settings)
     if config.words:
         check_heat(settings, pipe.programs, pipe.refiner)
     known = dataclasses.asdict(settings) | {"dtype": pipe.dtype, "parallel": pipe.devices.mode}
-    if edit is None:
+    if beside.image is None:
         del known["strength"]
     seed = fresh_seed() if config.seed is None else config.seed
     stages = _stages(config, pipe.steps_of(settings) + 1)
     folder = finish.prepare_folder(os.path.expanduser(config.out))
-    contents = digests.of_files(config, pipe.folder) | digests.of_edit(edit)
+    contents = digests.of_files(config, pipe.folder) | digests.of_given(beside)
     config = dataclasses.replace(config, seed=seed, **known)
-    return Plan(config, prompts, settings, stages, folder, contents, edit)
+    return Plan(config, prompts, settings, stages, folder, contents, beside)
 
 
 def _stages(config: GenerateConfig, most: int) -> int:
@@ -121,7 +121,7 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
         frames=plan.stages,
         heat=config.words,
         progress=progress,
-        given=None if plan.given is None else [plan.given] * len(plan.prompts),
+        given=[plan.given] * len(plan.prompts),
         image_guidance_scale=config.image_guidance_scale,
     )
     words = pipe.model.first_tokenizer.words

@@ -246,8 +246,7 @@ def _program(config: JobConfig, pipe: Pipeline, *options: Any) -> Program | str:
     try:
         settings = pipe.settings(*how, strength=strength, **config.of_the_way())
         shape = settings.height, settings.width
-        stand_ins = None if masked is None else [given.stand_in(*shape, masked)]
-        edits.checked(stand_ins, pipe.made_for, settings)
+        edits.checked([given.stand_in(*shape, masked)], pipe.made_for, settings)
     except UserError as error:
         return str(error)
     batch_size = config.batch_size or pipe.batch_size_for(config.shard_size, *shape)

@@ -8,7 +8,7 @@ from engine.jobs.given import OfRows, Paths
 from engine.jobs.plan import Wanted
 from engine.jobs.store import Store
 from engine.parallel import Devices
-from engine.requests import Edit, Settings
+from engine.requests import Given, Settings
 from engine.types import UserError
 
 ELSEWHERE = "another host could not read its picture; failures of the first host say why"
@@ -18,7 +18,7 @@ class Opened(NamedTuple):
     """A batch, without what could not be read."""
 
     wanted: list[Wanted]
-    edits: list[Edit]  # of all that is wanted
+    given: list[Given]  # of all that is wanted
     failures: list[dict[str, Any]]  # pictures that will not be drawn, and why
 
 
@@ -27,7 +27,7 @@ class Reader:
 
     def __init__(self, pictures: OfRows, devices: Devices, store: Store):
         self._pictures, self._devices, self._store = pictures, devices, store
-        self._last: dict[tuple, Edit | str] = {}  # of the batch before
+        self._last: dict[tuple, Given | str] = {}  # of the batch before
 
     def open(self, wanted: Sequence[Wanted], settings: Settings, threads: Executor) -> Opened:
         """The pictures of a batch, at the size that it is drawn at.
@@ -45,20 +45,20 @@ class Reader:
         if self._devices.any(any(isinstance(one, str) for one in found)):
             # Hosts that draw together leave out the same.
             found = [self._agreed(one) for one in found]
-        sound = [(one, edit) for one, edit in zip(wanted, found, strict=True) if isinstance(edit, Edit)]
+        sound = [(one, given) for one, given in zip(wanted, found, strict=True) if isinstance(given, Given)]
         failures = [
             {**one.address, "reason": why}
             for one, why in zip(wanted, found, strict=True)
             if isinstance(why, str)
         ]
-        return Opened([one for one, _ in sound], [edit for _, edit in sound], failures)
+        return Opened([one for one, _ in sound], [given for _, given in sound], failures)
 
-    def _agreed(self, found: Edit | str) -> Edit | str:
+    def _agreed(self, found: Given | str) -> Given | str:
         failed = self._devices.any(isinstance(found, str))
-        return ELSEWHERE if failed and isinstance(found, Edit) else found
+        return ELSEWHERE if failed and isinstance(found, Given) else found
 
-    def _read(self, row: Any, paths: Paths, height: int, width: int) -> Edit | str:
-        def attempt() -> Edit | str:
+    def _read(self, row: Any, paths: Paths, height: int, width: int) -> Given | str:
+        def attempt() -> Given | str:
             try:
                 return self._pictures.read(row, height, width)
             except UserError as error:

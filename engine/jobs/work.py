@@ -38,7 +38,7 @@ from engine.jobs.plan import Group, Job, Program, Settle, Shard, Wanted
 from engine.jobs.reading import Reader
 from engine.jobs.store import Store
 from engine.pipeline import Pipeline
-from engine.requests import Context, Edit, Request, Settings
+from engine.requests import Context, Given, Request, Settings
 from engine.types import UserError
 
 BATCHES_AHEAD = 4  # of words before drawing, and of drawn pictures before writing
@@ -60,14 +60,14 @@ class Load(NamedTuple):
     refused: list[dict[str, Any]]  # what will not be drawn, and why
     contexts: dict[str, Context]
     last: bool  # of its shard
-    edits: Sequence[Edit] = ()  # of all that is wanted, until they are drawn
+    given: Sequence[Given] = ()  # of all that is wanted, until they are drawn
     marks: Sequence[Mapping[str, str]] = ()  # that tell them from others
 
     @property
     def requests(self) -> list[Request]:
-        if not self.edits:
+        if not self.given:
             return [one.request for one in self.wanted]
-        return [one.request._replace(edit=edit) for one, edit in zip(self.wanted, self.edits, strict=True)]
+        return [one.request._replace(given=each) for one, each in zip(self.wanted, self.given, strict=True)]
 
 
 class Flying(NamedTuple):
@@ -173,9 +173,9 @@ class Worker:
             yield self._opened(load, readers) if shard.group.program.image else load
 
     def _opened(self, load: Load, readers: ThreadPoolExecutor) -> Load:
-        wanted, edits, failures = self._reader.open(load.wanted, self._settings(load.shard.group), readers)
-        marks = list(readers.map(digests.of_edit, edits))
-        return load._replace(wanted=wanted, edits=edits, marks=marks, refused=failures)
+        wanted, given, failures = self._reader.open(load.wanted, self._settings(load.shard.group), readers)
+        marks = list(readers.map(digests.of_given, given))
+        return load._replace(wanted=wanted, given=given, marks=marks, refused=failures)
 
     def _encode(self, wanted: list[Wanted]) -> dict[str, Context]:
         """Contexts of all prompts of a shard. Those of the last shards are still known."""
@@ -244,7 +244,7 @@ class Worker:
             try:
                 images, finite = arrival.result()
                 count = len(load.wanted)
-                return Drawn(load._replace(edits=()), images[:count], finite[:count], batch_size)
+                return Drawn(load._replace(given=()), images[:count], finite[:count], batch_size)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 _out_of_memory_or_raise(error)
                 self._halve(load.shard.group, batch_size)
@@ -263,7 +263,7 @@ class Worker:
                     drawn = jax.block_until_ready(self.pipe.dispatch(part, load.contexts, settings))
                     images.append(np.asarray(drawn[0])[: len(part)])
                     finite.append(np.asarray(drawn[1])[: len(part)])
-                done = load._replace(edits=())
+                done = load._replace(given=())
                 return Drawn(done, np.concatenate(images), np.concatenate(finite), settings.batch_size)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 _out_of_memory_or_raise(error)

@@ -15,7 +15,7 @@ import torch
 
 import engine
 from configs import scenes
-from engine.requests import Edit
+from engine.requests import Given
 from tests.parity.common import nchw
 from tests.tiny import tiny_folder
 
@@ -95,7 +95,7 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         height=how.size[0],
         width=how.size[1],
         latents=start_noise(how),
-        given=[Edit(*each) for each in zip(*_given(how), strict=True)] if how.image else None,
+        given=[Given(*each) for each in zip(*_given(how), strict=True)] if how.image else None,
         strength=how.strength,
         refiner_start=how.start if how.refiner else None,
         guidance_end=how.guidance_end,
