@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import UserError
 
 if TYPE_CHECKING:
-    from engine.pipeline import Pipeline, load
+    from engine.loading import load
+    from engine.pipeline import Pipeline
 
 __version__ = "0.1.0"
 __all__ = ["Pipeline", "UserError", "load"]
@@ -19,7 +20,7 @@ __all__ = ["Pipeline", "UserError", "load"]
 def __getattr__(name: str) -> Any:
     """`load` and `Pipeline` bring JAX with them: only when they are asked for."""
     if name in ("load", "Pipeline"):
-        from engine import pipeline
+        from engine import loading
 
-        return getattr(pipeline, name)
+        return getattr(loading, name)
     raise AttributeError(f"module 'engine' has no attribute {name!r}")

@@ -4,111 +4,31 @@ With a refiner, a second model goes the last part of the way from noise to laten
 section 2.5), with what its own text encoders say of the prompts.
 """
 
-import contextlib
-import dataclasses
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import platformdirs
 from jaxtyping import Float, UInt8
 
-from engine import edits
-from engine.config import GenerateConfig, nearest
+from engine import controls, edits
+from engine.config import GenerateConfig
 from engine.diffusion import noise, samplers, schedules
 from engine.diffusion.scheduler_config import sampler_name
 from engine.diffusion.segments import chosen_stages
-from engine.models.tiles import check_tile
 from engine.parallel import Devices, pad
 from engine.programs import Programs
 from engine.requests import Batch, Context, Frames, Given, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.types import UserError
 from engine.ways import check_heat, check_refiner_start, grid_of, ways_of
-from engine.weights import quantized
-from engine.weights.decoder import with_decoder
-from engine.weights.folder import Model, load_folder
-from engine.weights.refiner import load_refiner
+from engine.weights.folder import Model
 
-SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-128"
-SHIPPED_NAME = GenerateConfig.model  # what pictures say of the model in the package
-DTYPES = ("float32", "bfloat16")
 MAX_SIDE = 16384
 BATCH_IMAGES = 16  # pictures a device draws at once, unless told: so that the first are soon there,
 BATCH_PIXELS = 8 * 512 * 512  # and all fit into its memory
 DEFAULT_STEPS = GenerateConfig.steps
 DEFAULT_GUIDANCE = GenerateConfig.guidance_scale
-
-
-def load(
-    model: str | os.PathLike | None = None,
-    dtype: str = "float32",
-    parallel: str | Devices = "shard_map",
-    lora: Sequence[tuple[str | os.PathLike, float]] = (),
-    embeddings: Sequence[str | os.PathLike] = (),
-    decoder: str | os.PathLike | None = None,
-    tile: int = 0,
-    refiner: str | os.PathLike | None = None,
-    quantize: str = "",
-    clip_skip: int = 0,
-) -> "Pipeline":
-    """Loads a model onto the devices.
-
-    Args:
-      model: a folder in the diffusers layout; None for the model in the package.
-      dtype: float32 or bfloat16, of params and activations. The sampler is float32 in any case, and on CPUs,
-        which have no fast convolution in bfloat16, all arithmetic.
-      parallel: "shard_map", "jit" or "pmap" over all local devices, or `Devices` of your own.
-      lora: files in the format of diffusers or of kohya's scripts, each with its scale: 1 is as trained. They
-        become part of the weights, so that pictures take no longer.
-      embeddings: files of textual inversion, in the format of diffusers or of AUTOMATIC1111; prompts may then
-        use their words.
-      decoder: the folder of an autoencoder, or of a model, whose autoencoder stands in for the model's own.
-      refiner: the folder of a model for the same latents that goes the last part of the way to a picture.
-      quantize: "int8" or "fp8": the U-Nets' kernels in 8 bits (engine.weights.quantized). "": as `dtype`.
-      tile: in pixels; larger pictures are decoded in tiles of this side, for less memory. 0: whole.
-      clip_skip: layers of the text encoders that are left out at their end, for models that were trained so;
-        of negative prompts, too. The refiner reads as it always does.
-
-    Raises:
-      UserError: the folder or an argument is wrong; the message says what to write instead.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}; write {' or '.join(DTYPES)}")
-    devices = Devices(parallel) if isinstance(parallel, str) else parallel
-    use_compilation_cache()
-    folder, place = SHIPPED if model is None else pathlib.Path(model).expanduser(), devices.place
-    if quantize:
-        if devices.rules is not None:
-            raise UserError(f"quantize={quantize!r} where devices split the model: leave it whole")
-        place = quantized.placing(place, quantize)
-    loaded = load_folder(folder, jnp.dtype(dtype), None, place, lora, embeddings, clip_skip)
-    edits.made_for(loaded, str(folder))
-    second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None
-    if decoder:
-        loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
-        second = dataclasses.replace(second, vae=loaded.vae) if second else None
-    check_tile(tile, loaded.vae.config.scale)
-    name = SHIPPED_NAME if model is None else str(model)
-    return Pipeline(loaded, devices, name, dtype, folder, tile, second)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was already told where.
-
-    Where that folder cannot be written, as in many containers, nothing is kept.
-    """
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
-    folder = platformdirs.user_cache_dir("fogsculpt")
-    with contextlib.suppress(OSError):
-        os.makedirs(folder, exist_ok=True)
-    if os.access(folder, os.W_OK | os.X_OK):
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 class Pipeline:
@@ -123,10 +43,11 @@ class Pipeline:
         folder: pathlib.Path,
         tile: int = 0,
         refiner: Model | None = None,
+        nets: Sequence[controls.ControlNet] = (),
     ):
         self.devices, self.name, self.dtype = devices, name, dtype
         self.folder = folder  # from which the model was loaded
-        self.programs = Programs(model, devices, name, tile)
+        self.programs = Programs(model, devices, name, tile, nets)
         self.refiner = Programs(refiner, devices, "the refiner", tile) if refiner else None
         self.made_for = self.programs.made_for
 
@@ -159,6 +80,8 @@ class Pipeline:
         guidance_end: float | None = None,
         cache_interval: int | None = None,
         merge_tokens: float | None = None,
+        control_start: float | None = None,
+        control_end: float | None = None,
     ) -> UInt8[np.ndarray, "B H W 3"]:
         """One picture for each prompt.
 
@@ -171,7 +94,8 @@ class Pipeline:
           height, width: in pixels; None: the size that the model was trained for.
           latents: start noise of unit variance, in place of the seed's.
           batch_size: pictures a device draws at once; None: all of them.
-          given: pictures to change, one for each prompt: all with a mask or all without, see `engine.edits`.
+          given: pictures beside the words, one `engine.requests.Given` for each prompt: to change, all with a
+            mask or all without (`engine.edits`); for ControlNets to see (`engine.controls`).
           strength: 0 to 1, how much of a given picture is forgotten; None: 0.8, and 1 with a mask.
           image_guidance_scale: how strictly a model that changes pictures as it is told keeps to the given
             one, where guidance_scale is not 1.
@@ -183,6 +107,8 @@ class Pipeline:
             first level alone (engine.diffusion.caching). None: 1.
           merge_tokens: share of the tokens of the finest level, 0 to 0.75, that join others like them where
             pixels attend to each other (engine.models.merging). None: 0.
+          control_start, control_end: shares of the steps between which ControlNets add something. None: 0
+            and 1.
 
         Raises:
           UserError: an argument is wrong.
@@ -194,7 +120,7 @@ class Pipeline:
             strength = edits.default_strength(given[0] if given else Given(), self.made_for)
         settings = self.settings(
             *(steps, sampler, guidance_scale, height, width, batch_size, strength, refiner_start, grid),
-            *(guidance_start, guidance_end, cache_interval, merge_tokens),
+            *(guidance_start, guidance_end, cache_interval, merge_tokens, control_start, control_end),
         )
         seed = noise.fresh_seed() if seed is None else seed
         images = []
@@ -243,7 +169,7 @@ class Pipeline:
         given = [Given()] * len(prompts) if given is None else given
         if len(given) != len(prompts):
             raise UserError(f"{len(given)} pictures for {len(prompts)} prompts: give one for each")
-        edits.checked(given, self.made_for, settings)
+        self.check_given(given, settings)
         if heat:
             check_heat(settings, self.programs, self.refiner)
         contexts = self.encode([*prompts, *negatives], settings.batch_size)
@@ -288,7 +214,7 @@ class Pipeline:
           Pictures (uint8, B H W 3) and which of them are finite (B,), of a whole batch: what lies behind the
           last request only fills it. np.asarray waits for them.
         """
-        edits.checked([r.given for r in requests], self.made_for, settings)
+        self.check_given([r.given for r in requests], settings)
         images, finite, *_ = self._draw(requests, contexts, settings)
         return images, finite
 
@@ -307,6 +233,8 @@ class Pipeline:
         guidance_end: float | None = None,
         cache_interval: int | None = None,
         merge_tokens: float | None = None,
+        control_start: float | None = None,
+        control_end: float | None = None,
     ) -> Settings:
         """Checks settings, and fills in what the model knows; raises UserError before anything compiles."""
         default_height, default_width = self.default_size
@@ -324,6 +252,8 @@ class Pipeline:
             guidance_end,
             cache_interval,
             merge_tokens,
+            control_start,
+            control_end,
         )
         samplers.find(settings.sampler)
         grid_of(settings, self.model)
@@ -339,6 +269,11 @@ class Pipeline:
                 good = min(max(round(side / scale), 1) * scale, MAX_SIDE)
                 raise UserError(f"{name}={side}: this model makes multiples of {scale}; write {good}")
         return settings
+
+    def check_given(self, given: Sequence[Given], settings: Settings) -> None:
+        """UserError where pictures beside the words are not what the model, or its ControlNets, need."""
+        edits.checked(given, self.made_for, settings)
+        controls.checked(given, len(self.programs.controls), settings)
 
     def steps_of(self, settings: Settings) -> int:
         """Steps of the sampler that a picture takes, in which the U-Net runs once."""
@@ -364,7 +299,8 @@ class Pipeline:
         size = settings.batch_size * self.devices.count
         requests = [*requests, *[requests[-1]] * (size - len(requests))]
         keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
-        given = self.devices.shard_batch(edits.pixels([r.given for r in requests]))
+        beside = [r.given for r in requests]
+        given = self.devices.shard_batch(edits.pixels(beside) | {"control": controls.pixels(beside)})
         batched = self.programs.batched(requests, contexts, settings, keys, given)
         if latents is None:
             start = self.programs.noise(batched, self._latent_shape(settings))

@@ -4,16 +4,17 @@
   sampler  noise -> latents, a scan over the steps, run in segments so that one can see how far it is
   decoder  latents -> uint8 pictures
 
-and, where there are pictures to change, one that makes latents of them and one that pastes (`engine.edits`).
+and, where there are pictures to change, one that makes latents of them and one that pastes (`engine.edits`);
+where there are ControlNets, one that looks at their pictures (`engine.controls`).
 Params, contexts, keys, guidance scale and sigmas are arguments: another prompt, seed or scale compiles
 nothing. Sizes, the number of steps and what `Kind` says are static.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,65 +22,27 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from engine import conditions, edits
+from engine import conditions, controls, edits
 from engine.diffusion import caching, guidance, noise, samplers, schedules
 from engine.diffusion.parameterization import at_least_float32, denoiser
 from engine.diffusion.scheduler_config import for_sampler
 from engine.diffusion.segments import segment_length
 from engine.diffusion.steps import InitStep
 from engine.finish import to_uint8
+from engine.models.controlnet import Control, together
 from engine.models.kernels import kernels
 from engine.models.merging import merging
 from engine.models.tiles import decode_in_tiles
 from engine.models.watching import watching
 from engine.parallel import Devices, pad
 from engine.requests import Context, Request, Settings
-from engine.types import Denoise, Latents
+from engine.types import Latents, Sigma
+from engine.way import Kind, Way, watched
 from engine.weights import quantized
 from engine.weights.component import Component
 from engine.weights.folder import Model
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-WATCHED = 8  # noise levels, at most, at which it is seen which word steers what
-
-
-class Way(NamedTuple):
-    """The part of the way from noise to latents that a model goes."""
-
-    sampler: str
-    sigmas: np.ndarray  # from where it begins to the end of the grid
-    steps: int  # of the sampler, that it takes
-    guided: bool
-    from_noise: bool = True  # not from where another model stopped
-    initial_scale: float = 1.0  # of the noise
-    anew: bool = True  # nothing of a given picture is left at its beginning
-    within: tuple[float, float] | None = None  # (low, high): noise levels with guidance; None: all
-    merge: float = 0.0  # share of the tokens that attend together with others
-    fresh: np.ndarray | None = None  # steps that compute the deep part of the U-Net; None: all
-
-    @property
-    def kind(self) -> "Kind":
-        """What its programs are compiled for."""
-        in_part = self.guided and self.within is not None
-        return Kind(self.sampler, self.guided, in_part, self.fresh is not None, self.merge)
-
-
-class Kind(NamedTuple):
-    """What a sampler is compiled for, beside sizes; all else is an argument."""
-
-    sampler: str
-    guided: bool
-    in_part: bool = False  # guided at some noise levels only
-    cached: bool = False  # deep features are kept over some steps
-    merge: float = 0.0
-
-
-def watched(way: Way) -> list[int]:
-    """The intervals, evenly spread, at whose beginning it is seen which word steers what: not the first."""
-    before = samplers.find(way.sampler).steps_before
-    reached = [i for i in range(1, len(way.sigmas) - 1) if before(i) <= way.steps]
-    places = np.linspace(0, len(reached) - 1, min(WATCHED, len(reached))).round().astype(int)
-    return [reached[i] for i in places]
 
 
 def module(part: Component, params: Any) -> nnx.Module:
@@ -90,14 +53,22 @@ def module(part: Component, params: Any) -> nnx.Module:
 class Programs:
     """Those of one model. They are compiled when they are first needed, and kept."""
 
-    def __init__(self, model: Model, devices: Devices, name: str, tile: int = 0):
+    def __init__(
+        self,
+        model: Model,
+        devices: Devices,
+        name: str,
+        tile: int = 0,
+        nets: Sequence[controls.ControlNet] = (),
+    ):
         """tile: side in pixels, of the parts in which the decoder makes larger pictures; 0: none."""
-        self.model, self.devices, self.tile = model, devices, tile
+        self.model, self.devices, self.tile, self.controls = model, devices, tile, tuple(nets)
         self.distilled = model.unet.config.time_cond_proj_dim is not None  # it knows what guidance does
         self.made_for = edits.made_for(model, name)
         self.text_program = devices.map(self._encode)
         self.decoder_program = devices.map(self._decode)
         self.look_program = devices.map(self._looked_at)
+        self.control_program = devices.map(self._looked_at_by_controls)
         self.paste_program = devices.map(lambda _, batched: edits.pasted(*batched))
         self.begin_program = functools.cache(self._build_begin)
         self.segment_program = functools.cache(self._build_segment)
@@ -135,7 +106,12 @@ class Programs:
             "keys": keys,
         }
         found = self.devices.shard_batch(arrays)
-        return found | self.look_program(self.model.vae.params, given) if given else found
+        if "image" in given:
+            edited = {name: given[name] for name in ("image", "mask") if name in given}
+            found |= self.look_program(self.model.vae.params, edited)
+        if self.controls:
+            found["seen"] = self.control_program(self._control_params, given["control"])
+        return found
 
     def noise(self, batched: Mapping[str, Any], shape: tuple[int, ...]) -> jax.Array:
         """Unit noise (B, *shape) that the keys stand for."""
@@ -163,7 +139,7 @@ class Programs:
             small["within"] = jnp.float32(way.within)
         if way.fresh is not None:
             small["fresh"] = jnp.asarray(way.fresh)
-        shared = self.devices.share(small) | {"unet": self.model.unet.params}
+        shared = self._shared(way, small)
         state, told = self.begin_program(way.kind, way.from_noise)(shared, {**batched, "x": x})
         batched = {**batched, **told}
         length = segment_length(way.steps)
@@ -189,9 +165,22 @@ class Programs:
         before, chosen = samplers.find(way.sampler).steps_before, watched(way)
         x = np.concatenate(self.devices.fetch([trace.x for trace in traces]), axis=1)
         stages = self.devices.shard_batch(x[:, [before(i) - 1 for i in chosen]])
-        shared = self.devices.share({"levels": jnp.asarray(way.sigmas[chosen])})
-        program = self.steering_program(way.kind)
-        return program(shared | {"unet": self.model.unet.params}, {**batched, "stages": stages})
+        shared = self._shared(way, {"levels": jnp.asarray(way.sigmas[chosen])})
+        return self.steering_program(way.kind)(shared, {**batched, "stages": stages})
+
+    def _shared(self, way: Way, small: dict[str, jax.Array]) -> dict[str, Any]:
+        """What all devices have: the networks, and beside them a few numbers."""
+        found = {"unet": self.model.unet.params}
+        if self.controls:
+            small = small | {"control_scales": jnp.float32([net.scale for net in self.controls])}
+            found["controls"] = self._control_params
+        if way.control_within is not None:
+            small = small | {"control_within": jnp.float32(way.control_within)}
+        return self.devices.share(small) | found
+
+    @property
+    def _control_params(self) -> tuple[Any, ...]:
+        return tuple(net.part.params for net in self.controls)
 
     def decode(self, latents: jax.Array, given: Mapping[str, Any] = NOTHING) -> tuple[Any, Any]:
         """Pictures (uint8), pasted into the given ones where a mask says so, and which of them are finite."""
@@ -221,11 +210,25 @@ class Programs:
             vae = module(self.model.vae, self.devices.whole(self.computed(params)))
             return edits.looked_at(vae, given, self.made_for)
 
+    def _looked_at_by_controls(self, params: Any, pictures: Any) -> Any:
+        nets = self._control_modules(map(self.computed, params))
+        return tuple(net.look(each / jnp.float32(255)) for net, each in zip(nets, pictures, strict=True))
+
+    def _control_modules(self, params: Iterable[Any], after: Any = None) -> list[Any]:
+        return [
+            module(net.part, self.devices.whole(own, after=after))
+            for net, own in zip(self.controls, params, strict=True)
+        ]
+
     def computed(self, params: Any) -> Any:
         """Params as the arithmetic takes them. CPUs have no fast convolution but in float32."""
         if self.devices.platform != "cpu":
             return params
         return jax.tree.map(at_least_float32, quantized.wide(params))
+
+    def _computed(self, shared: Any) -> Any:
+        nets = tuple(map(self.computed, shared.get("controls", ())))
+        return shared | {"unet": self.computed(shared["unet"]), "controls": nets}
 
     def _kernels(self) -> contextlib.AbstractContextManager:
         return kernels(self.devices.platform, self.devices.over_batch)
@@ -235,7 +238,7 @@ class Programs:
 
     def _sampler(self, kind: Kind, shared: Any, batched: Any) -> InitStep:
         """The sampler with the model bound to it; its state is a `caching.State`."""
-        shared = shared | {"unet": self.computed(shared["unet"])}  # once, not at every step
+        shared = self._computed(shared)  # once, not at every step
         denoise = self._denoise(kind, kind.guided, shared, batched)
         if kind.in_part:
             plain = self._denoise(kind, False, shared, batched)
@@ -259,24 +262,54 @@ class Programs:
 
         def denoise(x, sigma, i, kept):
             recall = caching.Recall(kept[:, rows], shared["fresh"][i]) if kind.cached else None
-            D = self._steered(kind, guided, shared, batched, recall)(x, sigma)
+            D = self._steered(kind, guided, shared, batched, recall, x, sigma)
             return D, kept if recall is None else kept.at[:, rows].set(recall.kept)
 
         return denoise
 
     def _steered(
-        self, kind: Kind, guided: bool, shared: Any, batched: Any, recall: caching.Recall | None
-    ) -> Denoise:
+        self,
+        kind: Kind,
+        guided: bool,
+        shared: Any,
+        batched: Any,
+        recall: caching.Recall | None,
+        x: Latents,
+        sigma: Sigma,
+    ) -> Latents:
+        """What the model makes of x."""
         config = for_sampler(self.model.scheduler, kind.sampler)
         words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
-        unet = self.bound(shared["unet"], w - 1 if self.distilled else None, recall, kind.merge)
+        control = functools.partial(self._control, shared, batched, sigma) if self.controls else None
+        unet = self.bound(shared["unet"], w - 1 if self.distilled else None, recall, kind.merge, control)
         if guided and self.made_for == edits.FOLLOWS:
             w_picture = batched["image_guidance_scale"]
             apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture)
         else:
             apply = guidance.guided(edits.seeing(unet, batched), *words, w, run_uncond=guided)
         denoise = denoiser(apply, config.prediction_type, schedules.schedule_for(config))
-        return edits.keeping(denoise, batched)
+        return edits.keeping(denoise, batched)(x, sigma)
+
+    def _control(
+        self, shared: Any, batched: Any, sigma: Sigma, x: Latents, t: Any, told: conditions.Told, added: Any
+    ) -> Control:
+        """What the ControlNets say; the last arguments as the U-Net takes them."""
+        nets, latent = self._control_modules(shared["controls"], x), self.model.vae.config.latent_channels
+        reads = told.control or [told.context.words] * len(nets)
+
+        def compute() -> Control:
+            each = zip(nets, reads, batched["seen"], shared["control_scales"], strict=True)
+            said = [
+                # those of a picture stand side by side, as in edits.seeing
+                net(x[..., :latent], t, read, jnp.repeat(seen, len(x) // len(seen), axis=0), scale, added)
+                for net, read, seen, scale in each
+            ]
+            return together(said)
+
+        if "control_within" not in shared:
+            return controls.apart(compute)
+        low, high = shared["control_within"]
+        return controls.in_part(compute, (low < jnp.max(sigma)) & (jnp.max(sigma) <= high))
 
     def bound(
         self,
@@ -284,6 +317,7 @@ class Programs:
         guidance_scale: Any = None,
         recall: caching.Recall | None = None,
         merge: float = 0.0,
+        control: Callable[..., Control] | None = None,
     ) -> guidance.ContextApply:
         """The U-Net with (traced) params: (x, t, told) -> F. To be called inside of a program."""
 
@@ -293,8 +327,10 @@ class Programs:
 
             def call(recall):
                 unet = module(self.model.unet, self.devices.whole(params, after=x))  # at each step anew
+                words = told.read or told.context.words
                 with self._kernels(), merging(merge, size):
-                    return unet(x, t, told.read or told.context.words, guidance_scale, added, recall)
+                    more = control(x, t, told, added) if control else None
+                    return unet(x, t, words, guidance_scale, added, recall, more)
 
             if recall is None or self.devices.rules is None:
                 return call(recall)
@@ -310,10 +346,13 @@ class Programs:
                 x = edits.started(x, batched, *scales)
             init, _ = self._sampler(kind, shared, batched)
             unet = module(self.model.unet, self.devices.whole(self.computed(shared["unet"])))
+            nets = self._control_modules(map(self.computed, shared.get("controls", ())))
             told = {side: batched[side] for side in (("cond", "uncond") if kind.guided else ("cond",))}
-            return init(x), {
-                side: each._replace(read=unet.read(each.context.words)) for side, each in told.items()
-            }
+            for side, each in told.items():
+                words = each.context.words
+                read = tuple(net.read(words) for net in nets)
+                told[side] = each._replace(read=unet.read(words), control=read)
+            return init(x), told
 
         return self.devices.map(begin)
 
@@ -328,13 +367,12 @@ class Programs:
 
     def _build_steering(self, kind: Kind) -> Callable:
         def steering(shared, batched):
-            shared = shared | {"unet": self.computed(shared["unet"])}
-            denoise = self._steered(kind, False, shared, batched, None)
+            shared = self._computed(shared)
 
             def seen(total, stage):
                 x, sigma = stage
                 with watching() as watch:
-                    denoise(x, sigma)
+                    self._steered(kind, False, shared, batched, None, x, sigma)
                 return total + watch.mean(*x.shape[1:3]), None
 
             stages = batched["stages"].swapaxes(0, 1)

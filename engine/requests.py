@@ -32,6 +32,8 @@ class Settings:
     guidance_end: float | None = None  # share of the steps behind which there is none; None: 1
     cache_interval: int | None = None  # steps from one that computes all of the U-Net to the next; None: 1
     merge_tokens: float | None = None  # share of the finest tokens that attend together with others; None: 0
+    control_start: float | None = None  # share of the steps before which ControlNets add nothing; None: 0
+    control_end: float | None = None  # share of the steps behind which they add nothing; None: 1
 
     @property
     def intervals(self) -> int:
@@ -41,8 +43,16 @@ class Settings:
     @property
     def guided_steps(self) -> range:
         """Those with guidance, where there is any."""
-        start, end = self.guidance_start or 0.0, 1.0 if self.guidance_end is None else self.guidance_end
-        return range(round(start * self.steps), round(end * self.steps))
+        return self._between(self.guidance_start, self.guidance_end)
+
+    @property
+    def controlled_steps(self) -> range:
+        """Those in which ControlNets add something, where there are any."""
+        return self._between(self.control_start, self.control_end)
+
+    def _between(self, start: float | None, end: float | None) -> range:
+        end = 1.0 if end is None else end
+        return range(round((start or 0.0) * self.steps), round(end * self.steps))
 
 
 class Given(NamedTuple):

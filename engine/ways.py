@@ -8,9 +8,10 @@ from engine.diffusion import samplers, schedules
 from engine.diffusion.samplers import Sampler
 from engine.diffusion.scheduler_config import SchedulerConfig, for_sampler
 from engine.models import merging
-from engine.programs import Programs, Way, watched
+from engine.programs import Programs
 from engine.requests import Settings
 from engine.types import UserError
+from engine.way import Way, watched
 from engine.weights.folder import Model
 
 REFINER_START = 0.8  # of the way; as in its original
@@ -42,6 +43,7 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
         anew=settings.strength == 1,
         within=_within(settings, whole, programs.distilled),
         merge=_merge(settings),
+        control_within=_control_within(settings, whole, bool(programs.controls)),
     )
     if refiner is None:
         return [way._replace(fresh=_fresh(settings, sampler, way))]
@@ -93,17 +95,33 @@ def _within(settings: Settings, sigmas: np.ndarray, distilled: bool) -> tuple[fl
     """The noise levels with guidance; None: all."""
     start, end = settings.guidance_start, settings.guidance_end
     for name, share in (("guidance_start", start), ("guidance_end", end)):
-        if share is not None and not 0 <= share <= 1:
-            raise UserError(f"{name}={share}: write a share of the steps, from 0 to 1")
         if share is not None and distilled:
             raise UserError(f"{name}={share}: this model learned guidance, and takes it in all steps")
-    guided = settings.guided_steps
-    if not guided:
+    return _levels(settings, "guidance", settings.guided_steps, sigmas, "guidance_scale=1")
+
+
+def _control_within(settings: Settings, sigmas: np.ndarray, controlled: bool) -> tuple[float, float] | None:
+    """The noise levels at which ControlNets add something; None: all."""
+    start, end = settings.control_start, settings.control_end
+    if not controlled and (start, end) != (None, None):
+        raise UserError("control_start, control_end without a ControlNet: write --controlnet FOLDER, too")
+    return _levels(settings, "control", settings.controlled_steps, sigmas, "no --controlnet")
+
+
+def _levels(
+    settings: Settings, kind: str, steps: range, sigmas: np.ndarray, instead: str
+) -> tuple[float, float] | None:
+    """The noise levels of the steps between the shares kind_start and kind_end; None: all."""
+    start, end = (getattr(settings, f"{kind}_{name}") for name in ("start", "end"))
+    for name, share in (("start", start), ("end", end)):
+        if share is not None and not 0 <= share <= 1:
+            raise UserError(f"{kind}_{name}={share}: write a share of the steps, from 0 to 1")
+    if not steps:
         raise UserError(
-            f"guidance_start={start or 0.0} and guidance_end={1.0 if end is None else end} leave none of "
-            f"{settings.steps} steps between them: write shares further apart, or guidance_scale=1"
+            f"{kind}_start={start or 0.0} and {kind}_end={1.0 if end is None else end} leave none of "
+            f"{settings.steps} steps between them: write shares further apart, or {instead}"
         )
-    return None if guided == range(settings.steps) else schedules.levels(sigmas, guided)
+    return None if steps == range(settings.steps) else schedules.levels(sigmas, steps)
 
 
 def _merge(settings: Settings) -> float:

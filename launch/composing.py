@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import engine
-from engine import finish, pipeline
+from engine import finish, loading, pipeline
 from engine.config import GenerateConfig
 from engine.evaluate import composing, neighbours, reader
 from engine.evaluate.sheet import sheet
@@ -33,7 +33,7 @@ def run(options: Mapping[str, Any]) -> int:
     named = options["probe"]
     probe = reader.load(reader.SHIPPED if named == SHIPPED else pathlib.Path(os.path.expanduser(named)))
     out = finish.prepare_folder(os.path.expanduser(options["out"]))
-    pipe = pipeline.load(None if options["model"] == SHIPPED else options["model"])
+    pipe = loading.load(None if options["model"] == SHIPPED else options["model"])
     how = {name: options[name] for name in ("sampler", "steps", "guidance_scale", "batch_size")}
     pipe.settings(**how)  # a wrong one is said before anything is drawn
     height, width = pipe.model.default_size

@@ -78,8 +78,8 @@ def main(argv: Sequence[str]) -> int:
     workdir = given["workdir"]
     # JAX comes with these: --help should be quick.
     from engine.jobs.processes import find_processes
+    from engine.loading import use_compilation_cache
     from engine.parallel import meet
-    from engine.pipeline import use_compilation_cache
     from engine.train import dry_run, finetune, stages
     from launch.drawing import advice_where_memory_runs_out
 

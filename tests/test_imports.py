@@ -24,10 +24,11 @@ LAYERS = [
         "engine.world",
     ],
     ["engine.weights"],
-    ["engine.conditions", "engine.edits"],
+    ["engine.conditions", "engine.edits", "engine.controls", "engine.way"],
     ["engine.programs"],
     ["engine.ways"],
     ["engine.pipeline"],
+    ["engine.loading"],
     ["engine"],  # engine/__init__.py, the public API
     ["engine.jobs", "engine.train", "engine.evaluate"],
     ["engine.benchmark"],

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from engine import chips, pipeline
+from engine import chips, loading
 from engine.benchmark import compiled, energy, outline, timing
 from engine.benchmark.peer import Peer, psnr
 from engine.benchmark.report import Row
@@ -57,7 +57,7 @@ def rows(
 ) -> Iterator[Row]:
     """One for each case, ours and, in the same rounds, the peers'."""
     jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is part of what is asked
-    pipe = pipeline.load(folder, dtype=asked.dtype, parallel=asked.parallel)
+    pipe = loading.load(folder, dtype=asked.dtype, parallel=asked.parallel)
     others = [Peer(pipe.folder, asked.dtype, compiled=name.endswith("compiled")) for name in peers]
     for case in cases:
         work = work_for(pipe, asked, case)

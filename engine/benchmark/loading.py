@@ -13,8 +13,8 @@ import numpy as np
 
 from engine.benchmark import timing
 from engine.benchmark.report import Row
+from engine.loading import SHIPPED
 from engine.parallel import Devices
-from engine.pipeline import SHIPPED
 from engine.weights.component import KNOWN, READERS, find_weights, read_headers
 from engine.weights.folder import load_folder
 from engine.weights.index import read_index

@@ -12,13 +12,14 @@ from engine.conditions import Told
 from engine.config import StageConfig, nearest
 from engine.config.training import REMATS, ObjectiveConfig
 from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.loading import DTYPES, SHIPPED, SHIPPED_NAME
 from engine.parallel import Devices
-from engine.pipeline import DTYPES, SHIPPED, SHIPPED_NAME
-from engine.programs import Kind, Programs
+from engine.programs import Programs
 from engine.requests import Context
 from engine.train import loop, objectives, optim
 from engine.train.dry_run import placed
 from engine.types import UserError
+from engine.way import Kind
 from engine.weights import quantized
 from engine.weights.component import Component, abstract
 from engine.weights.folder import TOKENIZERS, Model, load_folder
@@ -138,7 +139,8 @@ def training(
     params = jax.tree.map(lambda leaf: shape(*leaf.shape), model.unet.params)
     optimizer = optim.optimizer(config.optim, config.steps)
     devices, init, step = loop.program("benchmark", loss, params, optimizer, config, devices.devices)
-    (words, pooled, _), numbers, _ = told(model, config.batch_size, jnp.float16)
+    beside = told(model, config.batch_size, jnp.float16)
+    (words, pooled, _), numbers = beside.context, beside.numbers
     contexts = {"context": words} if pooled is None else {"context": words, "pooled": pooled}
     latents = shape(config.batch_size, *latent_shape(model, side), dtype=jnp.float16)
     batch_shapes = {"mean": latents, **contexts} | ({} if numbers is None else {"sizes": numbers})

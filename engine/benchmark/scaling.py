@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engine import pipeline
+from engine import loading
 from engine.benchmark import timing
 from engine.benchmark.drawing import Asked, Case, Work, draw, work_for
 from engine.benchmark.report import Row
@@ -38,7 +38,7 @@ def rows(folder: pathlib.Path | None, asked: Asked, case: Case, counts: Sequence
         raise UserError(f"devices={max(counts)}: there are {len(found)} here")
     calls, images = {}, {}
     for count in sorted(counts):
-        pipe = pipeline.load(folder, dtype=asked.dtype, parallel=Devices(asked.parallel, found[:count]))
+        pipe = loading.load(folder, dtype=asked.dtype, parallel=Devices(asked.parallel, found[:count]))
         work = work_for(pipe, asked, case)
         calls[str(count)] = lambda pipe=pipe, work=work: draw(pipe, work)
         images[str(count)] = len(work.prompts)

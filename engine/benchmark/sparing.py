@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import pipeline
+from engine import loading
 from engine.benchmark import timing
 from engine.benchmark.drawing import Asked, Case
 from engine.benchmark.peer import psnr
@@ -51,13 +51,13 @@ def ways(asked: Asked, steps: int) -> dict[str, dict[str, Any]]:
 
 def rows(folder: pathlib.Path | None, asked: Asked, cases: Sequence[Case]) -> Iterator[Row]:
     """Of each case one for each way, in the same rounds and from the same noise; 8 bits if there is qwix."""
-    pipe = pipeline.load(folder, dtype=asked.dtype, parallel=asked.parallel)
+    pipe = loading.load(folder, dtype=asked.dtype, parallel=asked.parallel)
     others = {
-        name: pipeline.load(folder, dtype=asked.dtype, parallel=asked.parallel, quantize=name)
+        name: loading.load(folder, dtype=asked.dtype, parallel=asked.parallel, quantize=name)
         for name in (quantized.TYPES if importlib.util.find_spec("qwix") else ())
     }
     if asked.dtype != "bfloat16":
-        others["bfloat16"] = pipeline.load(folder, dtype="bfloat16", parallel=asked.parallel)
+        others["bfloat16"] = loading.load(folder, dtype="bfloat16", parallel=asked.parallel)
     for case in cases:
         options = ways(asked, case.steps)
         calls = {name: (pipe, own) for name, own in options.items()}

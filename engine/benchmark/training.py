@@ -13,8 +13,8 @@ from engine.benchmark import compiled, outline, timing
 from engine.benchmark.drawing import peak_memory, utilisation
 from engine.benchmark.peer import PeerTraining
 from engine.benchmark.report import Row
+from engine.loading import SHIPPED
 from engine.parallel import Devices
-from engine.pipeline import SHIPPED
 from engine.weights.folder import Model, load_trainable
 
 STEPS = 3  # a round

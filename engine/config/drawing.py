@@ -16,7 +16,10 @@ MAX_CLIP_SKIP = 99
 MAX_CACHE_INTERVAL = 1000
 
 # Options of `Pipeline.settings` that say what is special on the way from noise to picture; None: nothing.
-OF_THE_WAY = ("refiner_start", "grid", "guidance_start", "guidance_end", "cache_interval", "merge_tokens")
+OF_THE_WAY = (
+    *("refiner_start", "grid", "guidance_start", "guidance_end", "cache_interval", "merge_tokens"),
+    *("control_start", "control_end"),
+)
 
 
 @dataclasses.dataclass
@@ -44,6 +47,10 @@ class GenerateConfig:
     guidance_end: float | None = None  # share of the steps behind which there is none; None: 1
     cache_interval: int | None = None  # steps from one that computes all of the U-Net to the next; None: 1
     merge_tokens: float | None = None  # share of the finest tokens that attend together with others; None: 0
+    controlnet: str = ""  # FOLDER or FOLDER=SCALE, several with commas between them: see `controlnets`
+    control_image: str = ""  # what it sees; with several ControlNets one for each, with commas between them
+    control_start: float | None = None  # share of the steps before which it adds nothing; None: 0
+    control_end: float | None = None  # share of the steps behind which it adds nothing; None: 1
     image: str = ""  # a picture to change
     mask: str = ""  # a picture, as large: what is white is drawn anew, what is black stays
     strength: float | None = None  # how much of the picture is forgotten; None: 0.8, and 1 with a mask

@@ -80,7 +80,7 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     batch_size = config.batch_size or pipe.batch_size_for(len(prompts), settings.height, settings.width)
     settings = dataclasses.replace(settings, batch_size=batch_size, strength=strength)
     edits.check_strength(settings)
-    edits.checked([beside], pipe.made_for, settings)
+    pipe.check_given([beside], settings)
     if config.words:
         check_heat(settings, pipe.programs, pipe.refiner)
     known = dataclasses.asdict(settings) | {"dtype": pipe.dtype, "parallel": pipe.devices.mode}

@@ -246,7 +246,7 @@ def _program(config: JobConfig, pipe: Pipeline, *options: Any) -> Program | str:
     try:
         settings = pipe.settings(*how, strength=strength, **config.of_the_way())
         shape = settings.height, settings.width
-        edits.checked([given.stand_in(*shape, masked)], pipe.made_for, settings)
+        pipe.check_given([given.stand_in(*shape, masked)], settings)
     except UserError as error:
         return str(error)
     batch_size = config.batch_size or pipe.batch_size_for(config.shard_size, *shape)

@@ -47,6 +47,16 @@ def watching() -> Iterator[Watch]:
         _watch.reset(token)
 
 
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Nobody watches what is called inside."""
+    token = _watch.set(None)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
 def at(height: int, width: int) -> None:
     """Says of what size the feature map is that attends next."""
     if (watch := _watch.get()) is not None:

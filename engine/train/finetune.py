@@ -14,8 +14,8 @@ import numpy as np
 
 from engine import finish
 from engine.config import FinetuneConfig
+from engine.loading import SHIPPED, SHIPPED_NAME
 from engine.parallel import exchanged
-from engine.pipeline import SHIPPED, SHIPPED_NAME
 from engine.train import adapters, inversion, latents, loop, objectives, optim
 from engine.train.checkpoint import make_for_all
 from engine.train.data import Batch, BatchAt

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from engine.pipeline import SHIPPED
+from engine.loading import SHIPPED
 from tests.cluster import gcloud
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 import engine
-from engine import pipeline
+from engine import loading
 from launch import generate
 from tests.backgrounds import few
 from tests.tiny import tiny_folder
@@ -48,10 +48,10 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def load_once():
     """engine.load with a memory: what it has compiled serves all tests of a file."""
-    cached = functools.cache(pipeline.load)
+    cached = functools.cache(loading.load)
 
     def load(*args):
-        bound = inspect.signature(pipeline.load).bind(*args)
+        bound = inspect.signature(loading.load).bind(*args)
         bound.apply_defaults()
         return cached(*bound.args)
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import engine
-from engine import finish, pipeline
+from engine import finish, loading, pipeline
 from engine.weights.folder import save_folder
 from launch import cli
 from tests.tiny import tiny_model
@@ -253,7 +253,7 @@ def test_where_no_cache_can_be_kept_nothing_is(monkeypatch, tmp_path):
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     jax.config.update("jax_compilation_cache_dir", None)
-    pipeline.use_compilation_cache()
+    loading.use_compilation_cache()
     kept = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", before)
     assert kept is None

@@ -18,8 +18,9 @@ from engine.config import FORMATS, GenerateConfig, JobConfig
 from engine.diffusion.samplers import SAMPLERS
 from engine.diffusion.scheduler_config import GRIDS
 from engine.jobs import digests, pictures
+from engine.loading import DTYPES
 from engine.parallel import MODES
-from engine.pipeline import DTYPES, Pipeline
+from engine.pipeline import Pipeline
 from launch import cli, drawing, generate
 from launch.progress import Progress
 

@@ -9,7 +9,7 @@ import pytest
 
 import engine
 from engine import world
-from engine.pipeline import SHIPPED, SHIPPED_NAME
+from engine.loading import SHIPPED, SHIPPED_NAME
 from engine.text.prompts import unread
 from tests import compiling
 from tests.parity.pictures import NEGATIVES, PROMPTS, draw_in_pytorch, psnr

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.pipeline import use_compilation_cache
+from engine.loading import use_compilation_cache
 from engine.train import loop
 from tests.backgrounds import few
 from tests.tiny import compiled_quickly

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from configs import scenes
 from engine.config import TrainConfig
-from engine.pipeline import SHIPPED
+from engine.loading import SHIPPED
 from engine.train import plot, progress, stages
 from engine.weights.folder import load_folder, save_folder
 

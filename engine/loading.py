@@ -1,0 +1,103 @@
+"""From folders to a pipeline on the devices."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import platformdirs
+
+from engine import edits
+from engine.config import GenerateConfig, nearest
+from engine.controls import ControlNet
+from engine.models.tiles import check_tile
+from engine.parallel import Devices
+from engine.pipeline import Pipeline
+from engine.types import UserError
+from engine.weights import quantized
+from engine.weights.controlnet import load_controlnet
+from engine.weights.decoder import with_decoder
+from engine.weights.folder import load_folder
+from engine.weights.refiner import load_refiner
+
+SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-128"
+SHIPPED_NAME = GenerateConfig.model  # what pictures say of the model in the package
+DTYPES = ("float32", "bfloat16")
+
+
+def load(
+    model: str | os.PathLike | None = None,
+    dtype: str = "float32",
+    parallel: str | Devices = "shard_map",
+    lora: Sequence[tuple[str | os.PathLike, float]] = (),
+    embeddings: Sequence[str | os.PathLike] = (),
+    decoder: str | os.PathLike | None = None,
+    tile: int = 0,
+    refiner: str | os.PathLike | None = None,
+    quantize: str = "",
+    clip_skip: int = 0,
+    controlnet: Sequence[tuple[str | os.PathLike, float]] = (),
+) -> Pipeline:
+    """Loads a model onto the devices.
+
+    Args:
+      model: a folder in the diffusers layout; None for the model in the package.
+      dtype: float32 or bfloat16, of params and activations. The sampler is float32 in any case, and on CPUs,
+        which have no fast convolution in bfloat16, all arithmetic.
+      parallel: "shard_map", "jit" or "pmap" over all local devices, or `Devices` of your own.
+      lora: files in the format of diffusers or of kohya's scripts, each with its scale: 1 is as trained. They
+        become part of the weights, so that pictures take no longer.
+      embeddings: files of textual inversion, in the format of diffusers or of AUTOMATIC1111; prompts may then
+        use their words.
+      decoder: the folder of an autoencoder, or of a model, whose autoencoder stands in for the model's own.
+      refiner: the folder of a model for the same latents that goes the last part of the way to a picture.
+      quantize: "int8" or "fp8": the U-Nets' kernels in 8 bits (engine.weights.quantized). "": as `dtype`.
+      tile: in pixels; larger pictures are decoded in tiles of this side, for less memory. 0: whole.
+      clip_skip: layers of the text encoders that are left out at their end, for models that were trained so;
+        of negative prompts, too. The refiner reads as it always does.
+      controlnet: folders of ControlNets of the model, each with a scale of what it adds: 1 is as trained. The
+        refiner has none.
+
+    Raises:
+      UserError: the folder or an argument is wrong; the message says what to write instead.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}; write {' or '.join(DTYPES)}")
+    devices = Devices(parallel) if isinstance(parallel, str) else parallel
+    use_compilation_cache()
+    folder, place = SHIPPED if model is None else pathlib.Path(model).expanduser(), devices.place
+    if quantize:
+        if devices.rules is not None:
+            raise UserError(f"quantize={quantize!r} where devices split the model: leave it whole")
+        place = quantized.placing(place, quantize)
+    loaded = load_folder(folder, jnp.dtype(dtype), None, place, lora, embeddings, clip_skip)
+    edits.made_for(loaded, str(folder))
+    second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None
+    nets = [
+        ControlNet(load_controlnet(loaded, path, jnp.dtype(dtype), devices.place), float(scale))
+        for path, scale in controlnet
+    ]
+    if decoder:
+        loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
+        second = dataclasses.replace(second, vae=loaded.vae) if second else None
+    check_tile(tile, loaded.vae.config.scale)
+    name = SHIPPED_NAME if model is None else str(model)
+    return Pipeline(loaded, devices, name, dtype, folder, tile, second, nets)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was already told where.
+
+    Where that folder cannot be written, as in many containers, nothing is kept.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = platformdirs.user_cache_dir("fogsculpt")
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+    if os.access(folder, os.W_OK | os.X_OK):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,0 +1,51 @@
+"""The part of the way from noise to latents that a model goes, and what of it is compiled in."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.diffusion import samplers
+
+WATCHED = 8  # noise levels, at most, at which it is seen which word steers what
+
+
+class Way(NamedTuple):
+    """The part of the way from noise to latents that a model goes."""
+
+    sampler: str
+    sigmas: np.ndarray  # from where it begins to the end of the grid
+    steps: int  # of the sampler, that it takes
+    guided: bool
+    from_noise: bool = True  # not from where another model stopped
+    initial_scale: float = 1.0  # of the noise
+    anew: bool = True  # nothing of a given picture is left at its beginning
+    within: tuple[float, float] | None = None  # (low, high): noise levels with guidance; None: all
+    merge: float = 0.0  # share of the tokens that attend together with others
+    fresh: np.ndarray | None = None  # steps that compute the deep part of the U-Net; None: all
+    control_within: tuple[float, float] | None = None  # noise levels at which ControlNets act; None: all
+
+    @property
+    def kind(self) -> "Kind":
+        """What its programs are compiled for."""
+        in_part = self.guided and self.within is not None
+        cached, control_in_part = self.fresh is not None, self.control_within is not None
+        return Kind(self.sampler, self.guided, in_part, cached, self.merge, control_in_part)
+
+
+class Kind(NamedTuple):
+    """What a sampler is compiled for, beside sizes; all else is an argument."""
+
+    sampler: str
+    guided: bool
+    in_part: bool = False  # guided at some noise levels only
+    cached: bool = False  # deep features are kept over some steps
+    merge: float = 0.0
+    control_in_part: bool = False  # ControlNets act at some noise levels only
+
+
+def watched(way: Way) -> list[int]:
+    """The intervals, evenly spread, at whose beginning it is seen which word steers what: not the first."""
+    before = samplers.find(way.sampler).steps_before
+    reached = [i for i in range(1, len(way.sigmas) - 1) if before(i) <= way.steps]
+    places = np.linspace(0, len(reached) - 1, min(WATCHED, len(reached))).round().astype(int)
+    return [reached[i] for i in places]

@@ -1,0 +1,74 @@
+"""A ControlNet that is to go with a model: a folder of its own."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from engine.models.controlnet import ControlNetConfig
+from engine.models.unet_config import EncoderConfig
+from engine.types import UserError
+from engine.weights import index
+from engine.weights.component import Component, Place, load_component, read_config
+from engine.weights.folder import Model
+
+
+def load_controlnet(
+    model: Model, path: str | Path, dtype: DTypeLike = jnp.float32, place: Place | None = None
+) -> Component:
+    """Reads a ControlNet of a model; `dtype` and `place` as in `load_component`.
+
+    Args:
+      path: a folder with config.json and safetensors.
+
+    Raises:
+      UserError: there is none, it is broken, or it was made for another model.
+    """
+    folder = find(path)
+    _check_fits(read_config(folder / "config.json", "controlnet"), model, folder)
+    return load_component(folder, "controlnet", dtype, place=place)
+
+
+def find(path: str | Path) -> Path:
+    """The folder; UserError where there is none."""
+    folder = Path(os.path.expanduser(path))
+    if not (folder / "config.json").is_file():
+        if (folder / index.FILE).is_file():
+            raise UserError(f"{path} is a model, no ControlNet: write the folder of one")
+        what = f"{path} has no config.json" if folder.is_dir() else f"no ControlNet {path}"
+        raise UserError(f"{what}: a ControlNet is a folder with config.json and safetensors")
+    return folder
+
+
+# What must be that of the model, in words where its name in config.json does not say it.
+SAME = {
+    "in_channels": "in_channels",
+    "scale": "pixels a side to a latent",
+    "skip_channels": "channels of its skips",
+    "layers_per_block": "layers_per_block",
+    "cross_attention_dim": "cross_attention_dim",
+    "addition_embed_type": "addition_embed_type",
+    "projection_class_embeddings_input_dim": "projection_class_embeddings_input_dim",
+}
+
+
+def _check_fits(config: ControlNetConfig, model: Model, where: Path) -> None:
+    """UserError where what it adds does not fit to the U-Net, or what it sees not to the model."""
+    unet, vae = model.unet.config, model.vae.config
+    if index.channels(unet, vae) == index.FOLLOWS:
+        raise UserError("this model changes pictures as it is told, and takes no ControlNet: leave it out")
+    ours: dict[str, Any] = {"in_channels": vae.latent_channels, "scale": vae.scale}
+    for name, told in SAME.items():
+        theirs, wanted = _value(config, name), ours[name] if name in ours else _value(unet, name)
+        if theirs != wanted:
+            raise UserError(
+                f"the ControlNet {where} was made for another model: {told} {theirs}, and here {wanted}; "
+                "write one that was made for this model"
+            )
+
+
+def _value(config: EncoderConfig, name: str) -> Any:
+    per_block = name in ("layers_per_block", "cross_attention_dim")
+    return config.per_block(name) if per_block else getattr(config, name)
