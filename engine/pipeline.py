@@ -300,8 +300,8 @@ class Pipeline:
         requests = [*requests, *[requests[-1]] * (size - len(requests))]
         keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
         beside = [r.given for r in requests]
-        given = self.devices.shard_batch(edits.pixels(beside) | {"control": controls.pixels(beside)})
-        batched = self.programs.batched(requests, contexts, settings, keys, given)
+        given, shown = self.devices.shard_batch((edits.pixels(beside), controls.pixels(beside)))
+        batched = self.programs.batched(requests, contexts, settings, keys, given, shown)
         if latents is None:
             start = self.programs.noise(batched, self._latent_shape(settings))
         else:

@@ -95,8 +95,14 @@ class Programs:
         settings: Settings,
         keys: noise.Keys,
         given: Mapping[str, Any],
+        shown: Sequence[Any] = (),
     ) -> dict[str, Any]:
-        """What differs from picture to picture, spread over the devices."""
+        """What differs from picture to picture, spread over the devices.
+
+        Args:
+          given: pictures to change, by `edits.pixels`.
+          shown: pictures for the ControlNets to see, by `controls.pixels`.
+        """
         cond, uncond = conditions.told(self.model, requests, contexts, settings)
         arrays = {
             "cond": cond,
@@ -106,11 +112,10 @@ class Programs:
             "keys": keys,
         }
         found = self.devices.shard_batch(arrays)
-        if "image" in given:
-            edited = {name: given[name] for name in ("image", "mask") if name in given}
-            found |= self.look_program(self.model.vae.params, edited)
+        if given:
+            found |= self.look_program(self.model.vae.params, given)
         if self.controls:
-            found["seen"] = self.control_program(self._control_params, given["control"])
+            found["seen"] = self.control_program(self._control_params, shown)
         return found
 
     def noise(self, batched: Mapping[str, Any], shape: tuple[int, ...]) -> jax.Array:

@@ -5,6 +5,7 @@ that no zero hides a mistake. It draws noise, but not the same noise for other w
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import zlib
@@ -17,8 +18,9 @@ import numpy as np
 from flax import traverse_util
 
 from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.models.controlnet import ControlNetConfig
 from engine.text.tokenizer import Tokenizer, train_tokenizer
-from engine.weights.component import KNOWN, Component, abstract
+from engine.weights.component import KNOWN, Component, abstract, save_component
 from engine.weights.folder import TOKENIZERS, Model, save_folder
 from engine.weights.index import PARTS
 
@@ -146,6 +148,16 @@ def tiny_model(seed: int = 0, **overrides: Mapping[str, Any]) -> Model:
 def tiny_folder(path: str | os.PathLike, seed: int = 0, **overrides: Mapping[str, Any]) -> pathlib.Path:
     """Writes `tiny_model(seed, **overrides)` as a diffusers folder, float32, and returns its path."""
     save_folder(pathlib.Path(path), tiny_model(seed, **overrides))
+    return pathlib.Path(path)
+
+
+def tiny_controlnet(path: str | os.PathLike, seed: int = 0, **unet: Any) -> pathlib.Path:
+    """Writes a ControlNet for the model whose U-Net has these overrides; returns the path of its folder."""
+    known = {field.name for field in dataclasses.fields(ControlNetConfig)}
+    options = {name: value for name, value in {**UNET, **unet}.items() if name in known}
+    options["mid_block_type"] = options.get("mid_block_type", "UNetMidBlock2DCrossAttn") or "UNetMidBlock2D"
+    options |= {"in_channels": 4, "conditioning_embedding_out_channels": (4, 8)}
+    save_component(pathlib.Path(path), _component("controlnet", options, seed))
     return pathlib.Path(path)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import pathlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,7 +17,7 @@ import engine
 from configs import scenes
 from engine.requests import Given
 from tests.parity.common import nchw
-from tests.tiny import tiny_folder
+from tests.tiny import tiny_controlnet, tiny_folder
 
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {"steps_offset": 1, "set_alpha_to_one": False}
@@ -69,6 +69,9 @@ class How(NamedTuple):
     cache_interval: int | None = None
     merge_tokens: float | None = None
     clip_skip: int = 0
+    controls: tuple[float, ...] = ()  # ControlNets, each with its scale
+    control_start: float | None = None
+    control_end: float | None = None
     # (folder) -> what `engine.load` is given beside it, and what does the same to a pipeline of diffusers
     beside: Callable[[pathlib.Path], tuple[dict, Callable]] | None = None
 
@@ -86,6 +89,11 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
     if how.refiner:
         refiner = tiny_folder(at / "refiner", seed=1, **how.refiner, scheduler=SCHEDULERS[scheduler])
         options["refiner"] = refiner
+    nets = [
+        (tiny_controlnet(at / f"controlnet-{i}", seed=i, **model.get("unet", {})), scale)
+        for i, scale in enumerate(how.controls)
+    ]
+    options["controlnet"] = nets
     ours = engine.load(folder, tile=how.tile, clip_skip=how.clip_skip, **options)
     here = ours.generate(
         PROMPTS,
@@ -95,14 +103,16 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         height=how.size[0],
         width=how.size[1],
         latents=start_noise(how),
-        given=[Given(*each) for each in zip(*_given(how), strict=True)] if how.image else None,
+        given=[Given(*each) for each in zip(*_given(how), _controls(how), strict=True)],
         strength=how.strength,
         refiner_start=how.start if how.refiner else None,
         guidance_end=how.guidance_end,
         cache_interval=how.cache_interval,
         merge_tokens=how.merge_tokens,
+        control_start=how.control_start,
+        control_end=how.control_end,
     )
-    theirs = pipeline(folder, model, how)
+    theirs = pipeline(folder, model, how, [folder for folder, _ in nets])
     apply(theirs)
     if how.tile:
         theirs.vae.enable_tiling()
@@ -129,8 +139,16 @@ def start_noise(how: How) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((2, height // 2, width // 2, 4), np.float32)
 
 
-def _given(how: How) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+def _controls(how: How) -> list[tuple[np.ndarray, ...]]:
+    """Of each of the two pictures, what each ControlNet sees."""
+    shape = (2, len(how.controls), *how.size, 3)
+    return [tuple(each) for each in np.random.default_rng(6).integers(0, 256, shape, dtype=np.uint8)]
+
+
+def _given(how: How) -> tuple[list[np.ndarray | None], list[np.ndarray | None]]:
     """Two pictures, smooth enough to be told apart, and masks along the cells of latents."""
+    if not how.image:
+        return [None, None], [None, None]
     noise = np.random.default_rng(5).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     images = [*noise.repeat(4, axis=1).repeat(4, axis=2)]
     if not how.mask:
@@ -140,14 +158,17 @@ def _given(how: How) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
     return images, [*masks]
 
 
-def pipeline(folder: pathlib.Path, model: dict, how: How) -> Any:
+def pipeline(folder: pathlib.Path, model: dict, how: How, nets: Sequence[pathlib.Path] = ()) -> Any:
     """The class of diffusers that draws so."""
     family = "StableDiffusionXL" if "text_encoder_2" in model else "StableDiffusion"
     if model.get("unet", {}).get("in_channels") == 8:
         end = "InstructPix2Pix"
     else:
         end = "Inpaint" if how.mask else "Img2Img" if how.image else ""
-    options = {} if "XL" in family else {"safety_checker": None}
+    options: dict[str, Any] = {} if "XL" in family else {"safety_checker": None}
+    if nets:
+        family += "ControlNet"
+        options["controlnet"] = [diffusers.ControlNetModel.from_pretrained(net) for net in nets]
     pipeline = getattr(diffusers, f"{family}{end}Pipeline").from_pretrained(folder, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -195,6 +216,16 @@ def drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.nda
     if how.guidance_end is not None:
         options["callback_on_step_end"] = _unguided_after(round(how.guidance_end * how.steps))
         options["callback_on_step_end_tensor_inputs"] = ["prompt_embeds"]
+    if how.controls:
+        name = "control_image" if how.image else "image"
+        options[name] = [
+            torch.from_numpy(nchw(np.stack(each)).astype(np.float32) / 255)
+            for each in zip(*_controls(how), strict=True)
+        ]
+        options["controlnet_conditioning_scale"] = list(how.controls)
+        # none, one for all, or one each: it knows no None in a list
+        options["control_guidance_start"] = how.control_start or 0.0
+        options["control_guidance_end"] = 1.0 if how.control_end is None else how.control_end
     if how.image:
         images, masks = _given(how)
         options["image"] = torch.from_numpy(nchw(np.stack(images)).astype(np.float32) / 255)
