@@ -72,7 +72,7 @@ def drawn(config: JobConfig, rows: Rows, most: int | None, pipe: Pipeline) -> Ca
     about |= {"prompts": count, "rows_sha256": rows.digest}
     about |= {"sampler": filled.sampler, "steps": config.steps, "guidance_scale": config.guidance_scale}
     about |= {"height": config.height or height, "width": config.width or width, "dtype": config.dtype}
-    names = ("lora", "embedding", "decoder", "refiner", "clip_skip", "quantize", "tile")
+    names = ("lora", "embedding", "decoder", "refiner", "controlnet", "clip_skip", "quantize", "tile")
     chosen = {name: getattr(config, name) for name in names} | config.of_the_way()
     chosen["refiner_start"] = filled.refiner_start
     about |= {name: value for name, value in chosen.items() if value}
@@ -109,7 +109,7 @@ def _dispatch(
     config: JobConfig, rows: Sequence[Row], program: Program, pipe: Pipeline, pictures: OfRows
 ) -> Any:
     settings, requests = program.settings, [request(config, row, 0) for row in rows]
-    if program.image:
+    if program.beside:
         shape = settings.height, settings.width
         given = [_given(config, row, pictures, *shape) for row in rows]
         requests = [one._replace(given=each) for one, each in zip(requests, given, strict=True)]

@@ -21,7 +21,7 @@ HALF = "--dtype bfloat16"
 SHEET_IMAGES = 256  # on a contact sheet, at most
 # Files that pictures are drawn with beside the model, in words
 WHAT = {"lora": "LoRA", "embedding": "embedding", "decoder": "decoder", "refiner": "refiner"}
-WHAT |= {"image": "picture", "mask": "mask"}
+WHAT |= {"image": "picture", "mask": "mask", "controlnet": "ControlNet", "control_image": "control picture"}
 
 
 def run(given: dict[str, Any], like: str | None = None) -> int:
@@ -59,11 +59,13 @@ def make_config(given: dict[str, Any], like: str | None) -> GenerateConfig:
             f"{like} was drawn by the model {config.model}, which is not here; write --model FOLDER"
         )
     files = {"lora": [file for file, _ in config.loras()], "embedding": config.embeddings()}
+    files |= {"controlnet": [folder for folder, _ in config.controlnets()]}
+    files |= {"control_image": config.control_images(config.control_image)}
     files |= {name: [path] for name in WHAT if name not in files and (path := getattr(config, name))}
     for name, what in WHAT.items():
         for file in () if name in given else files.get(name, ()):
             if not os.path.exists(os.path.expanduser(file)):
-                kind = "FOLDER" if name in ("decoder", "refiner") else "FILE"
+                kind = "FOLDER" if name in ("decoder", "refiner", "controlnet") else "FILE"
                 raise UserError(
                     f"{like} was drawn with the {what} {file}, which is not here; write --{name} {kind}"
                 )
@@ -83,7 +85,7 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
     with advice_where_memory_runs_out(HALF, "--parallel jit --split_params"):
         model = None if is_shipped(config) else config.model
         files = config.loras(), config.embeddings(), config.decoder or None, config.tile
-        options = config.refiner or None, config.quantize, config.clip_skip
+        options = config.refiner or None, config.quantize, config.clip_skip, config.controlnets()
         pipe = engine.load(model, config.dtype, parallel, *files, *options)
     cli.stop_if_asked()
     return pipe
@@ -102,7 +104,8 @@ def tell_what_has_changed(like: str, given: dict[str, Any], plan: pictures.Plan)
     resized = not given.keys().isdisjoint(("height", "width", "model", "image"))
     for name, mark in pictures.remembered_contents(os.path.expanduser(like)).items():
         flag = "model" if name == "weights" else name
-        if flag in given or (name in ("image", "mask") and resized) or plan.contents.get(name) == mark:
+        cropped = name in ("image", "mask", "control_image") and resized
+        if flag in given or cropped or plan.contents.get(name) == mark:
             continue
         what, file = WHAT.get(name, "model"), getattr(plan.config, flag, "")
         cli.tell(f"warning: {like} was drawn with another {what}: {file} has changed since")

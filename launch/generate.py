@@ -52,6 +52,20 @@ FLAGS: cli.Groups = {
             "how strictly InstructPix2Pix keeps to the picture; only it reads this",
         ),
     },
+    "What a ControlNet sees (in a job: for the rows that have none of their own)": {
+        "controlnet": (
+            "FOLDER[=SCALE]",
+            "a ControlNet of the model, in the format of PyTorch diffusers; what it adds is multiplied by\n"
+            "SCALE, 1 unless told. Several with commas between them",
+        ),
+        "control_image": (
+            "FILE",
+            "the picture of edges, depth, poses, ... that it was made for; it decides on the size, as\n"
+            "--image does. With several ControlNets one for each, with commas between them",
+        ),
+        "control_start": ("S", "share of the steps before which it adds nothing; without it 0"),
+        "control_end": ("S", "share of the steps behind which it adds nothing, and costs nothing"),
+    },
     "How": {
         "model": ("FOLDER", "in the layout of PyTorch diffusers, or the one in the package"),
         "lora": (
@@ -155,9 +169,9 @@ FLAGS: cli.Groups = {
             "FILE",
             ".txt (a prompt a line, those with # in front left out), .jsonl, .csv or .parquet\n"
             "(columns: prompt; and where a row has its own: id, negative_prompt, seed, index, steps,\n"
-            "sampler, width, height, guidance_scale, image, mask, strength, image_guidance_scale; all\n"
-            "others are carried through), or - for standard input. Paths in it go from its folder on,\n"
-            "and do not lead out of it",
+            "sampler, width, height, guidance_scale, image, mask, strength, image_guidance_scale,\n"
+            "control_image; all others are carried through), or - for standard input. Paths in it go\n"
+            "from its folder on, and do not lead out of it",
         ),
         "format": ("FORMAT", "of its shards: files, webdataset, arrayrecord or parquet"),
         "shard_size": ("N", "pictures of a shard; a shard is in memory until it is written"),

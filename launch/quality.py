@@ -38,6 +38,10 @@ FLAGS: cli.Groups = {
         "refiner": ("FOLDER", "a second model for the last part of the way"),
         "clip_skip": ("N", "layers of the text encoders that are left out at their end"),
         "refiner_start": ("S", "share of the way that the model goes before it"),
+        "controlnet": ("FOLDER[=SCALE]", "a ControlNet of the model; several with commas between them"),
+        "control_image": ("FILE", "what it sees, for the rows that have none of their own"),
+        "control_start": ("S", "share of the steps before which it adds nothing"),
+        "control_end": ("S", "share of the steps behind which it adds nothing"),
         "grid": ("NAME", "how noise levels are spread"),
         "guidance_start": ("S", "share of the steps before which there is no guidance"),
         "guidance_end": ("S", "share of the steps behind which there is none"),
@@ -54,7 +58,8 @@ FLAGS: cli.Groups = {
 }
 SHARED = ("model", "seed", "sampler", "steps", "guidance_scale", "batch_size")  # with the probe
 OWN = (
-    *("negative_prompt", "lora", "embedding", "decoder", "refiner", "clip_skip", "height", "width"),
+    *("negative_prompt", "lora", "embedding", "decoder", "refiner", "controlnet", "control_image"),
+    *("clip_skip", "height", "width"),
     *OF_THE_WAY,
     *("dtype", "parallel", "split_params", "quantize", "tile"),
 )

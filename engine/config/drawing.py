@@ -89,22 +89,39 @@ class GenerateConfig:
 
     def loras(self) -> tuple[tuple[str, float], ...]:
         """The files and scales that `lora` names; UserError where it is no such list."""
-        found = []
-        for entry in self.lora.split(",") if self.lora else ():
-            file, equals, number = entry.strip().rpartition("=")
+        return self._scaled("lora", "FILE", "a.safetensors=0.8,b.safetensors")
+
+    def controlnets(self) -> tuple[tuple[str, float], ...]:
+        """The folders and scales that `controlnet` names; UserError where it is no such list."""
+        return self._scaled("controlnet", "FOLDER", "canny=0.8,depth")
+
+    def _scaled(self, name: str, what: str, example: str) -> tuple[tuple[str, float], ...]:
+        found, value = [], getattr(self, name)
+        for entry in value.split(",") if value else ():
+            path, equals, number = entry.strip().rpartition("=")
             if not equals:
-                file, number = number, "1"
+                path, number = number, "1"
             try:
                 scale = float(number)
             except ValueError:
                 scale = math.nan
-            if not file or not math.isfinite(scale):
+            if not path or not math.isfinite(scale):
                 raise UserError(
-                    f"lora={self.lora!r}: write FILE or FILE=SCALE, with commas between several, "
-                    "such as a.safetensors=0.8,b.safetensors"
+                    f"{name}={value!r}: write {what} or {what}=SCALE, with commas between several, "
+                    f"such as {example}"
                 )
-            found.append((file, scale))
+            found.append((path, scale))
         return tuple(found)
+
+    def control_images(self, value: str) -> tuple[str, ...]:
+        """The files that a text such as `control_image` names: one for each ControlNet.
+
+        Where there is one, a comma is a letter like others.
+        """
+        if not value:
+            return ()
+        many = len(self.controlnets()) > 1
+        return tuple(file.strip() for file in value.split(",")) if many else (value,)
 
     def embeddings(self) -> tuple[str, ...]:
         """The files that `embedding` names; UserError where it is no such list."""
@@ -130,9 +147,14 @@ class GenerateConfig:
         self._check_given()
         if self.refiner_start is not None and not self.refiner:
             raise UserError(f"refiner_start={self.refiner_start} without one: write --refiner FOLDER, too")
+        for name in ("control_image", "control_start", "control_end"):
+            if (value := getattr(self, name)) not in ("", None) and not self.controlnet:
+                raise UserError(f"{name}={value} without a ControlNet: write --controlnet FOLDER, too")
         self.loras()
         self.embeddings()
-        self.check_ranges({"guidance_start": (0, 1), "guidance_end": (0, 1), "merge_tokens": (0, 0.75)})
+        self.controlnets()
+        shares = ("guidance_start", "guidance_end", "control_start", "control_end")
+        self.check_ranges(dict.fromkeys(shares, (0, 1)) | {"merge_tokens": (0, 0.75)})
         if self.split_params and self.parallel != "jit":
             raise UserError(f"split_params with parallel={self.parallel!r}: write --parallel jit")
         if self.quantize and self.split_params:

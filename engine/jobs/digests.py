@@ -7,7 +7,7 @@ import numpy as np
 
 from engine.config import GenerateConfig
 from engine.requests import Given
-from engine.weights import decoder, embeddings, lora_files
+from engine.weights import controlnet, decoder, embeddings, lora_files
 
 EDGE = 2**20  # bytes at either end of a file of weights that tell it from others
 
@@ -27,6 +27,10 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
         # the name of a file may be the word that it holds
         "embedding": ", ".join(
             f"{path.name} ({_of(path)})" for path in map(embeddings.find, config.embeddings())
+        ),
+        "controlnet": ", ".join(
+            f"{path.name}={scale} ({of_weights(path)[:16]})"
+            for path, scale in ((controlnet.find(each), scale) for each, scale in config.controlnets())
         ),
         "decoder": of_weights(decoder.find(config.decoder)) if config.decoder else "",
         "refiner": of_weights(pathlib.Path(config.refiner).expanduser()) if config.refiner else "",

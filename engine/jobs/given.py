@@ -1,4 +1,4 @@
-"""The pictures that a run is to change, read from their files: --image and --mask, and the columns of rows.
+"""Pictures beside the words, read from their files: --image, --mask, --control_image, and columns of rows.
 
 A job looks at the files of all its rows before it begins: that they are there, what size they have, and what
 tells them from others, which is a few kilobytes of each. Their pixels are read when they are to be drawn.
@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -37,10 +37,20 @@ T = TypeVar("T")
 
 
 class Paths(NamedTuple):
-    """The files of a picture to change; '' where there is none."""
+    """The files of the pictures beside the words; '' where there is none."""
 
-    image: str = ""
-    mask: str = ""
+    image: str = ""  # to change
+    mask: str = ""  # of it
+    control: tuple[str, ...] = ()  # one for each ControlNet
+
+    @property
+    def each(self) -> list[str]:
+        """All that there are."""
+        return [path for path in (self.image, self.mask, *self.control) if path]
+
+    def told(self) -> dict[str, str]:
+        """Under the names of GenerateConfig."""
+        return {"image": self.image, "mask": self.mask, "control_image": ",".join(self.control)}
 
 
 class Look(NamedTuple):
@@ -52,47 +62,50 @@ class Look(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The picture of a row, by the looks of its files."""
+    """The pictures of a row, by the looks of their files."""
 
     height: int  # to draw at
     width: int
-    masked: bool
+    masked: bool | None  # whether the picture to change has a mask; None: there is none to change
     mark: str
 
 
 def of_flags(config: GenerateConfig) -> Paths:
-    return Paths(config.image, config.mask)
+    return Paths(config.image, config.mask, config.control_images(config.control_image))
 
 
 def check_flags(config: GenerateConfig) -> None:
-    """UserError where a file of --image or --mask cannot be read, or the two do not fit."""
+    """UserError where a file of --image, --mask or --control_image cannot be read, or they do not fit."""
+    paths = of_flags(config)
     if config.image:
-        looked(of_flags(config))
-    elif config.mask:  # of the pictures that rows name
-        _of(config.mask, _look)
+        looked(paths)
+    else:  # rows name the picture
+        looked(paths._replace(mask=""))
+        if paths.mask:
+            _of(paths.mask, _look)
 
 
-def stand_in(height: int, width: int, masked: bool | None) -> Given:
+def stand_in(height: int, width: int, masked: bool | None, controls: int = 0) -> Given:
     """For pictures that are not read yet: of their shape, without their pixels.
 
-    masked: whether the picture to change has a mask; None: there is no picture.
+    Args:
+      masked: whether the picture to change has a mask; None: there is no picture.
+      controls: pictures for ControlNets.
     """
-    if masked is None:
-        return Given()
-    image = np.broadcast_to(np.uint8(0), (height, width, 3))
-    return Given(image, np.broadcast_to(np.float32(0), (height, width)) if masked else None)
+    picture = np.broadcast_to(np.uint8(0), (height, width, 3))
+    mask = np.broadcast_to(np.float32(0), (height, width))
+    return Given(None if masked is None else picture, mask if masked else None, (picture,) * controls)
 
 
-def looked(paths: Paths) -> tuple[Look, Look | None]:
-    """At the picture and its mask.
+def looked(paths: Paths) -> Look | None:
+    """At all of them; returns the one that decides on the size.
 
     Raises:
-      UserError: a file cannot be read, or the mask is of another size than the picture.
+      UserError: a file cannot be read, or they are of different sizes.
     """
-    image = _of(paths.image, _look)
-    mask = _of(paths.mask, _look) if paths.mask else None
-    _check_sizes(paths, image, mask)
-    return image, mask
+    looks = [_of(path, _look) for path in paths.each]
+    _check_sizes(paths, looks)
+    return looks[0] if looks else None
 
 
 def size(look: Look, pipe: Pipeline, height: int | None, width: int | None) -> tuple[int, int]:
@@ -114,7 +127,7 @@ def size(look: Look, pipe: Pipeline, height: int | None, width: int | None) -> t
 
 
 def read(paths: Paths, height: int, width: int) -> Given:
-    """The picture and its mask, where there are any, scaled to fill height x width and cropped alike.
+    """The pictures, all that there are, scaled to fill height x width and cropped alike.
 
     Raises:
       UserError: a file cannot be read.
@@ -122,7 +135,7 @@ def read(paths: Paths, height: int, width: int) -> Given:
     try:
         return _read(paths, height, width)
     except OSError as error:
-        raise UserError(f"{error.filename or paths.image}: {error.strerror or error}") from None
+        raise UserError(f"{error.filename or paths.each[0]}: {error.strerror or error}") from None
 
 
 def _read(paths: Paths, height: int, width: int) -> Given:
@@ -131,12 +144,9 @@ def _read(paths: Paths, height: int, width: int) -> Given:
     def pixels(file: BinaryIO) -> np.ndarray:
         return read_pixels(io.BytesIO(file.read()), width, height, Crop())  # trouble is no damage
 
-    if not paths.image:
-        return Given()
-    image = _of(paths.image, pixels, passing=True)
-    if not paths.mask:
-        return Given(image)
-    return Given(image, _of(paths.mask, pixels, passing=True).astype(np.float32).mean(-1) / 255)
+    found = {path: _of(path, pixels, passing=True) for path in dict.fromkeys(paths.each)}
+    mask = found[paths.mask].astype(np.float32).mean(-1) / 255 if paths.mask else None
+    return Given(found.get(paths.image), mask, tuple(found[path] for path in paths.control))
 
 
 def _look(file: BinaryIO) -> Look:
@@ -149,12 +159,16 @@ def _look(file: BinaryIO) -> Look:
     return Look(header.width, header.height, digest.hexdigest()[:16])
 
 
-def _check_sizes(paths: Paths, image: Look, mask: Look | None) -> None:
-    if mask is not None and mask[:2] != image[:2]:
-        raise UserError(
-            f"{paths.mask} has {mask.width} x {mask.height} pixels, and the picture {paths.image} "
-            f"{image.width} x {image.height}: a mask is as large as its picture, white where it is drawn anew"
-        )
+def _check_sizes(paths: Paths, looks: Sequence[Look]) -> None:
+    """UserError where the pictures, of which these are the looks, do not lie over each other."""
+    for path, look in list(zip(paths.each, looks, strict=True))[1:]:
+        first, (width, height) = paths.each[0], looks[0][:2]
+        sizes = f"{path} has {look.width} x {look.height} pixels, and the picture {first} {width} x {height}"
+        if path == paths.mask and look[:2] != (width, height):
+            raise UserError(f"{sizes}: a mask is as large as its picture, white where it is drawn anew")
+        # a control picture may be larger or smaller, but for a pixel of rounding
+        if abs(look.width * height - look.height * width) > max(look.width, look.height, width, height):
+            raise UserError(f"{sizes}: pictures that belong together have the same proportions")
 
 
 def _of(path: str, how: Callable[[BinaryIO], T], passing: bool = False) -> T:
@@ -211,12 +225,15 @@ class OfRows:
 
     def paths(self, row: Row) -> Paths:
         """As they can be opened, and as pictures remember them."""
-        image = self._path(row.image, self._config.image)
-        return Paths(image, self._path(row.mask, self._config.mask)) if image else Paths()
+        config = self._config
+        image = config.image if row.image is None else self._path(row.image)
+        mask = config.mask if row.mask is None else self._path(row.mask)
+        control = config.control_images(config.control_image)
+        if row.control_image is not None:
+            control = tuple(map(self._path, config.control_images(row.control_image)))
+        return Paths(image, mask if image else "", control)
 
-    def _path(self, own: str | None, of_job: str) -> str:
-        if own is None:
-            return of_job
+    def _path(self, own: str) -> str:
         # No home, whatever the name begins with
         return os.path.join(self._folder or ("." if own.startswith("~") else ""), own) if own else ""
 
@@ -226,12 +243,12 @@ class OfRows:
         Raises:
           UserError: trouble that may pass, as a network that fails.
         """
-        paths = {path: None for row in rows for path in self.paths(row) if path}
+        paths = {path: None for row in rows for path in self.paths(row).each}
         for _ in threads.map(self._look, paths):
             pass
 
     def seen(self, row: Row) -> Seen | str | None:
-        """The picture of a row, or why it cannot be drawn; None where it has none.
+        """The pictures of a row, or why it cannot be drawn; None where it has none.
 
         Raises:
           UserError: trouble that may pass.
@@ -242,20 +259,22 @@ class OfRows:
             named = [
                 f"{name}={str(value)[:SHOWN]}" for name, value in alone.items() if value not in (None, "")
             ]
-            return f"{named[0]} without a picture: write its image, too" if named else None
+            if named:
+                return f"{named[0]} without a picture: write its image, too"
+        if not paths.each:
+            return None
         if why := self._astray(row):
             return why
-        image = self._look(paths.image)
-        mask = self._look(paths.mask) if paths.mask else None
-        if isinstance(image, str) or isinstance(mask, str):
-            return image if isinstance(image, str) else str(mask)
+        looks = [self._look(path) for path in paths.each]
+        if faults := [look for look in looks if isinstance(look, str)]:
+            return faults[0]
         try:
-            _check_sizes(paths, image, mask)
+            _check_sizes(paths, looks)
         except UserError as error:
             return str(error)
         asked = row.height or self._config.height, row.width or self._config.width
-        mark = image.mark + (mask.mark if mask else "")
-        return Seen(*size(image, self._pipe, *asked), mask is not None, mark)
+        masked = bool(paths.mask) if paths.image else None
+        return Seen(*size(looks[0], self._pipe, *asked), masked, "".join(look.mark for look in looks))
 
     def read(self, row: Row, height: int, width: int) -> Given:
         """The pixels of a row that has a picture.
@@ -286,7 +305,8 @@ class OfRows:
 
     def _astray(self, row: Row) -> str:
         for name in PATHS:
-            path = getattr(row, name)
-            if path and (why := astray(path, self._base)):
-                return f"{name}={path[:SHOWN]!r} {why}"
+            own = getattr(row, name) or ""
+            for path in self._config.control_images(own) if name == "control_image" else (own,):
+                if path and (why := astray(path, self._base)):
+                    return f"{name}={path[:SHOWN]!r} {why}"
         return ""

@@ -30,9 +30,9 @@ REMEMBERED = (
 )
 # Remembered where there are any.
 ADDED = (
-    *("lora", "embedding", "decoder", "refiner"),
+    *("lora", "embedding", "decoder", "refiner", "controlnet"),
     *OF_THE_WAY,
-    *("clip_skip", "tile", "quantize", "image", "mask"),
+    *("clip_skip", "tile", "quantize", "image", "mask", "control_image"),
 )
 CHANGING = ("strength", "image_guidance_scale")  # remembered of a picture that was made of another
 
@@ -71,8 +71,8 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     prompts = tuple(p for p in check_prompts(config.prompts) for _ in range(config.num_images))
     check_prompt(config.negative_prompt)
     paths, height, width = given.of_flags(config), config.height, config.width
-    if paths.image:
-        height, width = given.size(given.looked(paths)[0], pipe, height, width)
+    if (first := given.looked(paths)) is not None:
+        height, width = given.size(first, pipe, height, width)
     options = (config.steps, config.sampler, config.guidance_scale, height, width)
     settings = pipe.settings(*options, **config.of_the_way())
     beside = given.read(paths, settings.height, settings.width)

@@ -45,6 +45,12 @@ class Program(NamedTuple):
     settings: Settings  # its guidance scale and strength stand for all that make the same program
     image: bool = False  # whether there is a picture to change,
     mask: bool = False  # and a mask
+    control: bool = False  # whether there are pictures for ControlNets to see
+
+    @property
+    def beside(self) -> bool:
+        """Whether there are pictures beside the words."""
+        return self.image or self.control
 
 
 class Wanted(NamedTuple):
@@ -208,10 +214,11 @@ class Settle:
             ),
         )
         masked = None if picture is None else picture.masked
+        controls = 0 if picture is None else len(self.pictures.paths(row).control)
         strength = 1.0 if masked is None else self.pictures.strength(row, masked)
         if self._pipe.made_for != edits.FOLLOWS:  # to which any but 1 is a mistake
             strength = _of_equal_share(strength, options[0])
-        key = (*options, strength, masked)
+        key = (*options, strength, masked, controls)
         if key not in self._known:
             self._known[key] = _program(config, self._pipe, *key)
         return self._known[key], mark
@@ -242,15 +249,16 @@ def _of_equal_share(strength: float, steps: int) -> float:
 
 
 def _program(config: JobConfig, pipe: Pipeline, *options: Any) -> Program | str:
-    *how, strength, masked = options
+    *how, strength, masked, controls = options
     try:
         settings = pipe.settings(*how, strength=strength, **config.of_the_way())
         shape = settings.height, settings.width
-        pipe.check_given([given.stand_in(*shape, masked)], settings)
+        pipe.check_given([given.stand_in(*shape, masked, controls)], settings)
     except UserError as error:
         return str(error)
     batch_size = config.batch_size or pipe.batch_size_for(config.shard_size, *shape)
-    return Program(dataclasses.replace(settings, batch_size=batch_size), masked is not None, bool(masked))
+    settings = dataclasses.replace(settings, batch_size=batch_size)
+    return Program(settings, masked is not None, bool(masked), controls > 0)
 
 
 def _told(program: Program) -> dict[str, Any]:
@@ -260,6 +268,8 @@ def _told(program: Program) -> dict[str, Any]:
     found["guided"] = settings.guidance_scale != 1
     if program.image:
         found |= {"image": True, "mask": program.mask, "intervals": settings.intervals}
+    if program.control:
+        found["control_image"] = True
     return found
 
 
@@ -337,7 +347,11 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-OTHERS = {"rows": "other rows", "weights": "other weights", "given": "other pictures to change"}
+OTHERS = {
+    "rows": "other rows",
+    "weights": "other weights",
+    "given": "other pictures to change, or for ControlNets to see",
+}
 
 
 def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Pictures that rows want to be changed, read a batch at a time, while the devices are at work on others."""
+"""Pictures beside the words of rows, read a batch at a time, while the devices are at work on others."""
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -64,4 +64,4 @@ class Reader:
             except UserError as error:
                 return str(error)
 
-        return self._store.patiently(attempt, paths.image)
+        return self._store.patiently(attempt, paths.each[0])

@@ -33,6 +33,7 @@ from engine.config import JobConfig
 from engine.jobs import digests, folder, formats
 from engine.jobs.account import Busy, Recent
 from engine.jobs.ahead import ahead
+from engine.jobs.given import Paths
 from engine.jobs.pictures import remember
 from engine.jobs.plan import Group, Job, Program, Settle, Shard, Wanted
 from engine.jobs.reading import Reader
@@ -49,7 +50,7 @@ CONTEXTS, CONTEXT_BYTES = 1024, 2**28  # that are kept, for prompts that come ag
 
 
 # What a picture that was made of words remembers of another: nothing, whatever the job's own options.
-NO_PICTURE = {"image": "", "mask": "", "strength": None}
+NO_PICTURE = {**Paths().told(), "strength": None}
 
 
 class Load(NamedTuple):
@@ -170,7 +171,7 @@ class Worker:
             batch = wanted[first : first + size]
             first += size
             load = Load(shard, batch, [], contexts, first >= len(wanted))
-            yield self._opened(load, readers) if shard.group.program.image else load
+            yield self._opened(load, readers) if shard.group.program.beside else load
 
     def _opened(self, load: Load, readers: ThreadPoolExecutor) -> Load:
         wanted, given, failures = self._reader.open(load.wanted, self._settings(load.shard.group), readers)
@@ -339,11 +340,12 @@ class Worker:
         return formats.Entry(png, facts)
 
     def _changed(self, wanted: Wanted, program: Program) -> dict[str, Any]:
-        """What a picture that was made of another remembers of it; nothing of one that was made of words."""
-        if not program.image:
-            return {}
+        """What a picture remembers of those beside its words; nothing where there were none."""
         pictures, row = self.settle.pictures, wanted.row
-        found = {**pictures.paths(row)._asdict(), "strength": pictures.strength(row, program.mask)}
+        found = pictures.paths(row).told() if program.beside else {}
+        if not program.image:
+            return found
+        found |= {"strength": pictures.strength(row, program.mask)}
         return found | {"image_guidance_scale": wanted.request.image_guidance_scale}
 
     def _put(self, shard, entries, failures, batch_size, began) -> None:

@@ -107,7 +107,7 @@ class ControlNetModel(UNetEncoder):
         x: Float[Array, "B H W C"],
         t: Float[Array, " B"],
         context: Float[Array, "B L D"] | Read,
-        seen: Float[Array, "B H W D"],
+        seen: Float[Array, "B H W F"],
         scale: Float[Array, ""] | Float[Array, " B"] | float = 1.0,
         added: tuple[Float[Array, "B P"], Float[Array, "B N"]] | None = None,
     ) -> Control:

@@ -74,6 +74,7 @@ class Row(NamedTuple):
     mask: str | None = None  # likewise
     strength: float | None = None
     image_guidance_scale: float | None = None
+    control_image: str | None = None  # paths as in the option of that name
 
 
 class Rejected(NamedTuple):

@@ -23,12 +23,13 @@ from engine.config import AutoencoderStage, OptimConfig, SamplesConfig
 from engine.models import attention, kernels
 from engine.models.attention import attend
 from engine.parallel import MODES, SPLIT, Devices
+from engine.requests import Given
 from engine.train import checkpoint, loop, optim, stages, step
 from engine.train.objectives import autoencoder_loss
 from engine.train.samples import Samples
 from engine.types import UserError
 from tests.compiled import COMPILED
-from tests.tiny import REFINER, SHALLOW, XL, shallow, tiny_folder, tiny_model, tiny_tokenizer
+from tests.tiny import REFINER, SHALLOW, XL, shallow, tiny_controlnet, tiny_folder, tiny_model, tiny_tokenizer
 from tests.train.tiny_run import get_config
 
 PROMPTS = [f"{color} {thing}" for color in ("a red", "a blue") for thing in ("fox", "car", "cat", "dog")]
@@ -250,6 +251,29 @@ def test_a_split_xl_and_its_refiner_draw_the_same_picture(tmp_path, monkeypatch)
         kinds, moved = collectives(call.compiled().as_text(), 8)
         assert set(kinds) == {"all-gather"}
         assert moved < sum(leaf.nbytes for leaf in jax.tree.leaves(call.arguments[0])), stage
+
+
+@pytest.mark.parametrize("part", [{}, {"control_end": 0.5, "cache_interval": 2}], ids=["all", "in part"])
+def test_a_controlnet_draws_the_same_picture_in_every_mode_and_split(folder, tmp_path, part):
+    net = tiny_controlnet(tmp_path / "net", **SHALLOW["unet"])
+    seen = np.random.default_rng(0).integers(0, 256, (len(PROMPTS), 16, 16, 3), np.uint8)
+    options = {"given": [Given(control=(one,)) for one in seen], **part}
+
+    def drawn(devices: Devices, **more) -> np.ndarray:
+        return draw(engine.load(folder, parallel=devices, controlnet=[(net, 1.0)]), **options, **more)
+
+    watched = {mode: Watched(mode) for mode in MODES}
+    images = {mode: drawn(devices) for mode, devices in watched.items()}
+    for mode, devices in watched.items():
+        np.testing.assert_array_equal(images[mode], images["shard_map"], err_msg=mode)
+        for name, call in devices.calls.items():
+            assert COLLECTIVES.findall(call.compiled().as_text()) == [], name
+    one = Devices(devices=jax.devices()[:1])
+    np.testing.assert_array_equal(drawn(one), images["shard_map"])
+    split = Watched("jit", rules=SPLIT)
+    assert largest_difference(drawn(split), images["jit"]) <= 1
+    moved = collectives(split.calls["segment"].compiled().as_text(), 8)
+    assert set(moved[0]) == {"all-gather"}
 
 
 def test_split_params_come_together_at_each_step_and_not_before_all():
