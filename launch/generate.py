@@ -63,6 +63,11 @@ FLAGS: cli.Groups = {
             "the picture of edges, depth, poses, ... that it was made for; it decides on the size, as\n"
             "--image does. With several ControlNets one for each, with commas between them",
         ),
+        "control_kind": (
+            "KIND",
+            "show it the edges, grey or mosaic of that picture, for ControlNets of launch.train; without\n"
+            "this the picture is shown as it is",
+        ),
         "control_start": ("S", "share of the steps before which it adds nothing; without it 0"),
         "control_end": ("S", "share of the steps behind which it adds nothing, and costs nothing"),
     },

@@ -21,6 +21,7 @@ LAYERS = [
     [
         *("engine.diffusion", "engine.models", "engine.text", "engine.parallel", "engine.finish"),
         "engine.pixels",
+        "engine.sights",
         "engine.world",
     ],
     ["engine.weights"],

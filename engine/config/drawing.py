@@ -15,6 +15,8 @@ MAX_TILE = 16384
 MAX_CLIP_SKIP = 99
 MAX_CACHE_INTERVAL = 1000
 
+SIGHTS = ("edges", "grey", "mosaic")  # what a ControlNet may be shown of a picture: engine.sights
+
 # Options of `Pipeline.settings` that say what is special on the way from noise to picture; None: nothing.
 OF_THE_WAY = (
     *("refiner_start", "grid", "guidance_start", "guidance_end", "cache_interval", "merge_tokens"),
@@ -49,6 +51,7 @@ class GenerateConfig:
     merge_tokens: float | None = None  # share of the finest tokens that attend together with others; None: 0
     controlnet: str = ""  # FOLDER or FOLDER=SCALE, several with commas between them: see `controlnets`
     control_image: str = ""  # what it sees; with several ControlNets one for each, with commas between them
+    control_kind: str = ""  # what of that picture it is shown, one of SIGHTS; "": all, as it is
     control_start: float | None = None  # share of the steps before which it adds nothing; None: 0
     control_end: float | None = None  # share of the steps behind which it adds nothing; None: 1
     image: str = ""  # a picture to change
@@ -147,7 +150,10 @@ class GenerateConfig:
         self._check_given()
         if self.refiner_start is not None and not self.refiner:
             raise UserError(f"refiner_start={self.refiner_start} without one: write --refiner FOLDER, too")
-        for name in ("control_image", "control_start", "control_end"):
+        if self.control_kind and self.control_kind not in SIGHTS:
+            near = nearest(self.control_kind, SIGHTS)
+            raise UserError(f"control_kind={self.control_kind!r} is unknown{near}; write {', '.join(SIGHTS)}")
+        for name in ("control_image", "control_kind", "control_start", "control_end"):
             if (value := getattr(self, name)) not in ("", None) and not self.controlnet:
                 raise UserError(f"{name}={value} without a ControlNet: write --controlnet FOLDER, too")
         self.loras()

@@ -4,13 +4,13 @@ import dataclasses
 import warnings
 
 from engine.config.data import DataConfig
-from engine.config.drawing import MAX_CLIP_SKIP
+from engine.config.drawing import MAX_CLIP_SKIP, SIGHTS
 from engine.config.inversion import InversionConfig
 from engine.config.reader import check_parts, nearest
 from engine.config.training import LoraConfig, ObjectiveConfig, StageConfig, check_seed, check_stage
 from engine.errors import UserError, UserNotice
 
-WHAT = ("unet", "unet+text_encoder", "lora", "textual_inversion")
+WHAT = ("unet", "unet+text_encoder", "lora", "textual_inversion", "controlnet")
 # Settings of the data that are flags of launch.cache, too: they say what lies in a folder of latents.
 OF_CACHE = ("caption_field", "size", "buckets", "max_aspect", "multiple", "min_size")
 
@@ -29,6 +29,7 @@ class SamplesConfig:
     steps: int = 20  # of the sampler
     guidance_scale: float = 5.0
     seed: int = 0
+    images: tuple[str, ...] = ()  # files, one for each prompt: of them a ControlNet is shown what it learns
 
     def validate(self, where: str = "samples") -> None:
         """Raises UserError; `where` is what the config calls this part."""
@@ -41,6 +42,32 @@ class SamplesConfig:
         if self.steps < 1:
             raise UserError(f"{where}.steps={self.steps}: write a number from 1")
         check_seed(self.seed, f"{where}.seed")
+
+    def check_images(self, controlled: bool, where: str = "samples") -> None:
+        """UserError unless a ControlNet in training has a picture for each prompt, and others none."""
+        if self.images and not controlled:
+            raise UserError(f"{where}.images={self.images!r}: they are for what='controlnet'; leave them out")
+        if controlled and self.every and len(self.images) != len(self.prompts):
+            raise UserError(
+                f"{where}.images has {len(self.images)} files for {len(self.prompts)} prompts: write the "
+                "path of a picture for each"
+            )
+
+
+@dataclasses.dataclass
+class ControlConfig:
+    """A ControlNet to train (Zhang et al. 2023)."""
+
+    kind: str = "edges"  # what it is shown of each picture: one of SIGHTS
+    start: str = ""  # the folder of a ControlNet to train further; "": a copy of the U-Net
+
+    def validate(self, where: str = "controlnet") -> None:
+        """Raises UserError; `where` is what the config calls this part."""
+        if self.kind not in SIGHTS:
+            known = ", ".join(SIGHTS)
+            raise UserError(
+                f"{where}.kind={self.kind!r} is unknown{nearest(self.kind, SIGHTS)}; write {known}"
+            )
 
 
 @dataclasses.dataclass
@@ -74,7 +101,7 @@ class FinetuneConfig:
     """
 
     model: str = "shipped"  # a folder, or this word for the one in the package
-    what: str = "unet"  # or "unet+text_encoder", "lora", "textual_inversion"
+    what: str = "unet"  # or "unet+text_encoder", "lora", "textual_inversion", "controlnet"
     seed: int = 0
     clip_skip: int = 0  # layers of the text encoders that are left out at their end, as in drawing
     scheduler: dict = dataclasses.field(default_factory=dict)
@@ -83,6 +110,7 @@ class FinetuneConfig:
     finetune: FinetuneStage = dataclasses.field(default_factory=FinetuneStage)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     inversion: InversionConfig = dataclasses.field(default_factory=InversionConfig)
+    controlnet: ControlConfig = dataclasses.field(default_factory=ControlConfig)
     prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
     samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
 
@@ -104,16 +132,23 @@ class FinetuneConfig:
         self.lora.validate("lora")
         if self.what == "textual_inversion":
             self.inversion.validate("inversion")
+        if self.what == "controlnet":
+            self.controlnet.validate("controlnet")
         if not self.data.paths and not self.latents:
             raise UserError(f"what={self.what!r} without pictures: write data.paths, such as ('pictures',)")
         self.prior.validate("prior")
         self.samples.validate("samples")
+        self.samples.check_images(self.what == "controlnet")
         if self.latents:
             self._check_latents()
 
     def _tell_of_idle_parts(self) -> None:
         """Not refused: one config may serve for several `what`."""
-        for part, what in (("lora", "lora"), ("inversion", "textual_inversion")):
+        for part, what in (
+            ("lora", "lora"),
+            ("inversion", "textual_inversion"),
+            ("controlnet", "controlnet"),
+        ):
             if self.what != what and getattr(self, part) != getattr(FinetuneConfig(), part):
                 told = f"settings of {part} do nothing with what={self.what!r}, but with what={what!r}"
                 warnings.warn(told, UserNotice, 3)
@@ -128,6 +163,7 @@ class FinetuneConfig:
             "prior.num_images": bool(self.prior.num_images),
             "finetune.caption_shuffle": self.finetune.caption_shuffle,
             "training the text encoder": trains_text,
+            "training a ControlNet": self.what == "controlnet",
         }
         for name, wanted in needs.items():
             if wanted:

@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from engine import edits
+from engine import edits, sights
 from engine.config import GenerateConfig, JobConfig
 from engine.finish import SETTINGS_KEY
 from engine.pipeline import Pipeline
@@ -126,19 +126,22 @@ def size(look: Look, pipe: Pipeline, height: int | None, width: int | None) -> t
     return height or rounded(look.height), width or rounded(look.width)
 
 
-def read(paths: Paths, height: int, width: int) -> Given:
+def read(paths: Paths, height: int, width: int, kind: str = "") -> Given:
     """The pictures, all that there are, scaled to fill height x width and cropped alike.
+
+    Args:
+      kind: what ControlNets are shown of theirs, see engine.sights.
 
     Raises:
       UserError: a file cannot be read.
     """
     try:
-        return _read(paths, height, width)
+        return _read(paths, height, width, kind)
     except OSError as error:
         raise UserError(f"{error.filename or paths.each[0]}: {error.strerror or error}") from None
 
 
-def _read(paths: Paths, height: int, width: int) -> Given:
+def _read(paths: Paths, height: int, width: int, kind: str) -> Given:
     """The same; what may pass, as a network that fails, is an OSError."""
 
     def pixels(file: BinaryIO) -> np.ndarray:
@@ -146,7 +149,9 @@ def _read(paths: Paths, height: int, width: int) -> Given:
 
     found = {path: _of(path, pixels, passing=True) for path in dict.fromkeys(paths.each)}
     mask = found[paths.mask].astype(np.float32).mean(-1) / 255 if paths.mask else None
-    return Given(found.get(paths.image), mask, tuple(found[path] for path in paths.control))
+    return Given(
+        found.get(paths.image), mask, tuple(sights.seen(kind, found[path]) for path in paths.control)
+    )
 
 
 def _look(file: BinaryIO) -> Look:
@@ -285,7 +290,7 @@ class OfRows:
         """
         if why := self._astray(row):
             raise UserError(why)
-        return _read(self.paths(row), height, width)
+        return _read(self.paths(row), height, width, self._config.control_kind)
 
     def strength(self, row: Row, masked: bool) -> float:
         """How much of the row's picture is forgotten."""

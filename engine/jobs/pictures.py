@@ -32,7 +32,7 @@ REMEMBERED = (
 ADDED = (
     *("lora", "embedding", "decoder", "refiner", "controlnet"),
     *OF_THE_WAY,
-    *("clip_skip", "tile", "quantize", "image", "mask", "control_image"),
+    *("clip_skip", "tile", "quantize", "image", "mask", "control_image", "control_kind"),
 )
 CHANGING = ("strength", "image_guidance_scale")  # remembered of a picture that was made of another
 
@@ -75,7 +75,7 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
         height, width = given.size(first, pipe, height, width)
     options = (config.steps, config.sampler, config.guidance_scale, height, width)
     settings = pipe.settings(*options, **config.of_the_way())
-    beside = given.read(paths, settings.height, settings.width)
+    beside = given.read(paths, settings.height, settings.width, config.control_kind)
     strength = edits.default_strength(beside, pipe.made_for) if config.strength is None else config.strength
     batch_size = config.batch_size or pipe.batch_size_for(len(prompts), settings.height, settings.width)
     settings = dataclasses.replace(settings, batch_size=batch_size, strength=strength)

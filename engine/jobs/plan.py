@@ -32,7 +32,7 @@ FINGERPRINT = (
     *("negative_prompt", "num_images", "seed", "first_index", "sampler", "steps", "guidance_scale"),
     *("height", "width", "dtype", "upscale", "format", "shard_size"),
 )
-ADDED = ("clip_skip", "tile", "quantize", *OF_THE_WAY)  # the same, where they are given
+ADDED = ("clip_skip", "tile", "quantize", "control_kind", *OF_THE_WAY)  # the same, where they are given
 CHANGING = ("strength", "image_guidance_scale")  # the same, where there are pictures to change
 
 ROWS_AT_ONCE = 512  # whose pictures are looked at together,

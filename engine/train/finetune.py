@@ -1,4 +1,4 @@
-"""A model that exists, trained further: its U-Net, with the text encoder, or a LoRA or a word beside them."""
+"""A model that exists, trained further: its U-Net, its text encoder, or a LoRA, a word, a ControlNet."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from engine import finish
 from engine.config import FinetuneConfig
 from engine.loading import SHIPPED, SHIPPED_NAME
 from engine.parallel import exchanged
-from engine.train import adapters, inversion, latents, loop, objectives, optim
+from engine.train import adapters, controlling, inversion, latents, loop, objectives, optim
 from engine.train.checkpoint import make_for_all
 from engine.train.data import Batch, BatchAt
 from engine.train.samples import Drawer, Samples
@@ -25,11 +25,12 @@ from engine.train.step import Around, Loss, cast, itself
 from engine.train.workdir import STAGE, check_same_run, remember
 from engine.types import Params, UserError
 from engine.weights import embeddings, lora_files
+from engine.weights.component import Component
 from engine.weights.folder import Model, load_trainable, read_scheduler, save_folder
 from engine.weights.lora import XL_KINDS, Lora, merged_on_host
 
 # settings that a run keeps
-SETTLED = ("model", "what", "seed", "clip_skip", "scheduler", "lora", "inversion")
+SETTLED = ("model", "what", "seed", "clip_skip", "scheduler", "lora", "inversion", "controlnet")
 PRIOR_BATCH = 16
 
 
@@ -41,6 +42,7 @@ class Task:
     params: Any
     lora: Lora | None  # as it begins, where params are the layers of one
     word: inversion.Inversion | None = None  # where params are the vectors of one
+    net: Component | None = None  # where params are those of a ControlNet, {"controlnet": params}
 
     @property
     def is_file(self) -> bool:
@@ -66,8 +68,8 @@ def train(
       fit: what is done with a stage; `dry_run.fit` looks at it only.
 
     Returns:
-      WORKDIR/model, or the file of the LoRA or the word; None when a signal stopped the run, and on all
-      hosts but the first.
+      WORKDIR/model or WORKDIR/controlnet, or the file of the LoRA or the word; None when a signal stopped
+      the run, and on all hosts but the first.
 
     Raises:
       UserError: the config is wrong, or `workdir` holds another run.
@@ -79,7 +81,8 @@ def train(
     make_for_all(workdir)
     remember(config, workdir)
     batch_at = batches(config, task, workdir, fit is not loop.fit)
-    samples = Samples(config.samples, task.model, config.finetune, workdir / "samples")
+    sight = config.controlnet.kind
+    samples = Samples(config.samples, task.model, config.finetune, workdir / "samples", task.net, sight)
     params = fit(
         STAGE,
         loss,
@@ -95,7 +98,8 @@ def train(
     )
     if params is None or fit is not loop.fit or jax.process_index():
         return None
-    return export(task, params, workdir if task.is_file else workdir / "model", overwrite=True)
+    place = "controlnet" if task.net else "" if task.is_file else "model"
+    return export(task, params, workdir / place, overwrite=True)
 
 
 def folder_of(config: FinetuneConfig) -> pathlib.Path:
@@ -114,6 +118,9 @@ def begin(config: FinetuneConfig) -> Task:
     if config.what == "lora":
         lora = adapters.begin(model.parts, config.lora, config.seed)
         return Task(model, lora.layers, lora)
+    if config.what == "controlnet":
+        net = controlling.begin(model, config.controlnet, config.seed)
+        return Task(model, {"controlnet": net.params}, None, net=net)
     trained = ["unet", *(model.readers if "text_encoder" in config.what else ())]
     return Task(model, {kind: model.parts[kind].params for kind in trained}, None)
 
@@ -136,7 +143,8 @@ def objective(config: FinetuneConfig, task: Task) -> Objective:
         frozen = {"unet": model.unet.params, "empty": latents.empty(pathlib.Path(config.latents), model)}
     else:
         how = model.scheduler, config.finetune, model.zeros, model.clip_skip
-        loss = objectives.text_to_image_loss(model.graphdefs, *how)
+        control = controlling.control(task.net.graphdef, config.controlnet.kind) if task.net else None
+        loss = objectives.text_to_image_loss(model.graphdefs, *how, control)
         frozen = {kind: part.params for kind, part in model.parts.items()}
         frozen["empty_ids"] = model.tokenizers.encode([""])[0]
     if config.prior.num_images:
@@ -258,7 +266,9 @@ def keep_alone(folder: pathlib.Path, names: Sequence[str]) -> None:
 
 
 def export(task: Task, params: Any, folder: pathlib.Path, overwrite: bool) -> pathlib.Path:
-    """Writes the model into the folder, in float16; of a LoRA or a word, its file."""
+    """Writes the model or the ControlNet into the folder, in float16; of a LoRA or a word, its file."""
+    if task.net is not None:
+        return controlling.export(task.net, params["controlnet"], folder, overwrite)
     if task.word is not None:
         return embeddings.save(folder, task.word.embedding(params))
     if task.lora is not None:

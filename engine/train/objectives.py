@@ -95,6 +95,7 @@ def text_to_image_loss(
     objective: ObjectiveConfig,
     zeros: bool = False,
     clip_skip: int = 0,
+    control: Callable | None = None,
 ) -> Loss:
     """`denoising_loss` of pictures and captions.
 
@@ -104,6 +105,7 @@ def text_to_image_loss(
     Args:
       graphdefs: of the model's networks: "unet", "vae", "text_encoder", and of SDXL "text_encoder_2".
       zeros, clip_skip: see `Model`.
+      control: see `denoising_loss`.
     """
     build_vae, readers = applier(graphdefs["vae"]), [kind for kind in TOKENIZERS if kind in graphdefs]
 
@@ -123,7 +125,7 @@ def text_to_image_loss(
             context = jax.tree.map(lambda x: _where(drop, jnp.zeros_like(x[0]), x), context)
         return latents * vae_module.config.scaling_factor, Told(context, numbers(batch))
 
-    return denoising_loss(graphdefs["unet"], encode, scheduler, objective)
+    return denoising_loss(graphdefs["unet"], encode, scheduler, objective, control)
 
 
 def cached_loss(
@@ -155,9 +157,16 @@ def _where(drop: Bool[Array, " B"], empty: ArrayLike, each: ArrayLike) -> Array:
 
 
 def denoising_loss(
-    unet: nnx.GraphDef, encode: Encode, scheduler: SchedulerConfig, objective: ObjectiveConfig
+    unet: nnx.GraphDef,
+    encode: Encode,
+    scheduler: SchedulerConfig,
+    objective: ObjectiveConfig,
+    control: Callable | None = None,
 ) -> Loss:
     """The loss of the U-Net's params, see `diffusion_loss`; its metrics are those of `by_timestep`.
+
+    Args:
+      control: (frozen, batch) -> (x, t, words, added) -> what a ControlNet adds; None: there is none.
 
     Raises:
       UserError: the objective is wrong, or does not go with the scheduler.
@@ -174,9 +183,11 @@ def denoising_loss(
         )
         module = build_unet(params)
         added = None if told.numbers is None else (told.context.pooled, told.numbers)
+        heed, words = control(frozen, batch) if control else None, told.context.words
 
         def apply(x, t):
-            return module(x, t, told.context.words, None, added)
+            more = heed(x, t, words, added) if heed else None
+            return module(x, t, words, None, added, control=more)
 
         losses, sigma = diffusion_loss(
             apply, latents, loss_key, schedule, scheduler.prediction_type, objective

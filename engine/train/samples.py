@@ -6,11 +6,18 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from engine import finish
+import jax.numpy as jnp
+import numpy as np
+
+from engine import finish, sights
 from engine.config import SamplesConfig, StageConfig
+from engine.controls import ControlNet
 from engine.parallel import SPLIT, Devices
 from engine.pipeline import Pipeline
-from engine.types import Params
+from engine.pixels import Crop, Unusable, read_pixels
+from engine.requests import Given
+from engine.types import Params, UserError
+from engine.weights.component import Component
 from engine.weights.folder import Model, on_devices
 
 
@@ -21,30 +28,66 @@ class Drawer:
     compiled is kept.
     """
 
-    def __init__(self, model: Model, stage: StageConfig, name: str, folder: pathlib.Path):
+    def __init__(
+        self,
+        model: Model,
+        stage: StageConfig,
+        name: str,
+        folder: pathlib.Path,
+        net: Component | None = None,
+    ):
+        """net: a ControlNet that is trained."""
         devices = Devices("jit", rules=SPLIT) if stage.shard_params else Devices()
-        self._model, self._pipe = model, Pipeline(model, devices, name, stage.compute_dtype, folder)
+        self._model, self._nets = model, [ControlNet(net, 1.0)] if net else []
+        self._pipe = Pipeline(model, devices, name, stage.compute_dtype, folder, nets=self._nets)
 
     @contextlib.contextmanager
     def ready(self, params: Mapping[str, Params] = MappingProxyType({})) -> Iterator[Pipeline]:
-        """Within, the model is on the devices, with `params` of some parts in place of its own."""
+        """Within, the model is on the devices, with `params` of some parts in place of its own.
+
+        Those of "controlnet" are the ControlNet's.
+        """
         parts = {
-            kind: dataclasses.replace(getattr(self._model, kind), params=own) for kind, own in params.items()
+            kind: dataclasses.replace(getattr(self._model, kind), params=own)
+            for kind, own in params.items()
+            if kind != "controlnet"
         }
-        pipe = self._pipe
+        pipe, dtype = self._pipe, jnp.dtype(self._pipe.dtype)
         pipe.programs.model = on_devices(dataclasses.replace(self._model, **parts), pipe.devices, pipe.dtype)
+        if "controlnet" in params:
+            placed = pipe.devices.place_tree(params["controlnet"], dtype)
+            own = [net._replace(part=dataclasses.replace(net.part, params=placed)) for net in self._nets]
+            pipe.programs.controls = tuple(own)
         try:
             yield pipe
         finally:  # not when Python comes to collect it: programs and their methods are a cycle
-            pipe.programs.model = self._model
+            pipe.programs.model, pipe.programs.controls = self._model, tuple(self._nets)
 
 
 class Samples:
     """Draws sheets into a folder: FOLDER/00000500.png is of step 500."""
 
-    def __init__(self, config: SamplesConfig, model: Model, stage: StageConfig, folder: pathlib.Path):
+    def __init__(
+        self,
+        config: SamplesConfig,
+        model: Model,
+        stage: StageConfig,
+        folder: pathlib.Path,
+        net: Component | None = None,
+        sight: str = "",
+    ):
+        """Args:
+        net: a ControlNet that is trained; what it is shown of config.images is `sight`.
+
+        Raises:
+          UserError: one of these files cannot be read.
+        """
         self.every, self._config, self._folder = config.every, config, folder
-        self._drawer = Drawer(model, stage, "in training", folder)
+        self._drawer = Drawer(model, stage, "in training", folder, net)
+        self._given = None
+        if net is not None and config.every:
+            shown = [sights.seen(sight, _picture(path, *model.default_size)) for path in config.images]
+            self._given = [Given(control=(each,)) for each in shown]
 
     def draw(self, step: int, params: Mapping[str, Params]) -> pathlib.Path:
         """One sheet, with the params of some parts in place of the model's."""
@@ -56,8 +99,23 @@ class Samples:
                 steps=config.steps,
                 guidance_scale=config.guidance_scale,
                 batch_size=pipe.batch_size_for(len(prompts), *pipe.default_size),
+                given=self._given,
             )
+        if self._given:
+            shown = np.stack([each.control[0] for each in self._given])
+            images = np.concatenate([shown, images], axis=2)  # side by side
         path = finish.prepare_folder(self._folder) / f"{step:08d}.png"
         about = {"step": step, "prompts": prompts, "seed": config.seed, "sheet": []}
         finish.write_png(path, finish.contact_sheet(images, labels=prompts), about)
         return path
+
+
+def _picture(path: str, height: int, width: int) -> np.ndarray:
+    """The pixels of a file, (height, width, 3); UserError where it cannot be read."""
+    try:
+        with open(pathlib.Path(path).expanduser(), "rb") as file:
+            return read_pixels(file, width, height, Crop())
+    except OSError as error:
+        raise UserError(f"samples.images: {path}: {error.strerror or error}") from None
+    except Unusable as problem:
+        raise UserError(f"samples.images: {path}: {problem}; write a PNG, JPEG or WebP") from None

@@ -167,3 +167,33 @@ def test_a_new_one_adds_nothing():
     arguments = nhwc(normal(2, 4, *size)), normal(2, L, 12, seed=1), nhwc(picture(twin, size))
     control = ours(twin, 1.0)(nnx.to_pure_dict(fresh), *map(jnp.asarray, arguments))
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves((control.full_size, control.deep())))
+
+
+def test_gradients_through_the_unet_that_stays():
+    """Of a squared error of the whole, with respect to all of the ControlNet: what its training needs."""
+    size = (6, 4)
+    unet, net = unet_twins({}), twins(HALVING)
+    x, context, shown = normal(2, 4, *size), normal(2, L, 12, seed=1), picture(net, size)
+    wanted = normal(2, 4, *size, seed=4)
+
+    def loss(params):
+        control = ours(net, 1.0)(params, nhwc(x), context, nhwc(shown))
+        model = nnx.merge(unet.graphdef, nnx.State(unet.params))
+        found = model(jnp.asarray(nhwc(x)), jnp.asarray(T), jnp.asarray(context), control=control)
+        return jnp.square(found - nhwc(wanted)).mean()
+
+    gradient = compiled(jax.grad(loss))(net.params)
+    tensors = [torch.from_numpy(each) for each in (x, T, context)]
+    control = net.original(*tensors, torch.from_numpy(shown))
+    found = unet.original(
+        *tensors,
+        down_block_additional_residuals=control.down_block_res_samples,
+        mid_block_additional_residual=control.mid_block_res_sample,
+    ).sample
+    torch.square(found - torch.from_numpy(wanted)).mean().backward()
+    with torch.no_grad():
+        for parameter in net.original.parameters():  # the gradients, laid out as the parameters were
+            parameter.copy_(parameter.grad)
+    jax.tree.map_with_path(
+        lambda path, a, b: assert_same(a, b, 1e-4, where=str(path)), gradient, net.converted()
+    )

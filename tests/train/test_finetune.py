@@ -16,8 +16,6 @@ import engine
 from engine import chips
 from engine.config import (
     DataConfig,
-    FinetuneConfig,
-    FinetuneStage,
     LoraConfig,
     OptimConfig,
     PriorConfig,
@@ -35,54 +33,7 @@ from launch import cli
 from launch import export as export_command
 from launch import train as train_command
 from tests.tiny import SHALLOW, tiny_folder
-
-COLOURS = {"red": (220, 30, 30), "blue": (30, 40, 220), "green": (30, 200, 60), "white": (250, 250, 250)}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny", **SHALLOW)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Eight plain pictures: four colours, lighter above or below."""
-    folder = tmp_path_factory.mktemp("pictures")
-    lines = []
-    for colour, rgb in COLOURS.items():
-        for place in ("above", "below"):
-            paint(folder / f"{colour}-{place}.png", rgb, place)
-            lines.append(
-                json.dumps({"file_name": f"{colour}-{place}.png", "text": f"a {colour} car {place}"})
-            )
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def paint(file, rgb, place):
-    image = np.full((16, 16, 3), rgb, np.uint8)
-    rows = slice(0, 8) if place == "above" else slice(8, 16)
-    image[rows] //= 2
-    Image.fromarray(image).save(file)
-
-
-@pytest.fixture
-def config(model, pictures):
-    """Four steps of four pictures, unless told."""
-
-    def config(what="unet", steps=4, stage=None, **options):
-        own = {"batch_size": 4, "ema": (0.5,), "checkpoint_every": 100, "caption_dropout": 0.0}
-        own |= stage or {}
-        optimizer = own.pop("optim", OptimConfig(learning_rate=1e-3, warmup_steps=0, decay_steps=0))
-        return FinetuneConfig(
-            model=str(model),
-            what=what,
-            data=DataConfig(paths=(str(pictures),)),
-            finetune=FinetuneStage(steps=steps, optim=optimizer, **own),
-            **options,
-        )
-
-    return config
+from tests.train.conftest import COLOURS, paint
 
 
 def leaves(part):
