@@ -60,6 +60,7 @@ FLAGS: cli.Groups = {
         "remat": ("NAME", "for train: none, dots or blocks"),
         "quantize": ("TYPE", "for drawing: int8 or fp8"),
         "merge_tokens": ("S", "for drawing: share of the tokens that attend together with others"),
+        "controlnets": ("N", "for drawing: so many beside the U-Net, in the sampler's step"),
         "split_params": ("", "for drawing: the model over the chips, as train has it, not a copy on each"),
     },
     "Where": {
@@ -82,13 +83,14 @@ DEFAULTS: dict[str, Any] = {
     "remat": "none",
     "quantize": "",
     "merge_tokens": 0.0,
+    "controlnets": 0,
     "split_params": False,
 }
 KINDS = {name: type(value) for name, value in DEFAULTS.items()}
 KINDS |= {"side": str, "sampler": str, "out": str, "plot": str}
 PEERS = ("diffusers", "diffusers-compiled")
 DRAWING = ("side", "batch_sizes", "steps", "sampler", "guidance_scale", "dtype", "parallel", "rounds")
-OF_COMPILE = ("topology", "parts", "quantize", "merge_tokens", "split_params")
+OF_COMPILE = ("topology", "parts", "quantize", "merge_tokens", "controlnets", "split_params")
 # mode -> the flags that it reads, beside model, out and plot
 READ = {
     "generate": (*DRAWING, "peer"),

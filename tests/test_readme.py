@@ -9,9 +9,10 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from launch import generate
-from tests.tiny import REFINER, XL, tiny_folder
+from tests.tiny import REFINER, XL, tiny_controlnet, tiny_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -51,6 +52,8 @@ def test_commands_that_draw(tmp_path, monkeypatch, capsys):
     for path, overrides in MODELS.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         tiny_folder(tmp_path / path, **overrides)
+    tiny_controlnet(tmp_path / "path/to/sd-controlnet-canny")
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "path/to/edges.png")
     (csv,) = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
     (tmp_path / "prompts.csv").write_text(csv)
     (jsonl,) = re.findall(r"```jsonl\n(.*?)```", README, re.DOTALL)

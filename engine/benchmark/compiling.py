@@ -28,11 +28,12 @@ def rows(
     quantize: str = "",
     merge: float = 0.0,
     split: bool = False,
+    controlnets: int = 0,
 ) -> Iterator[Row]:
     """One for each program and batch size, as they are compiled; a training splits its state over the chips.
 
     Args:
-      quantize, merge: for drawing, see `outline`.
+      quantize, merge, controlnets: for drawing, see `outline`.
       split: for drawing: the chips share the model.
 
     Raises:
@@ -45,8 +46,11 @@ def rows(
             )
     if not 0 <= merge <= merging.MOST:
         raise UserError(f"merge_tokens={merge}: write a share of the tokens, from 0 to {merging.MOST}")
-    if (quantize or merge or split) and "train" in parts:
-        raise UserError("quantize, merge_tokens and split_params are for drawing: leave train out of parts")
+    if (quantize or merge or split or controlnets) and "train" in parts:
+        ours = "quantize, merge_tokens, split_params and controlnets"
+        raise UserError(f"{ours} are for drawing: leave train out of parts")
+    if controlnets < 0:
+        raise UserError(f"controlnets={controlnets}: write a number from 0")
     if quantize and split:
         raise UserError(f"quantize={quantize!r} with split_params: leave one of them out")
     model, found = outline.model(name, quantize=quantize), tpu_compiler.chips(topology)
@@ -54,7 +58,7 @@ def rows(
     sharing = Devices("jit", found, rules=SPLIT)
     devices = sharing if split else Devices("shard_map", found)
     for batch in batch_sizes:
-        drawing = outline.drawing(model, devices, side, batch, merge=merge)
+        drawing = outline.drawing(model, devices, side, batch, merge=merge, controlnets=controlnets)
         for part in parts:
             if part == "train":
                 program = outline.training(model, sharing, side, batch, remat)

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from engine.conditions import Told
 from engine.config import StageConfig, nearest
 from engine.config.training import REMATS, ObjectiveConfig
+from engine.controls import ControlNet
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.loading import DTYPES, SHIPPED, SHIPPED_NAME
 from engine.parallel import Devices
@@ -22,6 +23,7 @@ from engine.types import UserError
 from engine.way import Kind
 from engine.weights import quantized
 from engine.weights.component import Component, abstract
+from engine.weights.controlnet import config_for
 from engine.weights.folder import TOKENIZERS, Model, load_folder
 from engine.weights.index import PARTS, numbers_beside
 from engine.weights.random_folder import ARCHITECTURES
@@ -81,14 +83,34 @@ def told(model: Model, batch: int, dtype: DTypeLike) -> Told:
     return Told(Context(words, pooled), numbers)
 
 
+def controlnet(model: Model) -> ControlNet:
+    """A new one for the model, with shapes for weights."""
+    dtype = jax.tree.leaves(model.unet.params["conv_in"])[0].dtype
+    graphdef, found = abstract("controlnet", config_for(model))
+    flat = {path: shape(*leaf.shape, dtype=dtype) for path, leaf in found.items()}
+    params = traverse_util.unflatten_dict(flat)
+    return ControlNet(Component("controlnet", config_for(model), graphdef, params), 1.0)
+
+
 def drawing(
-    model: Model, devices: Devices, side: int, batch: int, sampler: str = "euler", merge: float = 0.0
+    model: Model,
+    devices: Devices,
+    side: int,
+    batch: int,
+    sampler: str = "euler",
+    merge: float = 0.0,
+    controlnets: int = 0,
 ) -> dict[str, Program]:
     """The programs that draw `batch` pictures a device, with guidance, and one call of the U-Net without.
 
-    Those of the sampler are one step of it each. merge: share of the tokens that attend together with others.
+    Those of the sampler are one step of it each.
+
+    Args:
+      merge: share of the tokens that attend together with others.
+      controlnets: that go with the sampler.
     """
-    made = Programs(model, devices, "the benchmark")
+    nets = [controlnet(model)] * controlnets
+    made = Programs(model, devices, "the benchmark", nets=nets)
     dtype = jax.tree.leaves(model.unet.params)[0].dtype
     whole = batch * devices.count
     params = {kind: placed(part.params, devices.shardings) for kind, part in model.parts.items()}
@@ -97,6 +119,11 @@ def drawing(
     words = told(model, whole, dtype)
     batched = {"cond": words, "uncond": words, "keys": keys, "guidance_scale": shape(whole)}
     shared = {"unet": params["unet"], "sigmas": shape(31), "initial_scale": shape(), "anew": shape()}
+    if nets:
+        shared["controls"] = tuple(placed(net.part.params, devices.shardings) for net in nets)
+        shared["control_scales"] = shape(controlnets)
+        first_level = model.unet.config.block_out_channels[0]
+        batched["seen"] = (shape(*latents.shape[:3], first_level, dtype=dtype),) * controlnets
 
     kind = Kind(sampler, guided=True, merge=merge)
     begin = made.begin_program(kind, True)

@@ -15,13 +15,12 @@ from flax import nnx, traverse_util
 
 from engine import sights
 from engine.config import ControlConfig
-from engine.models.controlnet import ControlNetConfig, ControlNetModel
+from engine.models.controlnet import ControlNetModel
 from engine.models.layers import host_rngs
-from engine.models.unet_config import EncoderConfig
 from engine.train.step import Batch
 from engine.types import Params
 from engine.weights.component import Component, abstract, save_component
-from engine.weights.controlnet import load_controlnet
+from engine.weights.controlnet import config_for, load_controlnet
 from engine.weights.folder import Model
 
 
@@ -33,22 +32,12 @@ def begin(model: Model, config: ControlConfig, seed: int) -> Component:
     """
     if config.start:
         return load_controlnet(model, config.start, place=lambda name, array: array)
-    own = _config_for(model)
+    own = config_for(model)
     graphdef, shapes = abstract("controlnet", own)
     fresh = nnx.to_pure_dict(nnx.state(ControlNetModel(own, host_rngs(seed)), nnx.Param))
     leaves, unet = traverse_util.flatten_dict(fresh), traverse_util.flatten_dict(model.unet.params)
     params = {path: np.asarray(unet.get(path, leaves[path])) for path in shapes}
     return Component("controlnet", own, graphdef, traverse_util.unflatten_dict(params))
-
-
-def _config_for(model: Model) -> ControlNetConfig:
-    unet, scale = model.unet.config, model.vae.config.scale
-    shared = {field.name: getattr(unet, field.name) for field in dataclasses.fields(EncoderConfig)}
-    shared["mid_block_type"] = unet.mid_block_type or "UNetMidBlock2D"
-    widths = ControlNetConfig.conditioning_embedding_out_channels
-    count = scale.bit_length()  # each but the first halves the picture
-    widths = (*widths, *[widths[-1]] * (count - len(widths)))[:count]
-    return ControlNetConfig(**shared, conditioning_embedding_out_channels=widths)
 
 
 def control(graphdef: nnx.GraphDef, kind: str) -> Callable:

@@ -1,5 +1,6 @@
 """A ControlNet that is to go with a model: a folder of its own."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def find(path: str | Path) -> Path:
         what = f"{path} has no config.json" if folder.is_dir() else f"no ControlNet {path}"
         raise UserError(f"{what}: a ControlNet is a folder with config.json and safetensors")
     return folder
+
+
+def config_for(model: Model) -> ControlNetConfig:
+    """Of a new one: the way down and the middle of the model's U-Net."""
+    unet, scale = model.unet.config, model.vae.config.scale
+    shared = {field.name: getattr(unet, field.name) for field in dataclasses.fields(EncoderConfig)}
+    shared["mid_block_type"] = unet.mid_block_type or "UNetMidBlock2D"
+    widths = ControlNetConfig.conditioning_embedding_out_channels
+    count = scale.bit_length()  # each but the first halves the picture
+    widths = (*widths, *[widths[-1]] * (count - len(widths)))[:count]
+    return ControlNetConfig(**shared, conditioning_embedding_out_channels=widths)
 
 
 # What must be that of the model, in words where its name in config.json does not say it.
