@@ -29,7 +29,7 @@ class Told(NamedTuple):
     context: Context
     numbers: Float[Array, "B N"] | None = None  # of SDXL, see above
     read: Read | None = None  # what the U-Net's layers make of the words; None: they have yet to read them
-    control: tuple[Read, ...] = ()  # what those of the ControlNets make of them, if there are any
+    nets: tuple[Read, ...] = ()  # what those of the ControlNets make of them, if there are any
 
 
 def params_of(model: Model) -> dict[str, Params]:

@@ -6,18 +6,19 @@ too, and what it says is added to the U-Net: in all steps, or in those between t
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
-from engine.models.controlnet import Control
+from engine.config import check_control_count
+from engine.models.controlnet import Control, ControlNetModel, State
 from engine.models.merging import merging
 from engine.models.watching import unwatched
 from engine.requests import Given, Settings
-from engine.types import UserError
+from engine.types import Latents, UserError
 from engine.weights.component import Component
 
 
@@ -32,20 +33,10 @@ def checked(given: Sequence[Given], count: int, settings: Settings) -> None:
     """UserError where there are not as many pictures as ControlNets, or one is of another size."""
     shape = settings.height, settings.width, 3
     for each in given:
-        if len(each.control) != count:
-            raise UserError(_wrong_count(len(each.control), count))
+        check_control_count(len(each.control), count)
         for picture in each.control:
             if picture.shape != shape:
                 raise UserError(f"a control picture of shape {picture.shape}: it must be {shape}")
-
-
-def _wrong_count(found: int, count: int) -> str:
-    if not count:
-        return "a picture for a ControlNet, and there is none: write --controlnet FOLDER, too"
-    if not found:
-        one = "FILE" if count == 1 else ",".join(["FILE"] * count)
-        return f"a ControlNet without a picture to see: write --control_image {one}"
-    return f"{found} control pictures for {count} ControlNets: write one for each, with commas between them"
 
 
 def pixels(given: Sequence[Given]) -> tuple[UInt8[np.ndarray, "B H W 3"], ...]:
@@ -54,34 +45,56 @@ def pixels(given: Sequence[Given]) -> tuple[UInt8[np.ndarray, "B H W 3"], ...]:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def _alone() -> Iterator[None]:
     """What is computed inside is neither watched nor merged, as the U-Net around it may be."""
     with unwatched(), merging(0.0, (0, 0)):
         yield
 
 
-def apart(compute: Callable[[], Control]) -> Control:
-    """What ControlNets say, `alone` whenever it is computed."""
-    with alone():
-        control = compute()
+def said(
+    nets: Callable[[], Sequence[ControlNetModel]],
+    x: Latents,
+    t: Float[Array, " B"],
+    reads: Sequence[Any],
+    shown: Sequence[Float[Array, "b H W F"]],
+    scales: Float[Array, " K"],
+    added: Any,
+    inside: Bool[Array, ""] | None = None,
+) -> Control:
+    """What some ControlNets say together.
 
-    def deep():
-        with alone():
-            return control.deep()
+    Args:
+      nets: makes them, where they are used: params that are split come together there.
+      x, t, added: as the U-Net takes them.
+      reads: the context of each.
+      shown: what each makes of its pictures alone; what belongs to a picture stands side by side in x, as in
+        edits.seeing.
+      inside: where it is false nothing is computed, and zeros are added. None: it is true.
+    """
 
-    return Control(control.full_size, deep)
+    def near() -> tuple[list[Array], list[State]]:
+        each = zip(nets(), reads, shown, scales, strict=True)
+        found = [
+            net.near(x, t, read, jnp.repeat(seen, len(x) // len(seen), axis=0), scale, added)
+            for net, read, seen, scale in each
+        ]
+        return _total([more for more, _ in found]), [state for _, state in found]
+
+    def deep(states: Sequence[State]) -> tuple[list[Array], Array]:
+        each = zip(nets(), states, reads, scales, strict=True)
+        return _total([net.deep(state, read, scale) for net, state, read, scale in each])
+
+    def where_inside(compute: Callable[[], Any]) -> Any:
+        with _alone():
+            if inside is None:
+                return compute()
+            shapes = jax.eval_shape(compute)
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+            return jax.lax.cond(inside, compute, lambda: zeros)
+
+    full_size, states = where_inside(near)
+    return Control(full_size, lambda: where_inside(lambda: deep(states)))
 
 
-def in_part(compute: Callable[[], Control], inside: Bool[Array, ""]) -> Control:
-    """The same where `inside`, and elsewhere zeros, for which nothing is computed."""
-
-    def everything():
-        control = compute()
-        return control.full_size, control.deep()
-
-    def nothing():
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(everything))
-
-    with alone():
-        full_size, deep = jax.lax.cond(inside, everything, nothing)
-    return Control(full_size, lambda: deep)
+def _total(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *arrays: sum(arrays[1:], arrays[0]), *trees)

@@ -18,7 +18,7 @@ from engine.parallel import Devices
 from engine.pipeline import Pipeline
 from engine.types import UserError
 from engine.weights import quantized
-from engine.weights.controlnet import load_controlnet
+from engine.weights.controlnet import load_controlnet, look
 from engine.weights.decoder import with_decoder
 from engine.weights.folder import load_folder
 from engine.weights.refiner import load_refiner
@@ -73,6 +73,8 @@ def load(
         if devices.rules is not None:
             raise UserError(f"quantize={quantize!r} where devices split the model: leave it whole")
         place = quantized.placing(place, quantize)
+    for path, _ in controlnet:
+        look(path)  # before gigabytes are read
     loaded = load_folder(folder, jnp.dtype(dtype), None, place, lora, embeddings, clip_skip)
     edits.made_for(loaded, str(folder))
     second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None

@@ -273,7 +273,7 @@ class Pipeline:
     def check_given(self, given: Sequence[Given], settings: Settings) -> None:
         """UserError where pictures beside the words are not what the model, or its ControlNets, need."""
         edits.checked(given, self.made_for, settings)
-        controls.checked(given, len(self.programs.controls), settings)
+        controls.checked(given, len(self.programs.nets), settings)
 
     def steps_of(self, settings: Settings) -> int:
         """Steps of the sampler that a picture takes, in which the U-Net runs once."""

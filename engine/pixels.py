@@ -54,8 +54,13 @@ def read_header(file: io.BufferedIOBase, settings_key: str) -> Header:
     return Header(width, height, image.info.get(settings_key))
 
 
-def read_pixels(file: io.BufferedIOBase, width: int, height: int, crop: Crop) -> UInt8[np.ndarray, "H W 3"]:
+def read_pixels(
+    file: io.BufferedIOBase, width: int, height: int, crop: Crop, alpha: bool = True
+) -> UInt8[np.ndarray, "H W 3"]:
     """The picture, scaled to fill width x height and cropped, never stretched.
+
+    Args:
+      alpha: what is transparent is white; False: it has the colour that it would have if it were not.
 
     Raises:
       Unusable: it is damaged or too large.
@@ -69,7 +74,7 @@ def read_pixels(file: io.BufferedIOBase, width: int, height: int, crop: Crop) ->
         image.load()
         if turn in TURNS:
             image = image.transpose(TURNS[turn])
-        image = _rgb(image)
+        image = _rgb(image, alpha)
         box = crop_box(*image.size, width, height, crop)
         pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
     except Exception as error:  # Pillow raises half a dozen types for broken files
@@ -125,11 +130,11 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, alpha: bool) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
+    if image.has_transparency_data and alpha:
         image = image.convert("RGBA")
         page = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(page, image)

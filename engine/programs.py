@@ -29,7 +29,7 @@ from engine.diffusion.scheduler_config import for_sampler
 from engine.diffusion.segments import segment_length
 from engine.diffusion.steps import InitStep
 from engine.finish import to_uint8
-from engine.models.controlnet import Control, together
+from engine.models.controlnet import Control
 from engine.models.kernels import kernels
 from engine.models.merging import merging
 from engine.models.tiles import decode_in_tiles
@@ -62,13 +62,13 @@ class Programs:
         nets: Sequence[controls.ControlNet] = (),
     ):
         """tile: side in pixels, of the parts in which the decoder makes larger pictures; 0: none."""
-        self.model, self.devices, self.tile, self.controls = model, devices, tile, tuple(nets)
+        self.model, self.devices, self.tile, self.nets = model, devices, tile, tuple(nets)
         self.distilled = model.unet.config.time_cond_proj_dim is not None  # it knows what guidance does
         self.made_for = edits.made_for(model, name)
         self.text_program = devices.map(self._encode)
         self.decoder_program = devices.map(self._decode)
         self.look_program = devices.map(self._looked_at)
-        self.control_program = devices.map(self._looked_at_by_controls)
+        self.show_program = devices.map(self._shown)
         self.paste_program = devices.map(lambda _, batched: edits.pasted(*batched))
         self.begin_program = functools.cache(self._build_begin)
         self.segment_program = functools.cache(self._build_segment)
@@ -114,8 +114,8 @@ class Programs:
         found = self.devices.shard_batch(arrays)
         if given:
             found |= self.look_program(self.model.vae.params, given)
-        if self.controls:
-            found["seen"] = self.control_program(self._control_params, shown)
+        if self.nets:
+            found["shown"] = self.show_program(self._net_params, shown)
         return found
 
     def noise(self, batched: Mapping[str, Any], shape: tuple[int, ...]) -> jax.Array:
@@ -176,16 +176,16 @@ class Programs:
     def _shared(self, way: Way, small: dict[str, jax.Array]) -> dict[str, Any]:
         """What all devices have: the networks, and beside them a few numbers."""
         found = {"unet": self.model.unet.params}
-        if self.controls:
-            small = small | {"control_scales": jnp.float32([net.scale for net in self.controls])}
-            found["controls"] = self._control_params
+        if self.nets:
+            small = small | {"net_scales": jnp.float32([net.scale for net in self.nets])}
+            found["nets"] = self._net_params
         if way.control_within is not None:
-            small = small | {"control_within": jnp.float32(way.control_within)}
+            small = small | {"nets_within": jnp.float32(way.control_within)}
         return self.devices.share(small) | found
 
     @property
-    def _control_params(self) -> tuple[Any, ...]:
-        return tuple(net.part.params for net in self.controls)
+    def _net_params(self) -> tuple[Any, ...]:
+        return tuple(net.part.params for net in self.nets)
 
     def decode(self, latents: jax.Array, given: Mapping[str, Any] = NOTHING) -> tuple[Any, Any]:
         """Pictures (uint8), pasted into the given ones where a mask says so, and which of them are finite."""
@@ -215,14 +215,14 @@ class Programs:
             vae = module(self.model.vae, self.devices.whole(self.computed(params)))
             return edits.looked_at(vae, given, self.made_for)
 
-    def _looked_at_by_controls(self, params: Any, pictures: Any) -> Any:
-        nets = self._control_modules(map(self.computed, params))
+    def _shown(self, params: Any, pictures: Any) -> Any:
+        nets = self._net_modules(map(self.computed, params))
         return tuple(net.look(each / jnp.float32(255)) for net, each in zip(nets, pictures, strict=True))
 
-    def _control_modules(self, params: Iterable[Any], after: Any = None) -> list[Any]:
+    def _net_modules(self, params: Iterable[Any], after: Any = None) -> list[Any]:
         return [
             module(net.part, self.devices.whole(own, after=after))
-            for net, own in zip(self.controls, params, strict=True)
+            for net, own in zip(self.nets, params, strict=True)
         ]
 
     def computed(self, params: Any) -> Any:
@@ -232,8 +232,8 @@ class Programs:
         return jax.tree.map(at_least_float32, quantized.wide(params))
 
     def _computed(self, shared: Any) -> Any:
-        nets = tuple(map(self.computed, shared.get("controls", ())))
-        return shared | {"unet": self.computed(shared["unet"]), "controls": nets}
+        nets = tuple(map(self.computed, shared.get("nets", ())))
+        return shared | {"unet": self.computed(shared["unet"]), "nets": nets}
 
     def _kernels(self) -> contextlib.AbstractContextManager:
         return kernels(self.devices.platform, self.devices.over_batch)
@@ -285,7 +285,7 @@ class Programs:
         """What the model makes of x."""
         config = for_sampler(self.model.scheduler, kind.sampler)
         words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
-        control = functools.partial(self._control, shared, batched, sigma) if self.controls else None
+        control = functools.partial(self._control, shared, batched, sigma) if self.nets else None
         unet = self.bound(shared["unet"], w - 1 if self.distilled else None, recall, kind.merge, control)
         if guided and self.made_for == edits.FOLLOWS:
             w_picture = batched["image_guidance_scale"]
@@ -299,22 +299,20 @@ class Programs:
         self, shared: Any, batched: Any, sigma: Sigma, x: Latents, t: Any, told: conditions.Told, added: Any
     ) -> Control:
         """What the ControlNets say; the last arguments as the U-Net takes them."""
-        nets, latent = self._control_modules(shared["controls"], x), self.model.vae.config.latent_channels
-        reads = told.control or [told.context.words] * len(nets)
-
-        def compute() -> Control:
-            each = zip(nets, reads, batched["seen"], shared["control_scales"], strict=True)
-            said = [
-                # those of a picture stand side by side, as in edits.seeing
-                net(x[..., :latent], t, read, jnp.repeat(seen, len(x) // len(seen), axis=0), scale, added)
-                for net, read, seen, scale in each
-            ]
-            return together(said)
-
-        if "control_within" not in shared:
-            return controls.apart(compute)
-        low, high = shared["control_within"]
-        return controls.in_part(compute, (low < jnp.max(sigma)) & (jnp.max(sigma) <= high))
+        inside = None
+        if "nets_within" in shared:
+            low, high = shared["nets_within"]
+            inside = (low < jnp.max(sigma)) & (jnp.max(sigma) <= high)
+        return controls.said(
+            functools.partial(self._net_modules, shared["nets"], x),
+            x[..., : self.model.vae.config.latent_channels],
+            t,
+            told.nets or [told.context.words] * len(self.nets),
+            batched["shown"],
+            shared["net_scales"],
+            added,
+            inside,
+        )
 
     def bound(
         self,
@@ -351,12 +349,12 @@ class Programs:
                 x = edits.started(x, batched, *scales)
             init, _ = self._sampler(kind, shared, batched)
             unet = module(self.model.unet, self.devices.whole(self.computed(shared["unet"])))
-            nets = self._control_modules(map(self.computed, shared.get("controls", ())))
+            nets = self._net_modules(map(self.computed, shared.get("nets", ())))
             told = {side: batched[side] for side in (("cond", "uncond") if kind.guided else ("cond",))}
             for side, each in told.items():
                 words = each.context.words
                 read = tuple(net.read(words) for net in nets)
-                told[side] = each._replace(read=unet.read(words), control=read)
+                told[side] = each._replace(read=unet.read(words), nets=read)
             return init(x), told
 
         return self.devices.map(begin)

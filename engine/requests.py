@@ -43,16 +43,19 @@ class Settings:
     @property
     def guided_steps(self) -> range:
         """Those with guidance, where there is any."""
-        return self._between(self.guidance_start, self.guidance_end)
+        start, end = self.guidance_start or 0.0, 1.0 if self.guidance_end is None else self.guidance_end
+        return range(round(start * self.steps), round(end * self.steps))
 
     @property
     def controlled_steps(self) -> range:
-        """Those in which ControlNets add something, where there are any."""
-        return self._between(self.control_start, self.control_end)
+        """Those in which ControlNets add something, where there are any.
 
-    def _between(self, start: float | None, end: float | None) -> range:
-        end = 1.0 if end is None else end
-        return range(round((start or 0.0) * self.steps), round(end * self.steps))
+        As in diffusers, shares are of the steps that are taken, and those are in that lie between them whole.
+        """
+        count, first = self.intervals, self.steps - self.intervals
+        start, end = self.control_start or 0.0, 1.0 if self.control_end is None else self.control_end
+        inside = [i for i in range(count) if i / count >= start and (i + 1) / count <= end]
+        return range(first + inside[0], first + inside[-1] + 1) if inside else range(0)
 
 
 class Given(NamedTuple):

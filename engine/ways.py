@@ -43,7 +43,7 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
         anew=settings.strength == 1,
         within=_within(settings, whole, programs.distilled),
         merge=_merge(settings),
-        control_within=_control_within(settings, whole, bool(programs.controls)),
+        control_within=_control_within(settings, whole, bool(programs.nets)),
     )
     if refiner is None:
         return [way._replace(fresh=_fresh(settings, sampler, way))]
@@ -54,6 +54,11 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
         raise UserError(
             f"refiner_start={settings.refiner_start} leaves none of {settings.intervals} steps to the "
             f"{idle}: write another share, or more steps"
+        )
+    if programs.nets and settings.controlled_steps.start >= settings.steps - settings.intervals + own:
+        raise UserError(
+            f"control_start={settings.control_start} lies behind refiner_start={settings.refiner_start}, "
+            "where ControlNets add nothing: write a smaller share"
         )
     rest = Way(
         settings.sampler,
@@ -97,7 +102,8 @@ def _within(settings: Settings, sigmas: np.ndarray, distilled: bool) -> tuple[fl
     for name, share in (("guidance_start", start), ("guidance_end", end)):
         if share is not None and distilled:
             raise UserError(f"{name}={share}: this model learned guidance, and takes it in all steps")
-    return _levels(settings, "guidance", settings.guided_steps, sigmas, "guidance_scale=1")
+    steps = settings.guided_steps
+    return _levels(settings, "guidance", steps, range(settings.steps), sigmas, "guidance_scale=1")
 
 
 def _control_within(settings: Settings, sigmas: np.ndarray, controlled: bool) -> tuple[float, float] | None:
@@ -105,13 +111,14 @@ def _control_within(settings: Settings, sigmas: np.ndarray, controlled: bool) ->
     start, end = settings.control_start, settings.control_end
     if not controlled and (start, end) != (None, None):
         raise UserError("control_start, control_end without a ControlNet: write --controlnet FOLDER, too")
-    return _levels(settings, "control", settings.controlled_steps, sigmas, "no --controlnet")
+    steps, taken = settings.controlled_steps, range(settings.steps - settings.intervals, settings.steps)
+    return _levels(settings, "control", steps, taken, sigmas, "no --controlnet")
 
 
 def _levels(
-    settings: Settings, kind: str, steps: range, sigmas: np.ndarray, instead: str
+    settings: Settings, kind: str, steps: range, among: range, sigmas: np.ndarray, instead: str
 ) -> tuple[float, float] | None:
-    """The noise levels of the steps between the shares kind_start and kind_end; None: all."""
+    """The noise levels of `steps`, between the shares kind_start and kind_end of those `among`; None: all."""
     start, end = (getattr(settings, f"{kind}_{name}") for name in ("start", "end"))
     for name, share in (("start", start), ("end", end)):
         if share is not None and not 0 <= share <= 1:
@@ -119,9 +126,9 @@ def _levels(
     if not steps:
         raise UserError(
             f"{kind}_start={start or 0.0} and {kind}_end={1.0 if end is None else end} leave none of "
-            f"{settings.steps} steps between them: write shares further apart, or {instead}"
+            f"{len(among)} steps between them: write shares further apart, or {instead}"
         )
-    return None if steps == range(settings.steps) else schedules.levels(sigmas, steps)
+    return None if steps == among else schedules.levels(sigmas, steps)
 
 
 def _merge(settings: Settings) -> float:

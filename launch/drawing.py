@@ -53,6 +53,8 @@ def make_config(given: dict[str, Any], like: str | None) -> GenerateConfig:
             f"warning: {like} was drawn by fogsculpt {version}; "
             f"this is {engine.__version__}, which may draw it a little differently"
         )
+    if given.get("controlnet") == "":  # without it, then
+        options = {name: value for name, value in options.items() if not name.startswith("control_")}
     config = GenerateConfig(**options | given)
     if "model" not in given and not (is_shipped(config) or os.path.isdir(os.path.expanduser(config.model))):
         raise UserError(

@@ -2,15 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import engine
 from engine import controls
+from engine.models.controlnet import ControlNetModel
 from engine.requests import Given, Settings
 from engine.types import UserError
 from tests.compiled import COMPILED
-from tests.tiny import XL, shallow, tiny_controlnet, tiny_folder
+from tests.tiny import REFINER, XL, shallow, tiny_controlnet, tiny_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -68,12 +70,12 @@ def test_another_picture_prompt_or_scale_compiles_nothing(pipe):
     draw(pipe, shown(), control_end=0.5)
     before = COMPILED.copy()
     draw(pipe, shown(first=5), PROMPTS[::-1], control_start=0.25, control_end=0.75, guidance_scale=3.0)
-    net = pipe.programs.controls[0]
-    pipe.programs.controls = (net._replace(scale=0.3),)
+    net = pipe.programs.nets[0]
+    pipe.programs.nets = (net._replace(scale=0.3),)
     try:
         draw(pipe, shown(), seed=3)
     finally:
-        pipe.programs.controls = (net,)
+        pipe.programs.nets = (net,)
     assert before == COMPILED
 
 
@@ -130,9 +132,63 @@ def test_as_many_files_as_there_are_controlnets_are_asked_for():
         controls.checked([Given()], 2, settings)
 
 
+def test_beside_a_refiner_the_last_part_has_none(tmp_path):
+    """Two refiners of other weights would heed it, were it theirs: they are told nothing of it."""
+    base = tiny_folder(tmp_path / "base", **shallow(XL))
+    refiner = tiny_folder(tmp_path / "refiner", seed=1, **shallow(REFINER))
+    net = tiny_controlnet(tmp_path / "net", **shallow(XL)["unet"])
+    pipe = engine.load(base, refiner=refiner, controlnet=[(net, 1.0)])
+    assert not pipe.refiner.nets
+    own, other = (draw(pipe, shown(first=i), refiner_start=0.5) for i in (0, 5))
+    assert difference(own, other) > 8
+    with pytest.raises(UserError, match=r"control_start=0.75 lies behind refiner_start=0.5"):
+        draw(pipe, shown(), refiner_start=0.5, control_start=0.75)
+
+
+@pytest.mark.parametrize(
+    "steps, strength, start, end, inside",
+    [
+        (10, 1.0, 0.2, 0.8, range(2, 8)),
+        (8, 1.0, 0.0, 0.45, range(0, 3)),
+        (20, 1.0, 0.0, 0.33, range(0, 6)),
+        (5, 1.0, 0.5, 1.0, range(3, 5)),
+        (10, 0.5, 0.0, 0.5, range(5, 7)),
+        (10, 0.6, 0.5, 1.0, range(7, 10)),
+    ],
+)
+def test_the_steps_are_those_of_diffusers(steps, strength, start, end, inside):
+    """controlnet_keep of its pipelines, over the steps that are taken."""
+    settings = Settings(steps, "euler", 5.0, 16, 16, 1, strength, control_start=start, control_end=end)
+    assert settings.controlled_steps == inside
+    taken = settings.intervals
+    keep = [1.0 - float(i / taken < start or (i + 1) / taken > end) for i in range(taken)]
+    assert [float(steps - taken + i in inside) for i in range(taken)] == keep
+
+
+@pytest.mark.parametrize("interval", [None, 2])
+def test_its_deep_part_is_computed_where_that_of_the_unet_is(folder, net, interval, monkeypatch):
+    """Calls at run time: at full size in the steps that are its own, deep in those of them that are fresh."""
+    calls = {"near": 0, "deep": 0}
+
+    def counted(name, call):
+        def count(self, *args):
+            jax.debug.callback(lambda: calls.update({name: calls[name] + 1}))
+            return call(self, *args)
+
+        return count
+
+    for name in calls:
+        monkeypatch.setattr(ControlNetModel, name, counted(name, getattr(ControlNetModel, name)))
+    fresh = engine.load(folder, controlnet=[(net, 1.0)])
+    draw(fresh, shown(), sampler="euler", steps=8, control_end=0.75, cache_interval=interval)
+    jax.effects_barrier()
+    assert calls == {"near": 6, "deep": 6 if interval is None else 3}
+
+
 @pytest.mark.parametrize(
     "unet, message",
     [
+        ({"downsample_padding": 0}, "downsample_padding 0, and here 1"),
         ({"cross_attention_dim": 20}, r"cross_attention_dim \(20, 20\), and here \(24, 24\)"),
         ({"block_out_channels": (16, 16)}, r"channels of its skips \[16, 16, 16, 16\], and here"),
         ({"layers_per_block": (1, 2)}, "channels of its skips"),
@@ -173,6 +229,6 @@ def test_a_model_that_is_told_what_to_change_takes_none(tmp_path):
 def test_kernels_in_eight_bits_are_the_unets_alone(folder, net):
     pytest.importorskip("qwix")
     pipe = engine.load(folder, controlnet=[(net, 1.0)], quantize="int8")
-    kernel = pipe.programs.controls[0].part.params["down_blocks"][0]["resnets"][0]["conv1"]["kernel"]
+    kernel = pipe.programs.nets[0].part.params["down_blocks"][0]["resnets"][0]["conv1"]["kernel"]
     assert kernel.dtype == np.float32
     assert draw(pipe, shown()).std() > 10

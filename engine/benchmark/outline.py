@@ -120,10 +120,10 @@ def drawing(
     batched = {"cond": words, "uncond": words, "keys": keys, "guidance_scale": shape(whole)}
     shared = {"unet": params["unet"], "sigmas": shape(31), "initial_scale": shape(), "anew": shape()}
     if nets:
-        shared["controls"] = tuple(placed(net.part.params, devices.shardings) for net in nets)
-        shared["control_scales"] = shape(controlnets)
+        shared["nets"] = tuple(placed(net.part.params, devices.shardings) for net in nets)
+        shared["net_scales"] = shape(controlnets)
         first_level = model.unet.config.block_out_channels[0]
-        batched["seen"] = (shape(*latents.shape[:3], first_level, dtype=dtype),) * controlnets
+        batched["shown"] = (shape(*latents.shape[:3], first_level, dtype=dtype),) * controlnets
 
     kind = Kind(sampler, guided=True, merge=merge)
     begin = made.begin_program(kind, True)

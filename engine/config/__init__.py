@@ -1,7 +1,15 @@
 """Typed dataclasses for every job, and the strict reader for the JSON configs of model folders."""
 
 from engine.config.data import CROPS, DATA_KINDS, DRAWN, DataConfig
-from engine.config.drawing import FORMATS, MAX_INDEX, OF_THE_WAY, SIGHTS, GenerateConfig, JobConfig
+from engine.config.drawing import (
+    FORMATS,
+    MAX_INDEX,
+    OF_THE_WAY,
+    SIGHTS,
+    GenerateConfig,
+    JobConfig,
+    check_control_count,
+)
 from engine.config.finetuning import (
     WHAT,
     ControlConfig,
@@ -60,6 +68,7 @@ __all__ = [
     "StageConfig",
     "TrainConfig",
     "WordsStage",
+    "check_control_count",
     "from_json",
     "nearest",
     "to_json",

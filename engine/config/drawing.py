@@ -24,6 +24,20 @@ OF_THE_WAY = (
 )
 
 
+def check_control_count(found: int, count: int) -> None:
+    """UserError unless there are as many pictures for ControlNets as there are ControlNets."""
+    if found == count:
+        return
+    if not count:
+        raise UserError("a picture for a ControlNet, and there is none: write --controlnet FOLDER, too")
+    if not found:
+        files = ",".join(["FILE"] * count)
+        raise UserError(f"a ControlNet without a picture to see: write --control_image {files}")
+    raise UserError(
+        f"{found} control pictures for {count} ControlNets: write one for each, with commas between them"
+    )
+
+
 @dataclasses.dataclass
 class GenerateConfig:
     """Pictures to draw into a folder. What is None is known when the model is loaded."""
@@ -84,6 +98,7 @@ class GenerateConfig:
             if getattr(self, name) and not self.image:
                 raise UserError(f"{name}={getattr(self, name)} without a picture: write --image FILE, too")
         self.check_drawing()
+        check_control_count(len(self.control_images(self.control_image)), len(self.controlnets()))
         if self.first_index + (count := len(self.prompts) * self.num_images) > MAX_INDEX:
             raise UserError(
                 f"first_index={self.first_index}: {count} pictures would go beyond {MAX_INDEX - 1}, the last "
@@ -117,14 +132,21 @@ class GenerateConfig:
         return tuple(found)
 
     def control_images(self, value: str) -> tuple[str, ...]:
-        """The files that a text such as `control_image` names: one for each ControlNet.
+        """The files that a text such as `control_image` names, one for each ControlNet; none of an empty one.
 
-        Where there is one, a comma is a letter like others.
+        Where there is one ControlNet, a comma is a letter like others.
+
+        Raises:
+          UserError: there are not as many.
         """
+        count = len(self.controlnets())
+        files = tuple(file.strip() for file in value.split(",")) if count > 1 else (value,)
         if not value:
             return ()
-        many = len(self.controlnets()) > 1
-        return tuple(file.strip() for file in value.split(",")) if many else (value,)
+        check_control_count(len(files), count)
+        if not all(files):
+            raise UserError(f"control_image={value!r}: there is no file between two commas")
+        return files
 
     def embeddings(self) -> tuple[str, ...]:
         """The files that `embedding` names; UserError where it is no such list."""
@@ -158,7 +180,7 @@ class GenerateConfig:
                 raise UserError(f"{name}={value} without a ControlNet: write --controlnet FOLDER, too")
         self.loras()
         self.embeddings()
-        self.controlnets()
+        self.control_images(self.control_image)
         shares = ("guidance_start", "guidance_end", "control_start", "control_end")
         self.check_ranges(dict.fromkeys(shares, (0, 1)) | {"merge_tokens": (0, 0.75)})
         if self.split_params and self.parallel != "jit":

@@ -144,14 +144,15 @@ def read(paths: Paths, height: int, width: int, kind: str = "") -> Given:
 def _read(paths: Paths, height: int, width: int, kind: str) -> Given:
     """The same; what may pass, as a network that fails, is an OSError."""
 
-    def pixels(file: BinaryIO) -> np.ndarray:
-        return read_pixels(io.BytesIO(file.read()), width, height, Crop())  # trouble is no damage
+    def pixels(file: BinaryIO, alpha: bool = True) -> np.ndarray:
+        return read_pixels(io.BytesIO(file.read()), width, height, Crop(), alpha)  # trouble is no damage
 
-    found = {path: _of(path, pixels, passing=True) for path in dict.fromkeys(paths.each)}
-    mask = found[paths.mask].astype(np.float32).mean(-1) / 255 if paths.mask else None
-    return Given(
-        found.get(paths.image), mask, tuple(sights.seen(kind, found[path]) for path in paths.control)
-    )
+    # As in diffusers: where a map of edges or poses is transparent, its colours count all the same.
+    as_it_is = functools.partial(pixels, alpha=bool(kind))
+    image = _of(paths.image, pixels, passing=True) if paths.image else None
+    mask = _of(paths.mask, pixels, passing=True).astype(np.float32).mean(-1) / 255 if paths.mask else None
+    shown = {path: sights.seen(kind, _of(path, as_it_is, passing=True)) for path in set(paths.control)}
+    return Given(image, mask, tuple(shown[path] for path in paths.control))
 
 
 def _look(file: BinaryIO) -> Look:
@@ -248,7 +249,9 @@ class OfRows:
         Raises:
           UserError: trouble that may pass, as a network that fails.
         """
-        paths = {path: None for row in rows for path in self.paths(row).each}
+        # what leads out of the folder, or names too few, is refused where it is seen
+        sound = (row for row in rows if not self._wrong(row))
+        paths = {path: None for row in sound for path in self.paths(row).each}
         for _ in threads.map(self._look, paths):
             pass
 
@@ -258,6 +261,8 @@ class OfRows:
         Raises:
           UserError: trouble that may pass.
         """
+        if why := self._wrong(row):
+            return why
         paths = self.paths(row)
         if not paths.image:
             alone = {name: getattr(row, name) for name in ("mask", "strength")}
@@ -268,7 +273,7 @@ class OfRows:
                 return f"{named[0]} without a picture: write its image, too"
         if not paths.each:
             return None
-        if why := self._astray(row):
+        if why := self._astray(row, self._base):
             return why
         looks = [self._look(path) for path in paths.each]
         if faults := [look for look in looks if isinstance(look, str)]:
@@ -288,7 +293,7 @@ class OfRows:
           UserError: it cannot be drawn.
           OSError: trouble that may pass.
         """
-        if why := self._astray(row):
+        if why := self._astray(row, self._base):
             raise UserError(why)
         return _read(self.paths(row), height, width, self._config.control_kind)
 
@@ -308,10 +313,21 @@ class OfRows:
             again = "once that is mended, the same command goes on"
             raise Trouble(f"{path}: cannot be read: {reason}; {again}") from None
 
-    def _astray(self, row: Row) -> str:
+    def _wrong(self, row: Row) -> str:
+        """Why the paths of a row are none, without a look at the disk; '' if they are."""
+        try:
+            self._config.control_images(row.control_image or "")
+        except UserError as error:
+            return str(error)
+        if row.control_image and "," in self._folder and "," in row.control_image:
+            return f"{self._folder} has a comma in its name, which parts control pictures: rename it"
+        return self._astray(row, None)
+
+    def _astray(self, row: Row, base: str | None) -> str:
+        """Why a path in a row is none below its folder; base: as `astray` has it."""
         for name in PATHS:
             own = getattr(row, name) or ""
             for path in self._config.control_images(own) if name == "control_image" else (own,):
-                if path and (why := astray(path, self._base)):
+                if path and (why := astray(path, base)):
                     return f"{name}={path[:SHOWN]!r} {why}"
         return ""

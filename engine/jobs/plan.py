@@ -2,9 +2,9 @@
 
 A job is a pure function from row and number to picture, so every worker finds the same plan by itself. Rows
 that share a compiled program (size, steps, sampler, guidance or none; a picture to change, a mask, the part
-of the steps that is taken) form a group; the pictures of a group, in the order of the file, are cut into
-shards of one size. Rows that cannot be drawn form a last group, whose shards hold no pictures but their
-reasons.
+of the steps that is taken; pictures for ControlNets) form a group; the pictures of a group, in the order of
+the file, are cut into shards of one size. Rows that cannot be drawn form a last group, whose shards hold no
+pictures but their reasons.
 
 Memory: 12 bytes a row. The rows themselves stay on the disk (engine/text/rows.py), and so do pictures that
 they name (engine/jobs/given.py).
@@ -110,7 +110,7 @@ class Job:
     rows: Rows
     groups: tuple[Group, ...]
     digests: Mapping[str, str]  # of the model's files and all others, see engine.jobs.digests
-    given: str = ""  # digest of the pictures to change, if there are any
+    given: str = ""  # digest of the pictures beside the words, if there are any
 
     @property
     def shards(self) -> int:

@@ -2,7 +2,7 @@
 
 Three threads, each at most a few batches ahead of the next:
 
-  words     rows -> requests, contexts and the pictures to change (engine/text, and the text encoder)
+  words     rows -> requests, contexts and pictures beside the words (engine/text, and the text encoder)
   drawing   requests -> pictures. Two batches are always on the devices: one at work, one waiting
   writing   pictures -> PNGs -> shards (the caller's thread, and `writers` threads for the PNGs)
 
@@ -45,7 +45,7 @@ from engine.types import UserError
 BATCHES_AHEAD = 4  # of words before drawing, and of drawn pictures before writing
 ON_DEVICES = 2  # batches: one at work, one that waits
 TEXT_BATCH = 16  # prompts a device encodes at once
-READERS = 4  # threads that read pictures to change
+READERS = 4  # threads that read pictures beside the words
 CONTEXTS, CONTEXT_BYTES = 1024, 2**28  # that are kept, for prompts that come again
 
 

@@ -62,6 +62,10 @@ class Control(NamedTuple):
     deep: Callable[[], tuple[list[Array], Array]]  # to all other skips, and to the middle
 
 
+Scale = Float[Array, ""] | Float[Array, " B"] | float
+State = tuple[Float[Array, "B H W F"], Float[Array, "B E"]]  # the first level's output, and the time
+
+
 class ControlNetConditioningEmbedding(nnx.Module):
     """The picture, at the size of the latents and in as many channels as the first level has."""
 
@@ -83,7 +87,10 @@ class ControlNetConditioningEmbedding(nnx.Module):
 
 
 class ControlNetModel(UNetEncoder):
-    """The network; attributes are the keys of its checkpoints."""
+    """The network; attributes are the keys of its checkpoints.
+
+    It is called in two parts, as the deep one may not be wanted (`engine.diffusion.caching`).
+    """
 
     def __init__(self, config: ControlNetConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -102,16 +109,16 @@ class ControlNetModel(UNetEncoder):
             picture = picture[..., ::-1]
         return self.controlnet_cond_embedding(picture.astype(self.dtype))
 
-    def __call__(
+    def near(
         self,
         x: Float[Array, "B H W C"],
         t: Float[Array, " B"],
         context: Float[Array, "B L D"] | Read,
         seen: Float[Array, "B H W F"],
-        scale: Float[Array, ""] | Float[Array, " B"] | float = 1.0,
+        scale: Scale = 1.0,
         added: tuple[Float[Array, "B P"], Float[Array, "B N"]] | None = None,
-    ) -> Control:
-        """What is to be added to the U-Net that is called with the same.
+    ) -> tuple[list[Float[Array, "B H W F"]], State]:
+        """What is to be added, at full size, to the U-Net that is called with the same; what `deep` needs.
 
         Args:
           x, t, context, added: as UNet2DConditionModel takes them; of x the latent alone.
@@ -119,37 +126,26 @@ class ControlNetModel(UNetEncoder):
           scale: what is added is multiplied by it; one for all or one for each.
         """
         x, context, seen = jax.tree.map(lambda array: array.astype(self.dtype), (x, context, seen))
-        scale = jnp.asarray(scale, self.dtype)
-        scale = scale[:, None, None, None] if scale.ndim else scale
         temb = self.embedded_time(t, added)
-
         x = first = self.conv_in(x) + seen
         x, skips = self.down_blocks[0].at_full_size(x, temb, context)
-        count = 1 + len(skips)
-        near, far = self.controlnet_down_blocks[:count], self.controlnet_down_blocks[count:]
+        return self._scaled(self.controlnet_down_blocks[: 1 + len(skips)], [first, *skips], scale), (x, temb)
 
-        def scaled(layers, arrays):
-            return [layer(array) * scale for layer, array in zip(layers, arrays, strict=True)]
+    def deep(
+        self, state: State, context: Float[Array, "B L D"] | Read, scale: Scale = 1.0
+    ) -> tuple[list[Float[Array, "B _ _ _"]], Float[Array, "B h w G"]]:
+        """What is to be added to all other skips, and to the middle; the arguments as for `near`."""
+        x, temb = state
+        context = jax.tree.map(lambda array: array.astype(self.dtype), context)
+        x, skips = self.down_blocks[0].down(x)
+        for block in self.down_blocks[1:]:
+            x, more = block(x, temb, context)
+            skips += more
+        x = self.mid_block(x, temb, context)
+        layers = self.controlnet_down_blocks[len(self.controlnet_down_blocks) - len(skips) :]
+        return self._scaled(layers, skips, scale), self._scaled([self.controlnet_mid_block], [x], scale)[0]
 
-        def deep():
-            h, deeper = self.down_blocks[0].down(x)
-            for block in self.down_blocks[1:]:
-                h, more = block(h, temb, context)
-                deeper += more
-            h = self.mid_block(h, temb, context)
-            return scaled(far, deeper), self.controlnet_mid_block(h) * scale
-
-        return Control(scaled(near, [first, *skips]), deep)
-
-
-def together(controls: Sequence[Control]) -> Control | None:
-    """The sum of several; None of none."""
-
-    def total(trees):
-        return jax.tree.map(lambda *arrays: sum(arrays[1:], arrays[0]), *trees)
-
-    if not controls:
-        return None
-    return Control(
-        total([each.full_size for each in controls]), lambda: total([each.deep() for each in controls])
-    )
+    def _scaled(self, layers: Sequence[nnx.Conv], arrays: Sequence[Array], scale: Scale) -> list[Array]:
+        scale = jnp.asarray(scale, self.dtype)
+        scale = scale[:, None, None, None] if scale.ndim else scale
+        return [layer(array) * scale for layer, array in zip(layers, arrays, strict=True)]

@@ -15,6 +15,7 @@ from flax import nnx, traverse_util
 
 from engine import sights
 from engine.config import ControlConfig
+from engine.controls import said
 from engine.models.controlnet import ControlNetModel
 from engine.models.layers import host_rngs
 from engine.train.step import Batch
@@ -49,7 +50,9 @@ def control(graphdef: nnx.GraphDef, kind: str) -> Callable:
     def of_batch(frozen: Mapping[str, Any], batch: Batch) -> Callable:
         net = nnx.merge(graphdef, nnx.State(frozen["controlnet"]))
         shown = net.look(sights.seen(kind, batch["image"]) / jnp.float32(255))
-        return lambda x, t, words, added: net(x, t, words, shown, 1.0, added)
+        return lambda x, t, words, added: said(
+            lambda: [net], x, t, [words], [shown], jnp.ones(1, jnp.float32), added
+        )
 
     return of_batch
 

@@ -57,11 +57,11 @@ class Drawer:
         if "controlnet" in params:
             placed = pipe.devices.place_tree(params["controlnet"], dtype)
             own = [net._replace(part=dataclasses.replace(net.part, params=placed)) for net in self._nets]
-            pipe.programs.controls = tuple(own)
+            pipe.programs.nets = tuple(own)
         try:
             yield pipe
         finally:  # not when Python comes to collect it: programs and their methods are a cycle
-            pipe.programs.model, pipe.programs.controls = self._model, tuple(self._nets)
+            pipe.programs.model, pipe.programs.nets = self._model, tuple(self._nets)
 
 
 class Samples:

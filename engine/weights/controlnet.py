@@ -27,9 +27,13 @@ def load_controlnet(
     Raises:
       UserError: there is none, it is broken, or it was made for another model.
     """
-    folder = find(path)
-    _check_fits(read_config(folder / "config.json", "controlnet"), model, folder)
+    _check_fits(look(path), model, folder := find(path))
     return load_component(folder, "controlnet", dtype, place=place)
+
+
+def look(path: str | Path) -> ControlNetConfig:
+    """The config of the one in a folder; UserError as above, but for what the model has to say."""
+    return read_config(find(path) / "config.json", "controlnet")
 
 
 def find(path: str | Path) -> Path:
@@ -60,8 +64,10 @@ SAME = {
     "scale": "pixels a side to a latent",
     "skip_channels": "channels of its skips",
     "layers_per_block": "layers_per_block",
+    "downsample_padding": "downsample_padding",
     "cross_attention_dim": "cross_attention_dim",
     "addition_embed_type": "addition_embed_type",
+    "addition_time_embed_dim": "addition_time_embed_dim",
     "projection_class_embeddings_input_dim": "projection_class_embeddings_input_dim",
 }
 

@@ -272,8 +272,11 @@ def test_a_controlnet_draws_the_same_picture_in_every_mode_and_split(folder, tmp
     np.testing.assert_array_equal(drawn(one), images["shard_map"])
     split = Watched("jit", rules=SPLIT)
     assert largest_difference(drawn(split), images["jit"]) <= 1
-    moved = collectives(split.calls["segment"].compiled().as_text(), 8)
-    assert set(moved[0]) == {"all-gather"}
+    text = split.calls["segment"].compiled().as_text()
+    always, all_of_it = collectives(text[text.index("ENTRY") :], 8), collectives(text, 8)
+    assert set(all_of_it[0]) == {"all-gather"}
+    if part:  # what is not computed does not come together
+        assert always[1] < 0.5 * all_of_it[1]
 
 
 def test_split_params_come_together_at_each_step_and_not_before_all():

@@ -1,10 +1,13 @@
 """--controlnet and --control_image: runs and jobs, what pictures remember of them, mistakes in one line."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from engine import finish
+from engine import finish, sights
+from engine.jobs import given
 from launch import cli
 from tests.launch.test_bulk import facts, png_of
 from tests.launch.test_edit_flags import pixels, save
@@ -106,11 +109,40 @@ def test_mistakes_are_one_line(run, model, nets, files, tmp_path):
             ("--controlnet", f"{nets[0]},{nets[1]}", "--control_image", square),
             "1 control pictures for 2 ControlNets: write one for each, with commas between them",
         ),
+        (
+            ("--controlnet", f"{nets[0]},{nets[1]}", "--control_image", f"{square},"),
+            "there is no file between two commas",
+        ),
+        ((*net, "--control_image", square, "--control_kind", "edge"), "(did you mean edges?); write edges,"),
     ):
         told = run("a fox", "--model", model, "--steps", 4, "--out", tmp_path / "out", *more)
         assert told.code == cli.MISTAKE, more
         assert message in told.told[-1], told.told
         assert not (tmp_path / "out").exists()
+
+
+def test_the_last_of_it_is_left_out_of_a_picture_drawn_again(draw, run, nets, files, tmp_path):
+    (path,) = draw("a red fox", *flags(nets, files, "--control_end", 0.5, "--control_kind", "grey")).paths
+    (plain,) = run("--like", path, "--controlnet", "", "--out", tmp_path / "plain").paths
+    assert not any(name.startswith("control") for name in finish.read_settings(plain))
+    (usual,) = draw("a red fox", "--seed", 3, "--out", tmp_path / "usual").paths
+    np.testing.assert_array_equal(pixels(plain), pixels(usual))
+
+
+def test_what_is_transparent_keeps_its_colour_as_in_diffusers(draw, nets, tmp_path):
+    image = noise(6)
+    solid = save(tmp_path / "solid.png", image)
+    clear = save(tmp_path / "clear.png", np.dstack([image, np.zeros((16, 16), np.uint8)]))
+    here, there = (pixels(draw("a fox", *flags(nets, [file])).paths[0]) for file in (solid, clear))
+    np.testing.assert_array_equal(here, there)
+
+
+def test_kinds_of_sight(draw, nets, files, tmp_path):
+    (path,) = draw("a fox", *flags(nets, files, "--control_kind", "grey")).paths
+    assert finish.read_settings(path)["control_kind"] == "grey"
+    grey = save(tmp_path / "grey.png", sights.seen("grey", noise(0)))
+    (other,) = draw("a fox", *flags(nets, [grey])).paths
+    np.testing.assert_array_equal(pixels(path), pixels(other))
 
 
 # ---- jobs
@@ -182,16 +214,37 @@ def test_rows_that_cannot_be_drawn(job, nets, files, tmp_path):
     assert sorted(facts(tmp_path / "out")) == [0]
 
 
-def test_rows_of_two_controlnets_name_two_files(job, nets, files, tmp_path):
+def test_rows_of_two_controlnets_name_two_files(job, nets, files, tmp_path, monkeypatch):
     rows = [
         {"prompt": "a fox", "control_image": "given/0.png,given/1.png"},
         {"prompt": "a cat", "control_image": "given/0.png"},
         {"prompt": "a dog", "control_image": "given/0.png,../given/../../x.png"},
+        {"prompt": "a car", "control_image": "given/0.png,"},
+        {"prompt": "a boat", "control_image": f"given/0.png,{tmp_path.parent / 'x.png'}"},
     ]
+    opened = []
+    monkeypatch.setattr(
+        given, "_opened", lambda path, real=given._opened: (opened.append(path), real(path))[1]
+    )
     assert job("--controlnet", f"{nets[0]},{nets[1]}", rows=rows).code == cli.FAILED
     reasons = {row: one["reason"] for row, one in failures(tmp_path / "out").items()}
     assert "1 control pictures for 2 ControlNets" in reasons[1] and "leads out of the folder" in reasons[2]
+    assert "there is no file between two commas" in reasons[3] and "is an absolute path" in reasons[4]
     assert facts(tmp_path / "out")[0]["edit"] == {"control_image": f"{files[0]},{files[1]}"}
+    assert set(opened) == {str(files[0]), str(files[1])}
+
+
+def test_a_comma_in_the_folder_would_part_control_pictures(draw, nets, files, tmp_path):
+    folder = tmp_path / "x,y"
+    folder.mkdir()
+    for i in range(2):
+        save(folder / f"{i}.png", noise(i))
+    rows = [{"prompt": "a fox", "control_image": "0.png,1.png"}]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    outcome = draw("--prompts_file", folder / "rows.jsonl", "--controlnet", f"{nets[0]},{nets[1]}")
+    assert outcome.code == cli.FAILED
+    (failure,) = failures(tmp_path / "out").values()
+    assert "has a comma in its name, which parts control pictures: rename it" in failure["reason"]
 
 
 def test_a_mask_without_a_picture_to_change_is_told(job, nets, files, tmp_path):

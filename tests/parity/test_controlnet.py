@@ -10,7 +10,8 @@ import pytest
 import torch
 from flax import nnx
 
-from engine.models.controlnet import ControlNetConfig, ControlNetModel, together
+from engine.controls import said
+from engine.models.controlnet import Control, ControlNetConfig, ControlNetModel
 from engine.models.unet import UNet2DConditionModel
 from tests.parity.common import Twin, assert_same, compiled, nchw, nhwc, normal
 from tests.parity.test_unet import ATTENDS, BASE, FOUR_LEVELS, L, T
@@ -83,8 +84,9 @@ def ours(twin: Twin, scale):
 
     def call(params, x, context, shown):
         model = nnx.merge(twin.graphdef, nnx.State(params))
-        added = jax.tree.map(jnp.asarray, beside(twin))
-        return model(x, jnp.asarray(T), model.read(context), model.look(shown), scale, added)
+        added, read = jax.tree.map(jnp.asarray, beside(twin)), model.read(context)
+        full_size, state = model.near(x, jnp.asarray(T), read, model.look(shown), scale, added)
+        return Control(full_size, lambda: model.deep(state, read, scale))
 
     return call
 
@@ -144,13 +146,15 @@ def test_the_unet_that_they_add_to(count):
     ).sample
 
     def whole(params, params_of_nets, x, context, shown):
-        controls = [
-            ours(net, scale)(own, x, context, s)
-            for net, own, scale, s in zip(nets, params_of_nets, scales, shown, strict=True)
+        models = [
+            nnx.merge(net.graphdef, nnx.State(own)) for net, own in zip(nets, params_of_nets, strict=True)
         ]
+        seen = [model.look(each) for model, each in zip(models, shown, strict=True)]
+        t, reads = jnp.asarray(T), [context] * count
+        control = said(lambda: models, x, t, reads, seen, jnp.asarray(scales), None)
         model = nnx.merge(unet.graphdef, nnx.State(params))
         assert isinstance(model, UNet2DConditionModel)
-        return model(x, jnp.asarray(T), context, control=together(controls))
+        return model(x, t, context, control=control)
 
     arguments = unet.params, [net.params for net in nets], nhwc(x), context, list(map(nhwc, shown))
     assert_same(nchw(compiled(whole)(*arguments)), expected)
@@ -177,7 +181,7 @@ def test_gradients_through_the_unet_that_stays():
     wanted = normal(2, 4, *size, seed=4)
 
     def loss(params):
-        control = ours(net, 1.0)(params, nhwc(x), context, nhwc(shown))
+        control = ours(net, 1.0)(params, *map(jnp.asarray, (nhwc(x), context, nhwc(shown))))
         model = nnx.merge(unet.graphdef, nnx.State(unet.params))
         found = model(jnp.asarray(nhwc(x)), jnp.asarray(T), jnp.asarray(context), control=control)
         return jnp.square(found - nhwc(wanted)).mean()

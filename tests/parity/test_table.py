@@ -136,6 +136,23 @@ ROWS = {
         "euler",
         How(controls=(1.0,), image=True, mask=True, strength=0.6),
     ),
+    "SD, a ControlNet, img2img, in part of the steps": (
+        LEAST,
+        "euler",
+        How(controls=(1.0,), image=True, strength=0.6, control_end=0.5),
+    ),
+    "SD, a ControlNet, a share that does not divide the steps": (
+        LEAST,
+        "ddim, v",
+        How(controls=(1.0,), control_start=0.15, control_end=0.66),
+    ),
+    "SD without a mid block, a ControlNet": (PRUNED_SD, "euler", How(controls=(0.7,))),
+    "LCM, a ControlNet in part of the steps, features kept": (
+        LCM,
+        "euler",
+        How(controls=(0.7,), control_end=0.6, cache_interval=2),
+    ),
+    "SSD-1B, a ControlNet": (SSD, "euler", How(negatives=ONE, controls=(0.7,))),
     "SD inpainting, a ControlNet": (INPAINTS, "ddim, v", How(controls=(1.0,), image=True, mask=True)),
     "SDXL, words": (XL, "euler", XL_WORDS),
     "SDXL, no negative prompt": (LEAST_XL, "ddim, v", How(negatives=None)),
