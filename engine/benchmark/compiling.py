@@ -46,9 +46,10 @@ def rows(
             )
     if not 0 <= merge <= merging.MOST:
         raise UserError(f"merge_tokens={merge}: write a share of the tokens, from 0 to {merging.MOST}")
-    if (quantize or merge or split or controlnets) and "train" in parts:
-        ours = "quantize, merge_tokens, split_params and controlnets"
-        raise UserError(f"{ours} are for drawing: leave train out of parts")
+    if (quantize or merge or split) and "train" in parts:
+        raise UserError("quantize, merge_tokens and split_params are for drawing: leave train out of parts")
+    if controlnets and "sampler" not in parts:
+        raise UserError(f"controlnets={controlnets} go with the sampler: write it among parts")
     if controlnets < 0:
         raise UserError(f"controlnets={controlnets}: write a number from 0")
     if quantize and split:

@@ -67,7 +67,7 @@ def sampling(pipe: Pipeline, work: Work) -> tuple[Callable[[], Any], Callable[[]
     (way,) = ways_of(settings, programs, None)
     requests = [Request(prompt, "", 0, i, settings.guidance_scale) for i, prompt in enumerate(work.prompts)]
     contexts = pipe.encode([*work.prompts, ""], settings.batch_size)
-    batched = programs.batched(requests, contexts, settings, noise.image_keys(0, range(count)), None)
+    batched = programs.batched(requests, contexts, settings, noise.image_keys(0, range(count)), {})
     start = pipe.devices.shard_batch(work.latents)
 
     def call(params: Any, batched: Any) -> Any:
