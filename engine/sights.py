@@ -12,10 +12,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 LUMA = np.float32([0.299, 0.587, 0.114])  # ITU-R BT.601, as in JPEG
-FAINT, STRONG = (
-    0.05,
-    0.25,
-)  # slopes, of luma 0 to 1 a pixel: no edge up to the first, a full one from the second
+# Slopes, of luma 0 to 1 a pixel: up to the first there is no edge, from the second on a full one.
+FAINT, STRONG = 0.05, 0.25
 CELLS = 16  # of a mosaic, along the shorter side
 
 Pictures = UInt8[Any, "*B H W 3"]
@@ -52,9 +50,9 @@ def _along(xp: Any, plane: Plane, axis: int, weights: tuple[int, int, int]) -> P
     """The weighted sum of each place and its neighbours; beyond the border all is as at the border."""
     pads = [(0, 0)] * plane.ndim
     pads[axis] = (1, 1)
-    wide, size = xp.pad(plane, pads, mode="edge"), plane.shape[axis]
-    parts = (w * wide.take(np.arange(i, i + size), axis=axis) for i, w in enumerate(weights) if w)
-    return sum(parts, xp.zeros_like(plane))
+    wide, size = xp.moveaxis(xp.pad(plane, pads, mode="edge"), axis, 0), plane.shape[axis]
+    parts = (w * wide[i : i + size] for i, w in enumerate(weights) if w)
+    return xp.moveaxis(sum(parts), 0, axis)
 
 
 def _mosaic(xp: Any, colours: Float[Any, "*B H W 3"]) -> Float[Any, "*B H W 3"]:
