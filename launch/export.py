@@ -1,4 +1,4 @@
-"""Writes the model of a training run, finished or not: in the diffusers layout, or the file of a LoRA or a word.
+"""Writes the model of a training, finished or not: in the diffusers layout, or a LoRA's or a word's file.
 
   python -m launch.export --workdir runs/mine --out mine
   python -m launch.export --workdir runs/mine --out mine-raw --which params
