@@ -1,8 +1,7 @@
-r"""A ControlNet: pictures drawn along the edges of others, or in their colours.
+"""A ControlNet: pictures drawn along the edges of others, or in their colours.
 
 python -m launch.train --config=configs/controlnet.py --workdir=runs/mosaic --config.data.paths='("scenes",)'
-python -m launch.generate "a cat" --controlnet runs/mosaic/controlnet --control_image fox.png \
-  --control_kind mosaic
+python -m launch.generate "a cat" --controlnet runs/mosaic/controlnet --control_image fox.png
 """
 
 from engine.config import ControlConfig, DataConfig, FinetuneConfig, FinetuneStage, OptimConfig

@@ -27,6 +27,7 @@ class ControlNet(NamedTuple):
 
     part: Component
     scale: float  # of what it adds
+    kind: str = ""  # what it learned to be shown of a picture, where that is known: see engine.sights
 
 
 def checked(given: Sequence[Given], count: int, settings: Settings) -> None:

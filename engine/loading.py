@@ -18,7 +18,7 @@ from engine.parallel import Devices
 from engine.pipeline import Pipeline
 from engine.types import UserError
 from engine.weights import quantized
-from engine.weights.controlnet import load_controlnet, look
+from engine.weights.controlnet import kind_of, load_controlnet, look
 from engine.weights.decoder import with_decoder
 from engine.weights.folder import load_folder
 from engine.weights.refiner import load_refiner
@@ -79,7 +79,9 @@ def load(
     edits.made_for(loaded, str(folder))
     second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None
     nets = [
-        ControlNet(load_controlnet(loaded, path, jnp.dtype(dtype), devices.place), float(scale))
+        ControlNet(
+            load_controlnet(loaded, path, jnp.dtype(dtype), devices.place), float(scale), kind_of(path)
+        )
         for path, scale in controlnet
     ]
     if decoder:

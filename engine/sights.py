@@ -59,7 +59,9 @@ def _mosaic(xp: Any, colours: Float[Any, "*B H W 3"]) -> Float[Any, "*B H W 3"]:
     height, width = colours.shape[-3:-1]
     cell = min(height, width) / CELLS
     rows, columns = (_cells(side, max(1, round(side / cell))) for side in (height, width))
-    return xp.einsum("ij,...jwc,wv->...ivc", rows, colours, columns.T)
+    *batch, _ = shape = colours.shape[:-2]
+    by_row = (rows @ colours.reshape(*shape, width * 3)).reshape(*batch, height, width, 3)
+    return columns @ by_row
 
 
 def _cells(side: int, count: int) -> Float[np.ndarray, "S S"]:

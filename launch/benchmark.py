@@ -255,6 +255,7 @@ def compile_programs(options: dict[str, Any], argv: Sequence[str]) -> int:
         options["quantize"],
         options["merge_tokens"],
         options["split_params"],
+        options["controlnets"],
     ):
         found.append(row)
         cli.tell(f"{row['program']}: compiled in {row['_compile seconds']:.0f} s")

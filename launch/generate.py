@@ -65,8 +65,8 @@ FLAGS: cli.Groups = {
         ),
         "control_kind": (
             "KIND",
-            "show it the edges, grey or mosaic of that picture, for ControlNets of launch.train; without\n"
-            "this the picture is shown as it is",
+            "show it the edges, grey or mosaic of that picture, or with none all of it; without this what a\n"
+            "ControlNet of launch.train has learned, and others all of it",
         ),
         "control_start": ("S", "share of the steps before which it adds nothing; without it 0"),
         "control_end": ("S", "share of the steps behind which it adds nothing, and costs nothing"),

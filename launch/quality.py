@@ -40,7 +40,7 @@ FLAGS: cli.Groups = {
         "refiner_start": ("S", "share of the way that the model goes before it"),
         "controlnet": ("FOLDER[=SCALE]", "a ControlNet of the model; several with commas between them"),
         "control_image": ("FILE", "what it sees, for the rows that have none of their own"),
-        "control_kind": ("KIND", "what of it: edges, grey or mosaic; without this all, as it is"),
+        "control_kind": ("KIND", "what of it: edges, grey, mosaic or none; without this what it has learned"),
         "control_start": ("S", "share of the steps before which it adds nothing"),
         "control_end": ("S", "share of the steps behind which it adds nothing"),
         "grid": ("NAME", "how noise levels are spread"),

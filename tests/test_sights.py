@@ -52,5 +52,7 @@ def test_a_mosaic_has_the_means_of_its_cells():
     assert np.abs(sights.seen("mosaic", image) - means).max() <= 0.51
     odd = sights.seen("mosaic", photo(33, 50))
     assert len(np.unique(odd.reshape(-1, 3), axis=0)) <= 16 * 24
+    large = sights.seen("mosaic", photo(1024, 1024))  # in no time: products of two at a time
+    assert len(np.unique(large.reshape(-1, 3), axis=0)) <= 256
     small = photo(5, 7)
     assert np.array_equal(sights.seen("mosaic", small), small)  # a cell is a pixel at least

@@ -65,7 +65,8 @@ def rows(
                 program = outline.training(model, sharing, side, batch, remat)
             else:
                 program = drawing[part]
-            yield {"model": name, "pixels": side, **row(part, batch, program, found[0])}
+            beside = {"controlnets": controlnets if part == "sampler" else 0} if controlnets else {}
+            yield {"model": name, "pixels": side, **beside, **row(part, batch, program, found[0])}
 
 
 def row(part: str, batch: int, program: outline.Program, chip: jax.Device) -> Row:

@@ -65,7 +65,7 @@ class GenerateConfig:
     merge_tokens: float | None = None  # share of the finest tokens that attend together with others; None: 0
     controlnet: str = ""  # FOLDER or FOLDER=SCALE, several with commas between them: see `controlnets`
     control_image: str = ""  # what it sees; with several ControlNets one for each, with commas between them
-    control_kind: str = ""  # what of that picture it is shown, one of SIGHTS; "": all, as it is
+    control_kind: str = ""  # what of that picture it is shown, one of SIGHTS or "none"; "": as it has learned
     control_start: float | None = None  # share of the steps before which it adds nothing; None: 0
     control_end: float | None = None  # share of the steps behind which it adds nothing; None: 1
     image: str = ""  # a picture to change
@@ -172,9 +172,10 @@ class GenerateConfig:
         self._check_given()
         if self.refiner_start is not None and not self.refiner:
             raise UserError(f"refiner_start={self.refiner_start} without one: write --refiner FOLDER, too")
-        if self.control_kind and self.control_kind not in SIGHTS:
-            near = nearest(self.control_kind, SIGHTS)
-            raise UserError(f"control_kind={self.control_kind!r} is unknown{near}; write {', '.join(SIGHTS)}")
+        known = (*SIGHTS, "none")
+        if self.control_kind and self.control_kind not in known:
+            near = nearest(self.control_kind, known)
+            raise UserError(f"control_kind={self.control_kind!r} is unknown{near}; write {', '.join(known)}")
         for name in ("control_image", "control_kind", "control_start", "control_end"):
             if (value := getattr(self, name)) not in ("", None) and not self.controlnet:
                 raise UserError(f"{name}={value} without a ControlNet: write --controlnet FOLDER, too")

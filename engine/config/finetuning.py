@@ -33,8 +33,9 @@ class SamplesConfig:
 
     def validate(self, where: str = "samples") -> None:
         """Raises UserError; `where` is what the config calls this part."""
-        if isinstance(self.prompts, str):
-            raise UserError(f"{where}.prompts={self.prompts!r}: write a tuple, such as ('a fox',)")
+        for name, example in (("prompts", "a fox"), ("images", "fox.png")):
+            if isinstance(value := getattr(self, name), str):
+                raise UserError(f"{where}.{name}={value!r}: write a tuple, such as ('{example}',)")
         if self.every < 0:
             raise UserError(f"{where}.every={self.every}: write a number from 0")
         if self.every and not self.prompts:
@@ -47,6 +48,8 @@ class SamplesConfig:
         """UserError unless a ControlNet in training has a picture for each prompt, and others none."""
         if self.images and not controlled:
             raise UserError(f"{where}.images={self.images!r}: they are for what='controlnet'; leave them out")
+        if self.images and not self.every:
+            raise UserError(f"{where}.images without {where}.every: write the steps between them, too")
         if controlled and self.every and len(self.images) != len(self.prompts):
             raise UserError(
                 f"{where}.images has {len(self.images)} files for {len(self.prompts)} prompts: write the "

@@ -126,33 +126,40 @@ def size(look: Look, pipe: Pipeline, height: int | None, width: int | None) -> t
     return height or rounded(look.height), width or rounded(look.width)
 
 
-def read(paths: Paths, height: int, width: int, kind: str = "") -> Given:
+def kinds_of(config: GenerateConfig, pipe: Pipeline) -> tuple[str, ...]:
+    """What each ControlNet is shown of its picture: what it has learned, unless the config says otherwise."""
+    asked = {"none": ""}.get(config.control_kind, config.control_kind)
+    return tuple(asked if config.control_kind else net.kind for net in pipe.programs.nets)
+
+
+def read(paths: Paths, height: int, width: int, kinds: Sequence[str] = ()) -> Given:
     """The pictures, all that there are, scaled to fill height x width and cropped alike.
 
     Args:
-      kind: what ControlNets are shown of theirs, see engine.sights.
+      kinds: what each ControlNet is shown of its picture, see engine.sights.
 
     Raises:
       UserError: a file cannot be read.
     """
     try:
-        return _read(paths, height, width, kind)
+        return _read(paths, height, width, kinds)
     except OSError as error:
         raise UserError(f"{error.filename or paths.each[0]}: {error.strerror or error}") from None
 
 
-def _read(paths: Paths, height: int, width: int, kind: str) -> Given:
+def _read(paths: Paths, height: int, width: int, kinds: Sequence[str]) -> Given:
     """The same; what may pass, as a network that fails, is an OSError."""
 
     def pixels(file: BinaryIO, alpha: bool = True) -> np.ndarray:
         return read_pixels(io.BytesIO(file.read()), width, height, Crop(), alpha)  # trouble is no damage
 
-    # As in diffusers: where a map of edges or poses is transparent, its colours count all the same.
-    as_it_is = functools.partial(pixels, alpha=bool(kind))
+    def shown(path: str, kind: str) -> np.ndarray:
+        # As in diffusers: where a map of edges or poses is transparent, its colours count all the same.
+        return sights.seen(kind, _of(path, functools.partial(pixels, alpha=bool(kind)), passing=True))
+
     image = _of(paths.image, pixels, passing=True) if paths.image else None
     mask = _of(paths.mask, pixels, passing=True).astype(np.float32).mean(-1) / 255 if paths.mask else None
-    shown = {path: sights.seen(kind, _of(path, as_it_is, passing=True)) for path in set(paths.control)}
-    return Given(image, mask, tuple(shown[path] for path in paths.control))
+    return Given(image, mask, tuple(map(shown, paths.control, kinds)))
 
 
 def _look(file: BinaryIO) -> Look:
@@ -226,6 +233,7 @@ class OfRows:
         of_stdin = config.prompts_file == "-"
         self._folder = "" if of_stdin else os.path.dirname(os.path.expanduser(config.prompts_file))
         self._base = os.path.realpath(self._folder)
+        self._kinds = kinds_of(config, pipe)
         self._look = functools.lru_cache(LOOKS)(self._look_at)
         self._usual = {m: edits.default_strength(stand_in(1, 1, m), pipe.made_for) for m in (True, False)}
 
@@ -295,7 +303,7 @@ class OfRows:
         """
         if why := self._astray(row, self._base):
             raise UserError(why)
-        return _read(self.paths(row), height, width, self._config.control_kind)
+        return _read(self.paths(row), height, width, self._kinds)
 
     def strength(self, row: Row, masked: bool) -> float:
         """How much of the row's picture is forgotten."""

@@ -75,7 +75,7 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
         height, width = given.size(first, pipe, height, width)
     options = (config.steps, config.sampler, config.guidance_scale, height, width)
     settings = pipe.settings(*options, **config.of_the_way())
-    beside = given.read(paths, settings.height, settings.width, config.control_kind)
+    beside = given.read(paths, settings.height, settings.width, given.kinds_of(config, pipe))
     strength = edits.default_strength(beside, pipe.made_for) if config.strength is None else config.strength
     batch_size = config.batch_size or pipe.batch_size_for(len(prompts), settings.height, settings.width)
     settings = dataclasses.replace(settings, batch_size=batch_size, strength=strength)

@@ -4,8 +4,6 @@ The U-Net stays as it is. What the ControlNet is shown of each training picture 
 (`engine.sights`), computed on the devices, so that any pictures with captions will do.
 """
 
-import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,11 +14,10 @@ from flax import nnx, traverse_util
 from engine import sights
 from engine.config import ControlConfig
 from engine.controls import said
-from engine.models.controlnet import ControlNetModel
+from engine.models.controlnet import ControlNetConditioningEmbedding, ControlNetModel
 from engine.models.layers import host_rngs
 from engine.train.step import Batch
-from engine.types import Params
-from engine.weights.component import Component, abstract, save_component
+from engine.weights.component import Component, abstract
 from engine.weights.controlnet import config_for, load_controlnet
 from engine.weights.folder import Model
 
@@ -33,11 +30,17 @@ def begin(model: Model, config: ControlConfig, seed: int) -> Component:
     """
     if config.start:
         return load_controlnet(model, config.start, place=lambda name, array: array)
-    own = config_for(model)
+    own, rngs = config_for(model), host_rngs(seed)
     graphdef, shapes = abstract("controlnet", own)
-    fresh = nnx.to_pure_dict(nnx.state(ControlNetModel(own, host_rngs(seed)), nnx.Param))
-    leaves, unet = traverse_util.flatten_dict(fresh), traverse_util.flatten_dict(model.unet.params)
-    params = {path: np.asarray(unet.get(path, leaves[path])) for path in shapes}
+    # Only what the U-Net lacks is drawn: all of it would be the memory and the time of a second one.
+    lacks = {"controlnet_cond_embedding": ControlNetConditioningEmbedding(own, rngs)}
+    if model.unet.config.mid_block_type is None:
+        lacks["mid_block"] = ControlNetModel(own, rngs).mid_block
+    drawn = {name: nnx.to_pure_dict(nnx.state(each, nnx.Param)) for name, each in lacks.items()}
+    known = traverse_util.flatten_dict(model.unet.params) | traverse_util.flatten_dict(drawn)
+    params = {
+        path: np.asarray(known.get(path, np.zeros(leaf.shape, leaf.dtype))) for path, leaf in shapes.items()
+    }
     return Component("controlnet", own, graphdef, traverse_util.unflatten_dict(params))
 
 
@@ -55,9 +58,3 @@ def control(graphdef: nnx.GraphDef, kind: str) -> Callable:
         )
 
     return of_batch
-
-
-def export(net: Component, params: Params, folder: pathlib.Path, overwrite: bool) -> pathlib.Path:
-    """Writes the ControlNet for `--controlnet` and for PyTorch diffusers, in float16."""
-    save_component(folder, dataclasses.replace(net, params=params), jnp.float16, overwrite=overwrite)
-    return folder

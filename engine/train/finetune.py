@@ -26,11 +26,12 @@ from engine.train.workdir import STAGE, check_same_run, remember
 from engine.types import Params, UserError
 from engine.weights import embeddings, lora_files
 from engine.weights.component import Component
+from engine.weights.controlnet import save_controlnet
 from engine.weights.folder import Model, load_trainable, read_scheduler, save_folder
 from engine.weights.lora import XL_KINDS, Lora, merged_on_host
 
 # settings that a run keeps
-SETTLED = ("model", "what", "seed", "clip_skip", "scheduler", "lora", "inversion", "controlnet")
+SETTLED = ("model", "what", "seed", "clip_skip", "scheduler", "lora", "inversion", "controlnet.kind")
 PRIOR_BATCH = 16
 
 
@@ -43,6 +44,7 @@ class Task:
     lora: Lora | None  # as it begins, where params are the layers of one
     word: inversion.Inversion | None = None  # where params are the vectors of one
     net: Component | None = None  # where params are those of a ControlNet, {"controlnet": params}
+    sight: str = ""  # what that is shown of pictures
 
     @property
     def is_file(self) -> bool:
@@ -78,11 +80,11 @@ def train(
     check_same_run(config, workdir, SETTLED)
     task = begin(config)
     loss, frozen, around = objective(config, task)
+    folder = workdir / "samples"
+    samples = Samples(config.samples, task.model, config.finetune, folder, task.net, task.sight)
     make_for_all(workdir)
     remember(config, workdir)
     batch_at = batches(config, task, workdir, fit is not loop.fit)
-    sight = config.controlnet.kind
-    samples = Samples(config.samples, task.model, config.finetune, workdir / "samples", task.net, sight)
     params = fit(
         STAGE,
         loss,
@@ -120,7 +122,7 @@ def begin(config: FinetuneConfig) -> Task:
         return Task(model, lora.layers, lora)
     if config.what == "controlnet":
         net = controlling.begin(model, config.controlnet, config.seed)
-        return Task(model, {"controlnet": net.params}, None, net=net)
+        return Task(model, {"controlnet": net.params}, None, net=net, sight=config.controlnet.kind)
     trained = ["unet", *(model.readers if "text_encoder" in config.what else ())]
     return Task(model, {kind: model.parts[kind].params for kind in trained}, None)
 
@@ -268,7 +270,9 @@ def keep_alone(folder: pathlib.Path, names: Sequence[str]) -> None:
 def export(task: Task, params: Any, folder: pathlib.Path, overwrite: bool) -> pathlib.Path:
     """Writes the model or the ControlNet into the folder, in float16; of a LoRA or a word, its file."""
     if task.net is not None:
-        return controlling.export(task.net, params["controlnet"], folder, overwrite)
+        net = dataclasses.replace(task.net, params=params["controlnet"])
+        save_controlnet(folder, net, task.sight, overwrite)
+        return folder
     if task.word is not None:
         return embeddings.save(folder, task.word.embedding(params))
     if task.lora is not None:

@@ -1,6 +1,7 @@
 """What a run keeps beside its checkpoints: the config that it began with."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import typing
@@ -23,10 +24,13 @@ def check_same_run(config: Any, workdir: pathlib.Path, settled: Sequence[str]) -
     # tuples become lists; what an older version did not know yet was as it is by default
     usual, now = (json.loads(json.dumps(dataclasses.asdict(each))) for each in (type(config)(), config))
     before = usual | read_json(file)
-    for name in settled:
-        if before.get(name) != now[name]:
+    for name in settled:  # those of a part are PART.NAME
+        was, is_now = (
+            functools.reduce(lambda part, key: part[key], name.split("."), each) for each in (before, now)
+        )
+        if was != is_now:
             raise UserError(
-                f"{workdir} holds a run with {name}={before.get(name)!r}, not {now[name]!r}: "
+                f"{workdir} holds a run with {name}={was!r}, not {is_now!r}: "
                 "give another --workdir, or the config that it began with"
             )
 

@@ -8,12 +8,16 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from engine.config import SIGHTS
 from engine.models.controlnet import ControlNetConfig
 from engine.models.unet_config import EncoderConfig
 from engine.types import UserError
 from engine.weights import index
-from engine.weights.component import Component, Place, load_component, read_config
+from engine.weights.component import Component, Place, load_component, read_config, write_component
+from engine.weights.files import new_folder, read_json, write_json
 from engine.weights.folder import Model
+
+KIND = "_control_kind"  # in config.json, a note of ours, which others leave alone
 
 
 def load_controlnet(
@@ -34,6 +38,23 @@ def load_controlnet(
 def look(path: str | Path) -> ControlNetConfig:
     """The config of the one in a folder; UserError as above, but for what the model has to say."""
     return read_config(find(path) / "config.json", "controlnet")
+
+
+def kind_of(path: str | Path) -> str:
+    """What the one in a folder learned to be shown of pictures, one of SIGHTS; "" where it does not say."""
+    kind = read_json(find(path) / "config.json").get(KIND)
+    return kind if kind in SIGHTS else ""
+
+
+def save_controlnet(folder: str | Path, part: Component, kind: str, overwrite: bool = False) -> None:
+    """Writes one in float16, for here and for PyTorch diffusers; `kind` as `kind_of` gives it back.
+
+    Raises:
+      UserError: the folder exists, or a value does not fit into float16.
+    """
+    with new_folder(Path(folder), "config.json", overwrite) as new:
+        write_component(new, part, jnp.float16)
+        write_json(new / "config.json", read_json(new / "config.json") | {KIND: kind})
 
 
 def find(path: str | Path) -> Path:

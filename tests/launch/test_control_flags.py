@@ -8,6 +8,8 @@ from PIL import Image
 
 from engine import finish, sights
 from engine.jobs import given
+from engine.weights.component import load_component
+from engine.weights.controlnet import save_controlnet
 from launch import cli
 from tests.launch.test_bulk import facts, png_of
 from tests.launch.test_edit_flags import pixels, save
@@ -145,6 +147,27 @@ def test_kinds_of_sight(draw, nets, files, tmp_path):
     np.testing.assert_array_equal(pixels(path), pixels(other))
 
 
+def test_one_that_says_what_it_has_learned_is_shown_that(draw, nets, files, tmp_path):
+    """Each its own, and another only where that is asked for."""
+    part = load_component(nets[0], "controlnet")
+    save_controlnet(tmp_path / "grey", part, "grey")
+    own = draw("a fox", *flags([tmp_path / "grey"], files)).paths[0]
+    assert "control_kind" not in finish.read_settings(own)
+    plain, grey = (
+        pixels(draw("a fox", *flags([tmp_path / "grey"], files, "--control_kind", kind)).paths[0])
+        for kind in ("none", "grey")
+    )
+    np.testing.assert_array_equal(pixels(own), grey)
+    assert np.abs(grey.astype(int) - plain).max() > 4
+    both = "--controlnet", f"{tmp_path / 'grey'},{nets[1]}", "--seed", 3
+    seen = save(tmp_path / "seen.png", sights.seen("grey", noise(0)))
+    first, second = (
+        pixels(draw("a fox", *both, "--control_image", f"{file},{files[1]}").paths[0])
+        for file in (files[0], seen)
+    )
+    np.testing.assert_array_equal(first, second)  # greys of greys are the same; the other is shown all
+
+
 # ---- jobs
 
 ROWS = [
@@ -190,6 +213,7 @@ def test_a_job_knows_its_controlnet_and_pictures(job, nets, files, wide, tmp_pat
         (flags([f"{nets[0]}=0.5"], files), "controlnet"),
         (flags(nets, files[1:]), "other pictures to change, or for ControlNets to see"),
         (flags(nets, files, "--control_start", 0.5), "control_start None there and 0.5 here"),
+        (flags(nets, files, "--control_kind", "grey"), "control_kind None there and 'grey' here"),
     ):
         outcome = job(*change, rows=ROWS)
         assert outcome.code == cli.MISTAKE

@@ -13,10 +13,12 @@ from PIL import Image
 import engine
 from engine import sights
 from engine.config import ControlConfig, PriorConfig, SamplesConfig
+from engine.models.controlnet import ControlNetModel
 from engine.requests import Given
 from engine.train import controlling, dry_run, finetune
 from engine.types import UserError
 from engine.weights.component import load_component
+from engine.weights.controlnet import kind_of
 from launch import export as export_command
 from tests.tiny import SHALLOW, XL, shallow, tiny_controlnet, tiny_model
 
@@ -62,19 +64,31 @@ def test_at_first_its_loss_is_the_models_and_steps_lower_it(config, tmp_path):
     assert float(with_net.loss(params, with_net.frozen, batch, KEY)[0]) < 0.99 * first
 
 
-def test_what_it_is_shown_is_of_each_picture(config, tmp_path):
-    """Another kind, or another picture of the same caption and noise, is another loss."""
-    losses = set()
-    for kind in ("edges", "grey", "mosaic"):
-        own = config("controlnet", controlnet=ControlConfig(kind=kind))
-        task = finetune.begin(own)
-        params = jax.tree.map(lambda p: p + 0.05, task.params)
-        batch = jax.tree.map(jnp.asarray, finetune.batches(own, task, tmp_path)(0))
-        aim = finetune.objective(own, task)
-        losses.add(round(float(aim.loss(params, aim.frozen, batch, KEY)[0]), 6))
-        shown = sights.seen(kind, np.asarray(batch["image"]))
-        assert shown.shape == batch["image"].shape
-    assert len(losses) == 3
+def with_effect(task, amount: float = 0.05):
+    """The params of one that has learned something."""
+    return jax.tree.map(lambda p: p + amount, task.params)
+
+
+@pytest.mark.parametrize("kind", ["edges", "grey", "mosaic"])
+def test_it_is_shown_what_is_its_kind_of_each_picture(config, tmp_path, kind, monkeypatch):
+    own = config("controlnet", controlnet=ControlConfig(kind=kind))
+    task = finetune.begin(own)
+    batch = jax.tree.map(jnp.asarray, finetune.batches(own, task, tmp_path)(0))
+    looked, look = [], ControlNetModel.look
+    monkeypatch.setattr(ControlNetModel, "look", lambda self, x: (looked.append(x), look(self, x))[1])
+    aim = finetune.objective(own, task)
+    loss = float(aim.loss(with_effect(task), aim.frozen, batch, KEY)[0])
+    wanted = [sights.seen(kind, image) for image in np.asarray(batch["image"])]
+    assert np.abs(255 * np.asarray(looked[0]) - np.stack(wanted)).max() <= 1.01  # each its own
+    control = controlling.control
+
+    def of_others(graphdef, kind):
+        of_batch = control(graphdef, kind)
+        return lambda frozen, batch: of_batch(frozen, {**batch, "image": batch["image"][::-1]})
+
+    monkeypatch.setattr(controlling, "control", of_others)
+    aim = finetune.objective(own, task)
+    assert float(aim.loss(with_effect(task), aim.frozen, batch, KEY)[0]) != loss
 
 
 def test_it_alone_is_trained_and_goes_here_and_to_pytorch(config, model, tmp_path):
@@ -89,6 +103,7 @@ def test_it_alone_is_trained_and_goes_here_and_to_pytorch(config, model, tmp_pat
     pipe = engine.load(model, controlnet=[(folder, 1.0)])
     shown = Given(control=(np.zeros((16, 16, 3), np.uint8),))
     assert pipe.generate(["a red car"], given=[shown], seed=1, steps=2).shape == (1, 16, 16, 3)
+    assert kind_of(folder) == "mosaic" and pipe.programs.nets[0].kind == "mosaic"
     out = tmp_path / "exported"
     assert export_command.main(["--workdir", str(tmp_path / "run"), "--out", str(out)]) == 0
     assert same(load_component(out, "controlnet").params, trained.params)
@@ -99,7 +114,7 @@ def test_a_run_that_stopped_ends_as_one_that_did_not(config, tmp_path):
     finetune.train(config("controlnet", controlnet=MOSAIC, steps=2), tmp_path / "parts")
     parts = finetune.train(config("controlnet", controlnet=MOSAIC, steps=4), tmp_path / "parts")
     assert same(load_component(whole, "controlnet").params, load_component(parts, "controlnet").params)
-    with pytest.raises(UserError, match=r"holds a run with controlnet=.*mosaic.*, not .*grey"):
+    with pytest.raises(UserError, match=r"holds a run with controlnet.kind='mosaic', not 'grey'"):
         finetune.train(
             config("controlnet", controlnet=ControlConfig(kind="grey"), steps=5), tmp_path / "parts"
         )
@@ -112,6 +127,11 @@ def test_one_that_exists_is_trained_further(config, model, tmp_path):
     other = tiny_controlnet(tmp_path / "other", **shallow({"unet": {"block_out_channels": (32,)}})["unet"])
     with pytest.raises(UserError, match="other was made for another model"):
         finetune.begin(config("controlnet", controlnet=ControlConfig("grey", str(other))))
+    further = config("controlnet", controlnet=ControlConfig("grey", str(net)), steps=1)
+    finetune.train(further, tmp_path / "run")
+    moved = net.rename(tmp_path / "moved")  # its place is no setting of the run
+    further.controlnet.start, further.finetune.steps = str(moved), 2
+    assert kind_of(finetune.train(further, tmp_path / "run")) == "grey"
 
 
 def test_samples_show_what_it_was_shown_beside_what_it_drew(config, pictures, tmp_path):
@@ -128,11 +148,21 @@ def test_samples_show_what_it_was_shown_beside_what_it_drew(config, pictures, tm
         finetune.train(config("controlnet", controlnet=MOSAIC, samples=missing), tmp_path / "other")
 
 
-def test_beside_a_prior(config, tmp_path):
-    prior = PriorConfig(prompt="a car", num_images=2)
-    finetune.train(config("controlnet", controlnet=MOSAIC, prior=prior, steps=1), tmp_path)
+def test_a_prior_is_shown_its_own_pictures(config, tmp_path):
+    own = config("controlnet", controlnet=MOSAIC, prior=PriorConfig(prompt="a car", num_images=4), steps=1)
+    finetune.train(own, tmp_path)
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["prior_loss"] > 0
+    task = finetune.begin(own)
+    batch = jax.tree.map(jnp.asarray, finetune.batches(own, task, tmp_path)(0))
+    aim, params = finetune.objective(own, task), with_effect(task)
+    value, metrics = aim.loss(params, aim.frozen, batch, KEY)
+    other = {**batch, "prior": {**batch["prior"], "image": 255 - batch["prior"]["image"]}}
+    moved, others = aim.loss(params, aim.frozen, other, KEY)
+    assert float(others["prior_loss"]) != float(metrics["prior_loss"])
+    np.testing.assert_allclose(
+        value - metrics["prior_loss"], moved - others["prior_loss"], rtol=1e-4
+    )  # the loss of the pictures alone
 
 
 def test_a_dry_run_tells_what_is_trained(config, tmp_path, capsys):
@@ -151,6 +181,7 @@ def test_a_dry_run_tells_what_is_trained(config, tmp_path, capsys):
             {"samples": SamplesConfig(prompts=("a", "b"), every=1, images=("x.png",))},
             "samples.images has 1 files for 2 prompts: write the path of a picture for each",
         ),
+        ({"samples": SamplesConfig(images=("x.png",))}, "samples.images without samples.every"),
         (
             {"what": "unet", "samples": SamplesConfig(prompts=("a",), every=1, images=("x.png",))},
             "they are for what='controlnet'; leave them out",
