@@ -102,8 +102,7 @@ def _within(settings: Settings, sigmas: np.ndarray, distilled: bool) -> tuple[fl
     for name, share in (("guidance_start", start), ("guidance_end", end)):
         if share is not None and distilled:
             raise UserError(f"{name}={share}: this model learned guidance, and takes it in all steps")
-    steps = settings.guided_steps
-    return _levels(settings, "guidance", steps, range(settings.steps), sigmas, "guidance_scale=1")
+    return _levels(settings, "guidance", range(settings.steps), sigmas, "guidance_scale=1")
 
 
 def _control_within(settings: Settings, sigmas: np.ndarray, controlled: bool) -> tuple[float, float] | None:
@@ -111,18 +110,19 @@ def _control_within(settings: Settings, sigmas: np.ndarray, controlled: bool) ->
     start, end = settings.control_start, settings.control_end
     if not controlled and (start, end) != (None, None):
         raise UserError("control_start, control_end without a ControlNet: write --controlnet FOLDER, too")
-    steps, taken = settings.controlled_steps, range(settings.steps - settings.intervals, settings.steps)
-    return _levels(settings, "control", steps, taken, sigmas, "no --controlnet")
+    taken = range(settings.steps - settings.intervals, settings.steps)
+    return _levels(settings, "control", taken, sigmas, "no --controlnet")
 
 
 def _levels(
-    settings: Settings, kind: str, steps: range, among: range, sigmas: np.ndarray, instead: str
+    settings: Settings, kind: str, among: range, sigmas: np.ndarray, instead: str
 ) -> tuple[float, float] | None:
-    """The noise levels of `steps`, between the shares kind_start and kind_end of those `among`; None: all."""
+    """The noise levels of the steps between the shares kind_start and kind_end of those `among`; None: all."""
     start, end = (getattr(settings, f"{kind}_{name}") for name in ("start", "end"))
     for name, share in (("start", start), ("end", end)):
         if share is not None and not 0 <= share <= 1:
             raise UserError(f"{kind}_{name}={share}: write a share of the steps, from 0 to 1")
+    steps = settings.guided_steps if kind == "guidance" else settings.controlled_steps
     if not steps:
         raise UserError(
             f"{kind}_start={start or 0.0} and {kind}_end={1.0 if end is None else end} leave none of "

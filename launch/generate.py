@@ -54,9 +54,9 @@ FLAGS: cli.Groups = {
     },
     "What a ControlNet sees (in a job: for the rows that have none of their own)": {
         "controlnet": (
-            "FOLDER[=SCALE]",
-            "a ControlNet of the model, in the format of PyTorch diffusers; what it adds is multiplied by\n"
-            "SCALE, 1 unless told. Several with commas between them",
+            "FOLDER",
+            "a ControlNet of the model, in the format of PyTorch diffusers. FOLDER=SCALE multiplies what it\n"
+            "adds; several with commas between them",
         ),
         "control_image": (
             "FILE",

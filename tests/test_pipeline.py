@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import engine
-from engine import pipeline as pipelines
-from engine import programs
+from engine import loading, programs
 from engine.diffusion import noise, samplers
 from engine.diffusion.segments import segment_length
 from engine.finish import to_uint8
@@ -333,11 +332,11 @@ def cache_folder():
 def test_compiled_programs_are_kept_in_the_cache_folder_of_the_user(cache_folder, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", None)
-    pipelines.use_compilation_cache()
+    loading.use_compilation_cache()
     assert pathlib.Path(cache_folder()).name == "fogsculpt"
 
 
 def test_a_cache_folder_that_was_chosen_stays(cache_folder, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    pipelines.use_compilation_cache()
+    loading.use_compilation_cache()
     assert cache_folder() == str(tmp_path)
