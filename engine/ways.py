@@ -117,7 +117,7 @@ def _control_within(settings: Settings, sigmas: np.ndarray, controlled: bool) ->
 def _levels(
     settings: Settings, kind: str, among: range, sigmas: np.ndarray, instead: str
 ) -> tuple[float, float] | None:
-    """The noise levels of the steps between the shares kind_start and kind_end of those `among`; None: all."""
+    """The noise levels of the steps between the shares kind_start and kind_end of `among`; None: all."""
     start, end = (getattr(settings, f"{kind}_{name}") for name in ("start", "end"))
     for name, share in (("start", start), ("end", end)):
         if share is not None and not 0 <= share <= 1:

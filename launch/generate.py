@@ -55,8 +55,8 @@ FLAGS: cli.Groups = {
     "What a ControlNet sees (in a job: for the rows that have none of their own)": {
         "controlnet": (
             "FOLDER",
-            "a ControlNet of the model, in the format of PyTorch diffusers. FOLDER=SCALE multiplies what it\n"
-            "adds; several with commas between them",
+            "a ControlNet of the model, in the format of PyTorch diffusers. FOLDER=SCALE multiplies\n"
+            "what it adds; several with commas between them",
         ),
         "control_image": (
             "FILE",
@@ -65,8 +65,8 @@ FLAGS: cli.Groups = {
         ),
         "control_kind": (
             "KIND",
-            "show it the edges, grey or mosaic of that picture, or with none all of it; without this what a\n"
-            "ControlNet of launch.train has learned, and others all of it",
+            "show it the edges, grey or mosaic of that picture, or with none all of it; without this\n"
+            "what a ControlNet of launch.train has learned, and others all of it",
         ),
         "control_start": ("S", "share of the steps before which it adds nothing; without it 0"),
         "control_end": ("S", "share of the steps behind which it adds nothing, and costs nothing"),

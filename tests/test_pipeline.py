@@ -14,6 +14,7 @@ from engine import loading, programs
 from engine.diffusion import noise, samplers
 from engine.diffusion.segments import segment_length
 from engine.finish import to_uint8
+from engine.pipeline import Pipeline
 from engine.programs import module
 from engine.types import UserError
 from tests.tiny import tiny_folder
@@ -180,7 +181,7 @@ def test_the_options_of_the_folders_scheduler_reach_its_sampler(folder, monkeypa
 def test_a_grid_stands_in_for_that_of_the_folders_scheduler(folder, pipe):
     options = {"steps": STEPS, "sampler": "euler"}
     trailing = dataclasses.replace(pipe.model.scheduler, timestep_spacing="trailing")
-    other = pipelines.Pipeline(
+    other = Pipeline(
         dataclasses.replace(pipe.model, scheduler=trailing), pipe.devices, "other", "float32", folder
     )
     ours = draw(pipe, grid="trailing", **options)
