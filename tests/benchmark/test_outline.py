@@ -46,6 +46,16 @@ def test_words_are_read_before_the_steps():
     assert step == outline.SEGMENT * 2 * (call - 2 * outline.tokens(model) * sum(reading))
 
 
+def test_each_controlnet_adds_the_same_to_a_step():
+    model, devices = outline.model("tiny"), Devices("shard_map")
+    steps = [
+        compiled.arithmetic(outline.drawing(model, devices, 128, 1, controlnets=count)["sampler"])
+        for count in range(3)
+    ]
+    assert steps[2] - steps[1] == steps[1] - steps[0]
+    assert 0.2 < (steps[1] - steps[0]) / steps[0] < 0.6
+
+
 @pytest.mark.parametrize("kind", [{}, XL], ids=["sd", "sdxl"])
 def test_a_step_of_training_is_three_calls_of_the_unet(kind):
     """One for the loss, and for each product two in the gradient; the optimizer beside it is little."""
@@ -66,6 +76,8 @@ BOTH = "quantize='int8' with split_params: leave one of them out"
         ("train", {"split": True}, DRAWING),
         ("train", {"merge": 0.9}, "merge_tokens=0.9: write a share of the tokens, from 0 to 0.75"),
         ("unet", {"quantize": "int8", "split": True}, BOTH),
+        ("unet", {"controlnets": 1}, "controlnets=1 go with the sampler: write it among parts"),
+        ("sampler", {"controlnets": -1}, "controlnets=-1: write a number from 0"),
     ],
 )
 def test_mistakes(part, options, message):
