@@ -86,10 +86,11 @@ def told(model: Model, batch: int, dtype: DTypeLike) -> Told:
 def controlnet(model: Model) -> ControlNet:
     """A new one for the model, with shapes for weights."""
     dtype = jax.tree.leaves(model.unet.params["conv_in"])[0].dtype
-    graphdef, found = abstract("controlnet", config_for(model))
+    config = config_for(model)
+    graphdef, found = abstract("controlnet", config)
     flat = {path: shape(*leaf.shape, dtype=dtype) for path, leaf in found.items()}
     params = traverse_util.unflatten_dict(flat)
-    return ControlNet(Component("controlnet", config_for(model), graphdef, params), 1.0)
+    return ControlNet(Component("controlnet", config, graphdef, params), 1.0)
 
 
 def drawing(

@@ -324,10 +324,10 @@ class OfRows:
     def _wrong(self, row: Row) -> str:
         """Why the paths of a row are none, without a look at the disk; '' if they are."""
         try:
-            self._config.control_images(row.control_image or "")
+            own = self._config.control_images(row.control_image or "")
         except UserError as error:
             return str(error)
-        if row.control_image and "," in self._folder and "," in row.control_image:
+        if len(own) > 1 and "," in self._folder:
             return f"{self._folder} has a comma in its name, which parts control pictures: rename it"
         return self._astray(row, None)
 

@@ -52,10 +52,10 @@ class Drawer:
             for kind, own in params.items()
             if kind != "controlnet"
         }
-        pipe, dtype = self._pipe, jnp.dtype(self._pipe.dtype)
+        pipe = self._pipe
         pipe.programs.model = on_devices(dataclasses.replace(self._model, **parts), pipe.devices, pipe.dtype)
         if "controlnet" in params:
-            placed = pipe.devices.place_tree(params["controlnet"], dtype)
+            placed = pipe.devices.place_tree(params["controlnet"], jnp.dtype(pipe.dtype))
             own = [net._replace(part=dataclasses.replace(net.part, params=placed)) for net in self._nets]
             pipe.programs.nets = tuple(own)
         try:

@@ -269,6 +269,12 @@ def test_a_comma_in_the_folder_would_part_control_pictures(draw, nets, files, tm
     assert outcome.code == cli.FAILED
     (failure,) = failures(tmp_path / "out").values()
     assert "has a comma in its name, which parts control pictures: rename it" in failure["reason"]
+    save(folder / "a,b.png", noise(2))  # of one ControlNet it parts nothing, in a file's name neither
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "a fox", "control_image": "a,b.png"}))
+    out = tmp_path / "one"
+    outcome = draw("--prompts_file", folder / "rows.jsonl", "--controlnet", nets[0], "--out", out)
+    assert outcome.code == cli.DONE, outcome.told
+    assert facts(out)[0]["edit"] == {"control_image": str(folder / "a,b.png")}
 
 
 def test_a_mask_without_a_picture_to_change_is_told(job, nets, files, tmp_path):

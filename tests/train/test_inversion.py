@@ -27,17 +27,11 @@ from engine.weights.folder import load_folder
 from launch import cli
 from launch import export as export_command
 from launch import train as train_command
-from tests.tiny import SHALLOW, tiny_folder
 from tests.train.laid_out import listed
 from tests.train.tiny_run import assert_same_arrays, saved
 
 WIDTH = 24  # of the tiny text encoder
 WORD = {"placeholder": "<red>", "initializer": "at", "templates": ("a {}", "{} at night")}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny", **SHALLOW)
 
 
 @pytest.fixture(scope="module")
