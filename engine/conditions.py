@@ -6,8 +6,9 @@ it stand numbers: the size of the picture before it was cropped, where the crop 
 drawn; or for the refiner, in place of the last, how beautiful it was found.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,14 @@ from jaxtyping import Array, Float, Int32
 
 from engine.models.attention import Read
 from engine.requests import Context, Request, Settings
+from engine.text.reading import NOTHING, Part, Reading, parts
 from engine.types import Params
 from engine.weights.folder import Model
 
 BEAUTIFUL, UGLY = 6.0, 2.5  # scores towards and away from which the refiner is steered, as in its original
+
+Parts = tuple[Part, ...]  # the same of a prompt as each of the text encoders reads it
+Key = tuple[tuple[int, ...], ...]  # its ids
 
 
 class Told(NamedTuple):
@@ -37,9 +42,67 @@ def params_of(model: Model) -> dict[str, Params]:
     return {kind: part.params for kind, (part, _) in model.readers.items()}
 
 
-def ids_of(model: Model, prompts: Sequence[str]) -> dict[str, Int32[np.ndarray, "B L"]]:
-    """The prompts as each text encoder reads them."""
-    return {kind: tokenizer.encode(list(prompts)) for kind, (_, tokenizer) in model.readers.items()}
+def parts_of(model: Model, prompt: str, reading: Reading) -> list[Parts]:
+    """The parts of a prompt, at least one; each as the text encoders of the model read it."""
+    each = [parts(prompt, tokenizer, reading) for _, tokenizer in model.readers.values()]
+    # Two tokenizers of a model read alike, unless one knows words that the other does not.
+    return list(itertools.zip_longest(*each, fillvalue=NOTHING))
+
+
+def key_of(part: Parts) -> Key:
+    """What the text encoders take of a part: equal ones say the same."""
+    return tuple(own.ids for own in part)
+
+
+def ids_of(model: Model, keys: Sequence[Key]) -> dict[str, Int32[np.ndarray, "B L"]]:
+    """What each text encoder takes, of some parts."""
+    return {
+        kind: np.stack([tokenizer.filled(key[place]) for key in keys])
+        for place, (kind, (_, tokenizer)) in enumerate(model.readers.items())
+    }
+
+
+def joined(model: Model, prompt: Sequence[Parts], contexts: Mapping[Key, Context]) -> Context:
+    """What the text encoders say of a prompt: of its parts behind each other, each word with its weight.
+
+    Args:
+      contexts: what they say of its parts, and if it has weights of a part without words.
+    """
+    words = []
+    for part in prompt:
+        z = contexts[key_of(part)].words
+        if has_weights(part):
+            z = weighted(z, _weights(model, part), contexts[key_of(empty(part))].words)
+        words.append(z)
+    return Context(np.concatenate(words), contexts[key_of(prompt[0])].pooled)
+
+
+def has_weights(part: Parts) -> bool:
+    """Whether not all words of it count once."""
+    return any(weight != 1 for own in part for weight in own.weights)
+
+
+def empty(part: Parts) -> Parts:
+    """A part of no words."""
+    return tuple(NOTHING for _ in part)
+
+
+def weighted(
+    z: Float[np.ndarray, "L D"], w: Float[np.ndarray, "L D"], z_empty: Float[np.ndarray, "L D"]
+) -> Float[np.ndarray, "L D"]:
+    """z of words that count w times, see engine.text.reading."""
+    z32, empty32 = z.astype(np.float32), z_empty.astype(np.float32)
+    return np.where(w == 1, z32, empty32 + w * (z32 - empty32)).astype(z.dtype)
+
+
+def _weights(model: Model, part: Parts) -> Float[np.ndarray, "L D"]:
+    """How many times each number counts that the text encoders say of a part; those of no word once."""
+    found = []
+    for own, (encoder, tokenizer) in zip(part, model.readers.values(), strict=True):
+        w = np.ones((tokenizer.model_max_length, encoder.config.hidden_size), np.float32)
+        w[1 : len(own.weights) + 1] = np.array(own.weights, np.float32)[:, None]
+        found.append(w)
+    return np.concatenate(found, -1)
 
 
 def encoded(
@@ -63,19 +126,34 @@ def encoded(
     return Context(jnp.concatenate(words, -1), outputs[-1].pooled)
 
 
-def told(model: Model, requests: Sequence[Request], contexts: Any, settings: Settings) -> tuple[Told, Told]:
+def told(
+    model: Model, requests: Sequence[Request], contexts: Mapping[str, Context], settings: Settings
+) -> tuple[Told, Told]:
     """What the U-Net is steered towards, and what away from, of each request.
 
     Args:
-      contexts: from `encoded`, by prompt.
+      requests: of prompts, and where there is guidance of negative prompts, that make equally many parts.
+      contexts: what the text encoders say, by prompt; where they differ in length, that of "", too.
     """
-    cond = [contexts[r.prompt]._replace(refiner=None) for r in requests]
-    uncond = [contexts[r.negative_prompt]._replace(refiner=None) for r in requests]
+    guided = settings.guidance_scale != 1  # without, what to steer away from changes nothing
+    texts = [(r.prompt, r.negative_prompt if guided else r.prompt) for r in requests]
+    longest = max(len(contexts[text].words) for pair in texts for text in pair)
+    cond, uncond = ([_filled(contexts, text, longest) for text in side] for side in zip(*texts, strict=True))
     if model.zeros:
         nothing = jax.tree.map(np.zeros_like, cond[0])
         uncond = [u if r.negative_prompt else nothing for u, r in zip(uncond, requests, strict=True)]
     numbers = _numbers(model, len(requests), settings)
     return Told(_stacked(cond), numbers[0]), Told(_stacked(uncond), numbers[1])
+
+
+def _filled(contexts: Mapping[str, Context], prompt: str, length: int) -> Context:
+    """The context of a prompt, with as many parts of no words behind it as `length` tokens take."""
+    found = contexts[prompt]._replace(refiner=None)
+    words = [found.words]
+    if missing := length - len(found.words):
+        nothing = contexts[""].words
+        words += [nothing] * (missing // len(nothing))
+    return found._replace(words=np.concatenate(words))
 
 
 def _stacked(contexts: Sequence[Context]) -> Context:

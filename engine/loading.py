@@ -16,6 +16,7 @@ from engine.controls import ControlNet
 from engine.models.tiles import check_tile
 from engine.parallel import Devices
 from engine.pipeline import Pipeline
+from engine.text.reading import Reading
 from engine.types import UserError
 from engine.weights import quantized
 from engine.weights.controlnet import kind_of, load_controlnet, look
@@ -40,6 +41,8 @@ def load(
     quantize: str = "",
     clip_skip: int = 0,
     controlnet: Sequence[tuple[str | os.PathLike, float]] = (),
+    prompt_weights: bool = False,
+    long_prompts: bool = False,
 ) -> Pipeline:
     """Loads a model onto the devices.
 
@@ -60,6 +63,8 @@ def load(
         of negative prompts, too. The refiner reads as it always does.
       controlnet: folders of ControlNets of the model, each with a scale of what it adds: 1 is as trained. The
         refiner has none.
+      prompt_weights: brackets in prompts are marks, and say how much words count (engine.text.reading).
+      long_prompts: prompts longer than the text encoders read are read in parts (likewise), not cut.
 
     Raises:
       UserError: the folder or an argument is wrong; the message says what to write instead.
@@ -88,8 +93,9 @@ def load(
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
     check_tile(tile, loaded.vae.config.scale)
+    reading = Reading(prompt_weights, long_prompts)
     name = SHIPPED_NAME if model is None else str(model)
-    return Pipeline(loaded, devices, name, dtype, folder, tile, second, nets)
+    return Pipeline(loaded, devices, name, dtype, folder, tile, second, nets, reading)
 
 
 def use_compilation_cache() -> None:

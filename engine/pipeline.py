@@ -4,6 +4,7 @@ With a refiner, a second model goes the last part of the way from noise to laten
 section 2.5), with what its own text encoders say of the prompts.
 """
 
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -20,6 +21,7 @@ from engine.parallel import Devices, pad
 from engine.programs import Programs
 from engine.requests import Batch, Context, Frames, Given, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
+from engine.text.reading import PLAIN, Reading, words
 from engine.types import UserError
 from engine.ways import check_heat, check_refiner_start, grid_of, ways_of
 from engine.weights.folder import Model
@@ -44,17 +46,23 @@ class Pipeline:
         tile: int = 0,
         refiner: Model | None = None,
         nets: Sequence[controls.ControlNet] = (),
+        reading: Reading = PLAIN,
     ):
         self.devices, self.name, self.dtype = devices, name, dtype
         self.folder = folder  # from which the model was loaded
-        self.programs = Programs(model, devices, name, tile, nets)
-        self.refiner = Programs(refiner, devices, "the refiner", tile) if refiner else None
+        self.programs = Programs(model, devices, name, tile, nets, reading)
+        self.refiner = Programs(refiner, devices, "the refiner", tile, (), reading) if refiner else None
         self.made_for = self.programs.made_for
 
     @property
     def model(self) -> Model:
         """What draws; that of `programs`, in which other params may take its place."""
         return self.programs.model
+
+    @property
+    def reading(self) -> Reading:
+        """How prompts are read."""
+        return self.programs.reading
 
     # ---- what people call
 
@@ -160,7 +168,7 @@ class Pipeline:
         Args:
           frames: how many stages from static to picture to keep of each picture.
           heat: whether to keep how much each place of the latents attends to each token of its prompt, a
-            share (engine.models.watching). `model.first_tokenizer.words` says which word has which.
+            share (engine.models.watching). `words` says which word has which.
           progress: called after each segment with the number of sampling steps it took.
         """
         prompts = check_prompts(prompts)
@@ -173,14 +181,14 @@ class Pipeline:
         if heat:
             check_heat(settings, self.programs, self.refiner)
         contexts = self.encode([*prompts, *negatives], settings.batch_size)
+        batches = self.batches(prompts, negatives, settings)
         indices = range(first_index, first_index + len(prompts))
         requests = [
             Request(prompt, negative, seed, index, settings.guidance_scale, each, image_guidance_scale)
             for prompt, negative, index, each in zip(prompts, negatives, indices, given, strict=True)
         ]
-        size = settings.batch_size * self.devices.count
-        for first in range(0, len(prompts), size):
-            rows = slice(first, first + size)
+        for batch in batches:
+            first, rows = batch.start, slice(batch.start, batch.stop)
             start = None if latents is None else latents[rows]
             drawn = self._draw(requests[rows], contexts, settings, start, frames, heat, progress)
             images, finite, kept, steering = drawn
@@ -191,9 +199,27 @@ class Pipeline:
             heats = None if steering is None else np.asarray(steering)[:count]
             yield Batch(first, np.asarray(images)[:count], spoilt, kept, heats)
 
+    def batches(self, prompts: Sequence[str], negatives: Sequence[str], settings: Settings) -> list[range]:
+        """Which of the prompts are drawn together: neighbours that are equally long to the model."""
+        size, guided = settings.batch_size * self.devices.count, settings.guidance_scale != 1
+        pairs = zip(prompts, negatives, strict=True)
+        lengths = [self.length(prompt, negative if guided else "") for prompt, negative in pairs]
+        found, first = [], 0
+        for _, same in itertools.groupby(lengths):
+            end = first + len(list(same))
+            found += [range(start, min(start + size, end)) for start in range(first, end, size)]
+            first = end
+        return found
+
+    def length(self, *texts: str) -> tuple[int, ...]:
+        """In how many parts each model reads the longest of these. What is drawn together has one length."""
+        if not self.reading.long:
+            return ()
+        return tuple(programs.length(texts) for programs in (self.programs, self.refiner) if programs)
+
     def encode(self, prompts: Sequence[str], batch_size: int) -> dict[str, Context]:
         """The context of each distinct prompt, computed in batches of one size."""
-        distinct = list(dict.fromkeys(prompts))
+        distinct = list(dict.fromkeys([*prompts, *([""] if self.reading.long else [])]))
         found = self.programs.encode(distinct, batch_size * self.devices.count)
         if self.refiner:
             own = self.refiner.encode(distinct, batch_size * self.devices.count)
@@ -274,6 +300,10 @@ class Pipeline:
         """UserError where pictures beside the words are not what the model, or its ControlNets, need."""
         edits.checked(given, self.made_for, settings)
         controls.checked(given, len(self.programs.nets), settings)
+
+    def words(self, prompt: str) -> list[tuple[str, list[int]]]:
+        """The words of a prompt, and which tokens each has; see engine.text.reading."""
+        return words(prompt, self.model.first_tokenizer, self.reading)
 
     def steps_of(self, settings: Settings) -> int:
         """Steps of the sampler that a picture takes, in which the U-Net runs once."""

@@ -36,6 +36,7 @@ from engine.models.tiles import decode_in_tiles
 from engine.models.watching import watching
 from engine.parallel import Devices, pad
 from engine.requests import Context, Request, Settings
+from engine.text.reading import PLAIN, Reading
 from engine.types import Latents, Sigma
 from engine.way import Kind, Way, watched
 from engine.weights import quantized
@@ -60,9 +61,11 @@ class Programs:
         name: str,
         tile: int = 0,
         nets: Sequence[controls.ControlNet] = (),
+        reading: Reading = PLAIN,
     ):
         """tile: side in pixels, of the parts in which the decoder makes larger pictures; 0: none."""
         self.model, self.devices, self.tile, self.nets = model, devices, tile, tuple(nets)
+        self.reading = reading  # of prompts
         self.distilled = model.unet.config.time_cond_proj_dim is not None  # it knows what guidance does
         self.made_for = edits.made_for(model, name)
         self.text_program = devices.map(self._encode)
@@ -78,14 +81,26 @@ class Programs:
     # ---- run
 
     def encode(self, prompts: Sequence[str], size: int) -> dict[str, Context]:
-        """What the text encoders say of each of some different prompts, in batches of `size`."""
-        ids, params = conditions.ids_of(self.model, prompts), conditions.params_of(self.model)
+        """What the text encoders say of each of some prompts; what they read goes in batches of `size`."""
+        read = {prompt: conditions.parts_of(self.model, prompt, self.reading) for prompt in prompts}
+        parts = [part for each in read.values() for part in each]
+        parts += [conditions.empty(part) for part in parts if conditions.has_weights(part)]
+        contexts = self._said(list(dict.fromkeys(map(conditions.key_of, parts))), size)
+        return {prompt: conditions.joined(self.model, each, contexts) for prompt, each in read.items()}
+
+    def length(self, texts: Sequence[str]) -> int:
+        """In how many parts the longest of some prompts is read."""
+        return max(len(conditions.parts_of(self.model, text, self.reading)) for text in texts)
+
+    def _said(self, keys: Sequence[conditions.Key], size: int) -> dict[conditions.Key, Context]:
+        """What the text encoders say of each of some different parts of prompts."""
+        ids, params = conditions.ids_of(self.model, keys), conditions.params_of(self.model)
         found = {}
-        for first in range(0, len(prompts), size):
+        for first in range(0, len(keys), size):
             rows = {kind: pad(each[first : first + size], size) for kind, each in ids.items()}
             batch = self.devices.fetch(self.text_program(params, self.devices.shard_batch(rows)))
-            for i, prompt in enumerate(prompts[first : first + size]):
-                found[prompt] = jax.tree.map(lambda array, i=i: array[i], batch)
+            for i, key in enumerate(keys[first : first + size]):
+                found[key] = jax.tree.map(lambda array, i=i: array[i], batch)
         return found
 
     def batched(

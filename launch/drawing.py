@@ -88,7 +88,8 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
         model = None if is_shipped(config) else config.model
         files = config.loras(), config.embeddings(), config.decoder or None, config.tile
         options = config.refiner or None, config.quantize, config.clip_skip, config.controlnets()
-        pipe = engine.load(model, config.dtype, parallel, *files, *options)
+        reading = config.prompt_weights, config.long_prompts
+        pipe = engine.load(model, config.dtype, parallel, *files, *options, *reading)
     cli.stop_if_asked()
     return pipe
 
@@ -97,7 +98,7 @@ def tell_what_is_chosen_or_left_out(config: GenerateConfig, plan: pictures.Plan,
     """The fresh seed, and what the model will not read of the prompts."""
     if config.seed is None:
         cli.tell(f"seed {plan.config.seed}")
-    for warning in unread([*plan.prompts, config.negative_prompt], pipe.model.first_tokenizer):
+    for warning in unread([*plan.prompts, config.negative_prompt], pipe.model.first_tokenizer, pipe.reading):
         cli.tell(f"warning: {warning}")
 
 
@@ -119,7 +120,7 @@ def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:
     steps = pipe.steps_of(settings)
     half = settings.batch_size // 2
     smaller = f"--batch_size {half}" if half else "--tile 512, or a smaller --height and --width"
-    progress = Progress(len(plan.prompts), settings.batch_size * pipe.devices.count, steps)
+    progress = Progress([len(batch) for batch in pictures.batches(plan, pipe)], steps)
     drawn = []
     try:
         with advice_where_memory_runs_out(smaller, HALF), progress:

@@ -88,6 +88,16 @@ FLAGS: cli.Groups = {
             "decodes with another autoencoder than the model's own, such as TAESD: its folder, or a\n"
             "model's with vae/ in it",
         ),
+        "prompt_weights": (
+            "",
+            "brackets say how much words count, as in AUTOMATIC1111's web UI: (fox) 1.1 times, [fox] that\n"
+            "much less, (fox:1.4) 1.4 times; a backslash before a bracket makes it a letter",
+        ),
+        "long_prompts": (
+            "",
+            "reads prompts in parts where they are too long for the model, in place of cutting them.\n"
+            "BREAK begins a part anywhere",
+        ),
         "clip_skip": (
             "N",
             "leave out the last N layers of the text encoders, for models that were trained so. Of\n"

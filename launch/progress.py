@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -13,18 +14,16 @@ BAR = "{percentage:3.0f}%|{bar}| {postfix[0]} [{elapsed}, {remaining} left, {rat
 class Progress:
     """Call `step` with each number of sampling steps that a batch has gone on."""
 
-    def __init__(self, images: int, batch: int, steps: int):
+    def __init__(self, batches: Sequence[int], steps: int):
         """Args:
-        images: of the whole run.
-        batch: how many are drawn at once, on all devices together.
+        batches: how many pictures are drawn at once, on all devices together, one batch after another.
         steps: of each.
         """
-        self.images, self.batch, self.steps = images, batch, steps
-        self.batches = -(-images // batch)
+        self.batches, self.steps, self.images = batches, steps, sum(batches)
         self._done = 0  # steps, of all batches
         self._batch_began = time.monotonic()
         self._bar = tqdm(
-            total=images,
+            total=self.images,
             unit=" images",
             bar_format=BAR,
             postfix=["compiling"],
@@ -44,9 +43,9 @@ class Progress:
         stop_if_asked()
         self._done += count
         batch, step = divmod(self._done - 1, self.steps)
-        images = min(self.batch, self.images - batch * self.batch)
+        images = self.batches[batch]
         if not self._bar.disable:
-            self._bar.postfix[0] = f"batch {batch + 1}/{self.batches}, step {step + 1}/{self.steps}"
+            self._bar.postfix[0] = f"batch {batch + 1}/{len(self.batches)}, step {step + 1}/{self.steps}"
             # fractions of pictures; rounding must not lead beyond the whole
             self._bar.update(min(images * count / self.steps, self.images - self._bar.n))
         elif step + 1 == self.steps:
@@ -55,7 +54,8 @@ class Progress:
     def _tell(self, batch: int, images: int) -> None:
         now = time.monotonic()
         rate = images / max(now - self._batch_began, 1e-9)
-        drawn = batch * self.batch + images
+        drawn = sum(self.batches[: batch + 1])
         left = f", {(self.images - drawn) / rate:.0f} s left" if drawn < self.images else ""
-        tell(f"batch {batch + 1}/{self.batches}: {drawn}/{self.images} images, {rate:.2g} images/s{left}")
+        where = f"batch {batch + 1}/{len(self.batches)}: {drawn}/{self.images} images"
+        tell(f"{where}, {rate:.2g} images/s{left}")
         self._batch_began = now

@@ -36,6 +36,8 @@ FLAGS: cli.Groups = {
         "embedding": ("FILE", "likewise"),
         "decoder": ("FOLDER", "as in launch.generate, and so are those below"),
         "refiner": ("FOLDER", "a second model for the last part of the way"),
+        "prompt_weights": ("", "brackets in prompts say how much words count"),
+        "long_prompts": ("", "reads prompts in parts where they are too long, in place of cutting them"),
         "clip_skip": ("N", "layers of the text encoders that are left out at their end"),
         "refiner_start": ("S", "share of the way that the model goes before it"),
         "controlnet": ("FOLDER[=SCALE]", "a ControlNet of the model; several with commas between them"),
@@ -61,7 +63,7 @@ SHARED = ("model", "seed", "sampler", "steps", "guidance_scale", "batch_size")  
 OWN = (
     *("negative_prompt", "lora", "embedding", "decoder", "refiner", "controlnet", "control_image"),
     "control_kind",
-    *("clip_skip", "height", "width"),
+    *("prompt_weights", "long_prompts", "clip_skip", "height", "width"),
     *OF_THE_WAY,
     *("dtype", "parallel", "split_params", "quantize", "tile"),
 )

@@ -53,6 +53,8 @@ class GenerateConfig:
     decoder: str = ""  # a folder, whose autoencoder stands in for the model's own
     refiner: str = ""  # a folder, whose model goes the last part of the way
     refiner_start: float | None = None  # share of the way before that; None: 0.8
+    prompt_weights: bool = False  # brackets in prompts say how much words count
+    long_prompts: bool = False  # those too long for the text encoders are read in parts
     clip_skip: int = 0  # layers of the text encoders that are left out at their end
     tile: int = 0  # pixels; larger pictures are decoded in tiles of this side. 0: whole
     sampler: str | None = None  # None: the one that the model's folder names

@@ -22,6 +22,7 @@ from engine.evaluate.clip_pixels import PixelsConfig, prepare, read_pixels_confi
 from engine.models.clip_vision import CLIPConfig
 from engine.parallel import Devices, pad
 from engine.programs import module
+from engine.text.reading import cut
 from engine.text.tokenizer import Tokenizer
 from engine.types import UserError
 from engine.weights.component import load_component
@@ -83,7 +84,7 @@ class ClipScorer:
         pairs, scores, truncated = _pairs(batches), [], 0
         while some := list(itertools.islice(pairs, size)):
             pictures, captions = zip(*some, strict=True)
-            truncated += sum(self.tokenizer.cut(caption) is not None for caption in captions)
+            truncated += sum(cut(caption, self.tokenizer) is not None for caption in captions)
             batch = {
                 "pixels": pad(np.stack([prepare(picture, self.pixels) for picture in pictures]), size),
                 "ids": pad(self.tokenizer.encode(list(captions)), size),

@@ -32,7 +32,8 @@ REMEMBERED = (
 ADDED = (
     *("lora", "embedding", "decoder", "refiner", "controlnet"),
     *OF_THE_WAY,
-    *("clip_skip", "tile", "quantize", "image", "mask", "control_image", "control_kind"),
+    *("prompt_weights", "long_prompts", "clip_skip", "tile", "quantize"),
+    *("image", "mask", "control_image", "control_kind"),
 )
 CHANGING = ("strength", "image_guidance_scale")  # remembered of a picture that was made of another
 
@@ -124,7 +125,6 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
         given=[plan.given] * len(plan.prompts),
         image_guidance_scale=config.image_guidance_scale,
     )
-    words = pipe.model.first_tokenizer.words
     for batch in batches:
         for i, image in enumerate(batch.images):
             prompt, index = plan.prompts[batch.first + i], config.first_index + batch.first + i
@@ -140,8 +140,14 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
             if batch.frames is not None:
                 files += _write_stages(path, Frames(*(part[i] for part in batch.frames)), settings, config)
             if batch.heat is not None:
-                files += _write_words(path, small, batch.heat[i], words(prompt), settings)
+                files += _write_words(path, small, batch.heat[i], pipe.words(prompt), settings)
             yield Drawn(index, prompt, image, tuple(files))
+
+
+def batches(plan: Plan, pipe: Pipeline) -> list[range]:
+    """Which of the pictures are drawn together, one after another."""
+    negatives = [plan.config.negative_prompt] * len(plan.prompts)
+    return pipe.batches(plan.prompts, negatives, plan.settings)
 
 
 def _beside(settings: dict[str, Any], config: GenerateConfig) -> dict[str, dict[str, Any] | None]:

@@ -2,9 +2,9 @@
 
 A job is a pure function from row and number to picture, so every worker finds the same plan by itself. Rows
 that share a compiled program (size, steps, sampler, guidance or none; a picture to change, a mask, the part
-of the steps that is taken; pictures for ControlNets) form a group; the pictures of a group, in the order of
-the file, are cut into shards of one size. Rows that cannot be drawn form a last group, whose shards hold no
-pictures but their reasons.
+of the steps that is taken; pictures for ControlNets; how many parts words make) form a group; the pictures of
+a group, in the order of the file, are cut into shards of one size. Rows that cannot be drawn form a last
+group, whose shards hold no pictures but their reasons.
 
 Memory: 12 bytes a row. The rows themselves stay on the disk (engine/text/rows.py), and so do pictures that
 they name (engine/jobs/given.py).
@@ -32,7 +32,8 @@ FINGERPRINT = (
     *("negative_prompt", "num_images", "seed", "first_index", "sampler", "steps", "guidance_scale"),
     *("height", "width", "dtype", "upscale", "format", "shard_size"),
 )
-ADDED = ("clip_skip", "tile", "quantize", "control_kind", *OF_THE_WAY)  # the same, where they are given
+# The same, where they are given
+ADDED = ("prompt_weights", "long_prompts", "clip_skip", "tile", "quantize", "control_kind", *OF_THE_WAY)
 CHANGING = ("strength", "image_guidance_scale")  # the same, where there are pictures to change
 
 ROWS_AT_ONCE = 512  # whose pictures are looked at together,
@@ -46,6 +47,7 @@ class Program(NamedTuple):
     image: bool = False  # whether there is a picture to change,
     mask: bool = False  # and a mask
     control: bool = False  # whether there are pictures for ControlNets to see
+    length: tuple[int, ...] = ()  # of its words, see `Pipeline.length`
 
     @property
     def beside(self) -> bool:
@@ -218,7 +220,8 @@ class Settle:
         strength = 1.0 if masked is None else self.pictures.strength(row, masked)
         if self._pipe.made_for != edits.FOLLOWS:  # to which any but 1 is a mistake
             strength = _of_equal_share(strength, options[0])
-        key = (*options, strength, masked, controls)
+        negative = _or(row.negative_prompt, config.negative_prompt) if scale != 1 else ""
+        key = (*options, strength, masked, controls, self._pipe.length(row.prompt, negative))
         if key not in self._known:
             self._known[key] = _program(config, self._pipe, *key)
         return self._known[key], mark
@@ -249,7 +252,7 @@ def _of_equal_share(strength: float, steps: int) -> float:
 
 
 def _program(config: JobConfig, pipe: Pipeline, *options: Any) -> Program | str:
-    *how, strength, masked, controls = options
+    *how, strength, masked, controls, length = options
     try:
         settings = pipe.settings(*how, strength=strength, **config.of_the_way())
         shape = settings.height, settings.width
@@ -258,7 +261,7 @@ def _program(config: JobConfig, pipe: Pipeline, *options: Any) -> Program | str:
         return str(error)
     batch_size = config.batch_size or pipe.batch_size_for(config.shard_size, *shape)
     settings = dataclasses.replace(settings, batch_size=batch_size)
-    return Program(settings, masked is not None, bool(masked), controls > 0)
+    return Program(settings, masked is not None, bool(masked), controls > 0, length)
 
 
 def _told(program: Program) -> dict[str, Any]:
@@ -270,6 +273,8 @@ def _told(program: Program) -> dict[str, Any]:
         found |= {"image": True, "mask": program.mask, "intervals": settings.intervals}
     if program.control:
         found["control_image"] = True
+    if program.length:
+        found["parts"] = max(program.length)
     return found
 
 

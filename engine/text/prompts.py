@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from engine.text.reading import BREAK, PLAIN, Reading, cut, text_of
 from engine.text.tokenizer import Tokenizer
 from engine.types import UserError
 
@@ -51,7 +52,7 @@ def check_negative_prompts(negative_prompts: Any, count: int) -> list[str]:
     return negatives
 
 
-def unread(prompts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+def unread(prompts: Sequence[str], tokenizer: Tokenizer, reading: Reading = PLAIN) -> list[str]:
     """Warnings, a line each: which prompts are cut and where, and which words the model does not know.
 
     Equal prompts are named once, unknown words once for all prompts. Safe to print: no control
@@ -60,18 +61,21 @@ def unread(prompts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
     warnings = []
     unknown: dict[str, None] = {}
     for prompt in dict.fromkeys(prompts):
-        rest = tokenizer.cut(prompt)
+        text, rest = text_of(prompt, reading), cut(prompt, tokenizer, reading)
+        if reading.long:
+            text = BREAK.sub(lambda found: " " * len(found[0]), text)
         if rest is not None:
-            kept = prompt.removesuffix(rest)
+            kept, most = text[: len(text) - len(rest)], reading.most_parts * (tokenizer.model_max_length - 2)
             # The stump of a word that the cut goes through is no word.
             whole = re.sub(r"\w+$", "", kept) if re.match(r"\w", rest) else kept
             unknown.update(dict.fromkeys(tokenizer.unknown_words(whole)))
             warnings.append(
-                f"prompt too long: the model reads {tokenizer.model_max_length - 2} tokens; cut at | in "
+                f"prompt too long: the model reads {most} tokens; cut at | in "
                 f'"{_tail(kept)}|{_head(rest)}" ({len(rest)} characters dropped)'
+                + ("" if reading.long else "; --long_prompts reads them, too")
             )
         else:
-            unknown.update(dict.fromkeys(tokenizer.unknown_words(prompt)))
+            unknown.update(dict.fromkeys(tokenizer.unknown_words(text)))
     if unknown:
         words = list(unknown)
         more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -103,31 +102,23 @@ class Tokenizer:
 
     def encode(self, prompts: list[str]) -> Int32[np.ndarray, "B L"]:
         """Ids of each prompt, cut or padded to L = model_max_length, bos and eos included."""
-        ids = np.full((len(prompts), self.model_max_length), self.pad_id, np.int32)
+        room = self.model_max_length - 2
+        ids = np.empty((len(prompts), self.model_max_length), np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
-            words = [i for i, _ in self._read(prompt)[: self.model_max_length - 2]]
-            row[: len(words) + 2] = [self.bos_id, *words, self.eos_id]
+            row[:] = self.filled([i for i, _ in self.tokens(prompt)[:room]])
         return ids
 
-    def words(self, prompt: str) -> list[tuple[str, list[int]]]:
-        """The words of a prompt, in their order, and at which places of `encode` their tokens stand.
+    def filled(self, words: Sequence[int]) -> Int32[np.ndarray, " L"]:
+        """At most L - 2 ids with bos before and eos behind them, and then padding."""
+        row = np.full(self.model_max_length, self.pad_id, np.int32)
+        row[: len(words) + 2] = [self.bos_id, *words, self.eos_id]
+        return row
 
-        A word is what stands between spaces, and is named without the punctuation around it. What is cut is
-        left out.
-        """
-        spans = [(found.span(), found[0]) for found in re.finditer(r"\S+", prompt)]
-        starts = [start for _, start in self._read(prompt)[: self.model_max_length - 2]]
-        places = ([i + 1 for i, at in enumerate(starts) if first <= at < end] for (first, end), _ in spans)
-        named = (word.strip(".,;:!?'\"()[]") or word for _, word in spans)
-        return [(word, found) for word, found in zip(named, places, strict=True) if found]
-
-    def cut(self, prompt: str) -> str | None:
-        """The end of the prompt that `encode` drops because it is too long, or None.
-
-        A token of several vectors that are not all read is dropped, as people see it.
-        """
-        dropped = self._read(prompt)[self.model_max_length - 2 :]
-        return prompt[dropped[0][1] :] if dropped else None
+    def tokens(self, prompt: str) -> list[tuple[int, int]]:
+        """The ids of a prompt, all of them, and where in it the word of each begins."""
+        words = self._words(prompt)
+        places = zip(words.ids, words.offsets, strict=True)
+        return [(each, start) for i, (start, _) in places for each in self._several.get(i, (i,))]
 
     def pieces(self, text: str) -> list[tuple[int, str]]:
         """Id and spelling of each token of a text, which ends in `</w>` where a word of the text does."""
@@ -184,12 +175,6 @@ class Tokenizer:
         ordered = [added[each] for each in sorted(added)]
         specials = self.specials | {"pad_token": token}
         return Tokenizer(vocab, self.merges, self.model_max_length, specials, ordered, self.known_words)
-
-    def _read(self, prompt: str) -> list[tuple[int, int]]:
-        """The ids of a prompt, and where in it the word of each begins."""
-        words = self._words(prompt)
-        places = zip(words.ids, words.offsets, strict=True)
-        return [(each, start) for i, (start, _) in places for each in self._several.get(i, (i,))]
 
     def _words(self, prompt: str) -> tokenizers.Encoding:
         try:

@@ -16,6 +16,7 @@ from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.models.autoencoder import AutoencoderConfig
 from engine.models.clip import CLIPTextConfig
 from engine.models.unet_config import UNetConfig
+from engine.text.reading import cut
 from engine.text.tokenizer import Tokenizer, train_tokenizer
 from engine.train import loop, objectives, optim
 from engine.train.data import BatchAt, captions_with_facts
@@ -218,7 +219,7 @@ def _tokenizer(config: TrainConfig, workdir: pathlib.Path, data: StageData) -> T
     captions, words = data.texts(CAPTIONS_FOR_TOKENIZER)
     tokenizer = train_tokenizer(captions, config.vocab_size, config.max_tokens, words)
     if config.data.paths and jax.process_index() == 0:
-        longer = sum(tokenizer.cut(caption) is not None for caption in captions)
+        longer = sum(cut(caption, tokenizer) is not None for caption in captions)
         told = f"{tokenizer.vocab_size} ids from {len(captions)} captions"
         print(f"tokenizer: {told}; {longer} are cut at max_tokens={config.max_tokens}", flush=True)
     return tokenizer

@@ -317,7 +317,7 @@ def test_a_bar_where_somebody_watches(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TQDM_MININTERVAL", "0")
-    with Progress(images=5, batch=2, steps=6) as progress:
+    with Progress([2, 2, 1], steps=6) as progress:
         for _ in range(6):
             progress.step(3)
         cli.tell("warning: above the bar")

@@ -75,6 +75,6 @@ def test_things_are_where_the_model_in_the_package_heeds_their_words():
     """The fox is in the left half of the picture, and there its word is heeded; the car in the right one."""
     pipe, prompt = engine.load(), "a red fox to the left of a blue car on the beach"
     (batch,) = pipe.stream([prompt], None, pipe.settings(20), seed=4, heat=True)
-    heats = {word: batch.heat[0][..., at].sum(-1) for word, at in pipe.model.tokenizer.words(prompt)}
+    heats = {word: batch.heat[0][..., at].sum(-1) for word, at in pipe.words(prompt)}
     left = {word: heat[:, :16].sum() / heat.sum() for word, heat in heats.items()}
     assert left["fox"] > 0.65 and left["car"] < 0.35, left

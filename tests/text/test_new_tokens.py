@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from engine.text.prompts import unread
+from engine.text.reading import cut
 from engine.text.tokenizer import EOS, Tokenizer, train_tokenizer
 from engine.types import UserError
 from tests.tiny import CAPTIONS, MAX_TOKENS
@@ -45,9 +46,9 @@ def test_padded_with_another_token_words_stay():
 
 def test_what_is_cut_begins_with_the_first_word_that_is_not_read_whole():
     fits = "fox " * (MAX_TOKENS - 5)
-    assert BOTH.cut(f"{fits}<three-times>") is None
-    assert BOTH.cut(f"{fits}<three-times> at night") == " at night"[1:]
-    assert BOTH.cut(f"fox {fits}<three-times> at night") == "<three-times> at night"
+    assert cut(f"{fits}<three-times>", BOTH) is None
+    assert cut(f"{fits}<three-times> at night", BOTH) == " at night"[1:]
+    assert cut(f"fox {fits}<three-times> at night", BOTH) == "<three-times> at night"
     assert words(BOTH, f"fox {fits}<three-times>")[-2:] == IDS[:2]  # as diffusers reads it
 
 

@@ -64,7 +64,8 @@ def test_long_prompts_show_where_they_are_cut(tokenizer):
     caption = "a red fox at sunset "  # five tokens; ten fit
     assert unread([caption * 2000] * 3, tokenizer) == [
         'prompt too long: the model reads 10 tokens; cut at | in "...at sunset a red fox at sunset '
-        f'|a red fox at sunset a red fox ..." ({1998 * len(caption)} characters dropped)'
+        f'|a red fox at sunset a red fox ..." ({1998 * len(caption)} characters dropped); '
+        "--long_prompts reads them, too"
     ]
 
 

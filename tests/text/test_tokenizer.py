@@ -221,45 +221,6 @@ def test_smallest_vocabulary_spells_everything():
         train_tokenizer(CAPTIONS, 513, LENGTH, words=[])
 
 
-def test_words_and_their_places(trained):
-    prompt = "A  red-fox, zxqv!\t... by day"
-    words = trained.words(prompt)
-    assert [word for word, _ in words] == ["A", "red-fox", "zxqv", "...", "by", "day"]
-    count = len(trained.pieces(prompt))
-    assert [place for _, places in words for place in places] == list(range(1, count + 1))
-    ids = trained.encode([prompt])[0]
-    for (word, places), written in zip(words, prompt.split(), strict=True):
-        assert ids[places].tolist() == [i for i, _ in trained.pieces(written)], word
-    assert trained.words("") == []
-
-
-def test_words_that_are_cut_have_no_places(trained):
-    room = trained.model_max_length - 2
-    prompt = " ".join(["a"] * (room + 3))
-    assert trained.words(prompt) == [("a", [i + 1]) for i in range(room)]
-
-
-def test_a_word_of_several_vectors_has_as_many_places(trained):
-    learned, _ = trained.with_token("<x>", 3)
-    assert learned.words("a <x> a") == [("a", [1]), ("<x>", [2, 3, 4]), ("a", [5])]
-
-
-def test_cut_says_what_fell_off(trained):
-    assert trained.cut("a red fox") is None
-    words = [f"red{i}" for i in range(10_000)]
-    rest = trained.cut(" ".join(words))
-    kept = " ".join(words)[: -len(rest)]
-    assert rest.endswith("red9999")
-    np.testing.assert_array_equal(trained.encode([kept]), trained.encode([" ".join(words)]))
-    assert trained.cut(kept) is None
-
-
-def test_cut_is_exact_at_the_edge(trained):
-    fits = "fox " * (LENGTH - 2)
-    assert trained.cut(fits) is None
-    assert trained.cut(fits + "CAFÉ  au\nlait") == "CAFÉ  au\nlait"
-
-
 def test_unknown_words(trained, tmp_path):
     assert trained.unknown_words("A red FOX at sunset, isn't it?!") == []
     assert trained.unknown_words("a zebra, the Zebra and 7 \N{FOX FACE}s; RED\0") == [
