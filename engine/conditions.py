@@ -54,8 +54,13 @@ def key_of(part: Parts) -> Key:
     return tuple(own.ids for own in part)
 
 
-def ids_of(model: Model, keys: Sequence[Key]) -> dict[str, Int32[np.ndarray, "B L"]]:
-    """What each text encoder takes, of some parts."""
+def ids_of(model: Model, prompts: Sequence[str]) -> dict[str, Int32[np.ndarray, "B L"]]:
+    """The prompts as each text encoder reads them, plain."""
+    return {kind: tokenizer.encode(list(prompts)) for kind, (_, tokenizer) in model.readers.items()}
+
+
+def filled(model: Model, keys: Sequence[Key]) -> dict[str, Int32[np.ndarray, "B L"]]:
+    """Parts of prompts as each text encoder takes them."""
     return {
         kind: np.stack([tokenizer.filled(key[place]) for key in keys])
         for place, (kind, (_, tokenizer)) in enumerate(model.readers.items())

@@ -94,7 +94,7 @@ class Programs:
 
     def _said(self, keys: Sequence[conditions.Key], size: int) -> dict[conditions.Key, Context]:
         """What the text encoders say of each of some different parts of prompts."""
-        ids, params = conditions.ids_of(self.model, keys), conditions.params_of(self.model)
+        ids, params = conditions.filled(self.model, keys), conditions.params_of(self.model)
         found = {}
         for first in range(0, len(keys), size):
             rows = {kind: pad(each[first : first + size], size) for kind, each in ids.items()}

@@ -11,6 +11,7 @@ from engine.config.drawing import (
     check_control_count,
 )
 from engine.config.finetuning import (
+    GIVEN,
     WHAT,
     ControlConfig,
     FinetuneConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "DECAYS",
     "DRAWN",
     "FORMATS",
+    "GIVEN",
     "IN_WORDS",
     "MAX_INDEX",
     "OF_THE_WAY",

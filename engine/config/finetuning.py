@@ -10,6 +10,7 @@ from engine.config.reader import check_parts, nearest
 from engine.config.training import LoraConfig, ObjectiveConfig, StageConfig, check_seed, check_stage
 from engine.errors import UserError, UserNotice
 
+GIVEN = "given"  # what a ControlNet is shown stands beside the pictures
 WHAT = ("unet", "unet+text_encoder", "lora", "textual_inversion", "controlnet")
 # Settings of the data that are flags of launch.cache, too: they say what lies in a folder of latents.
 OF_CACHE = ("caption_field", "size", "buckets", "max_aspect", "multiple", "min_size")
@@ -61,16 +62,20 @@ class SamplesConfig:
 class ControlConfig:
     """A ControlNet to train (Zhang et al. 2023)."""
 
-    kind: str = "edges"  # what it is shown of each picture: one of SIGHTS
+    kind: str = "edges"  # what it is shown of each picture: one of SIGHTS, or "given", a picture beside it
     start: str = ""  # the folder of a ControlNet to train further; "": a copy of the U-Net
 
     def validate(self, where: str = "controlnet") -> None:
         """Raises UserError; `where` is what the config calls this part."""
-        if self.kind not in SIGHTS:
-            known = ", ".join(SIGHTS)
-            raise UserError(
-                f"{where}.kind={self.kind!r} is unknown{nearest(self.kind, SIGHTS)}; write {known}"
-            )
+        known = (*SIGHTS, GIVEN)
+        if self.kind not in known:
+            near = nearest(self.kind, known)
+            raise UserError(f"{where}.kind={self.kind!r} is unknown{near}; write {', '.join(known)}")
+
+    @property
+    def sight(self) -> str:
+        """What it is shown of the picture that it is given, see `engine.sights`."""
+        return "" if self.kind == GIVEN else self.kind
 
 
 @dataclasses.dataclass
@@ -137,6 +142,11 @@ class FinetuneConfig:
             self.inversion.validate("inversion")
         if self.what == "controlnet":
             self.controlnet.validate("controlnet")
+            if self.controlnet.kind == GIVEN and self.prior.num_images:
+                raise UserError(
+                    "prior.num_images with controlnet.kind='given': beside the pictures that the model draws "
+                    "there are none to show; write prior.num_images=0"
+                )
         if not self.data.paths and not self.latents:
             raise UserError(f"what={self.what!r} without pictures: write data.paths, such as ('pictures',)")
         self.prior.validate("prior")

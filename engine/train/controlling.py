@@ -1,7 +1,8 @@
 """A ControlNet (Zhang et al. 2023) in training: a copy of the U-Net's way down learns to heed a picture.
 
 The U-Net stays as it is. What the ControlNet is shown of each training picture is a function of it
-(`engine.sights`), computed on the devices, so that any pictures with captions will do.
+(`engine.sights`), computed on the devices, so that any pictures with captions will do; or a picture that is
+given beside it: its depth, its poses, whatever goes with it.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from engine import sights
-from engine.config import ControlConfig
+from engine.config import GIVEN, ControlConfig
 from engine.controls import said
 from engine.models.controlnet import ControlNetConditioningEmbedding, ControlNetModel
 from engine.models.layers import host_rngs
@@ -47,12 +48,13 @@ def begin(model: Model, config: ControlConfig, seed: int) -> Component:
 def control(graphdef: nnx.GraphDef, kind: str) -> Callable:
     """(frozen, batch) -> (x, t, words, added) -> what is added to the U-Net; frozen has "controlnet".
 
-    kind: what is shown of batch["image"], see `engine.sights`.
+    kind: what is shown of batch["image"], see `engine.sights`; or "given", batch["control"] as it is.
     """
 
     def of_batch(frozen: Mapping[str, Any], batch: Batch) -> Callable:
         net = nnx.merge(graphdef, nnx.State(frozen["controlnet"]))
-        shown = net.look(sights.seen(kind, batch["image"]) / jnp.float32(255))
+        shown = batch["control"] if kind == GIVEN else sights.seen(kind, batch["image"])
+        shown = net.look(shown / jnp.float32(255))
         return lambda x, t, words, added: said(
             lambda: [net], x, t, [words], [shown], jnp.ones(1, jnp.float32), added
         )

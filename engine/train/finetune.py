@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine import finish
-from engine.config import FinetuneConfig
+from engine.config import GIVEN, FinetuneConfig
 from engine.loading import SHIPPED, SHIPPED_NAME
 from engine.parallel import exchanged
 from engine.train import adapters, controlling, inversion, latents, loop, objectives, optim
@@ -122,7 +122,7 @@ def begin(config: FinetuneConfig) -> Task:
         return Task(model, lora.layers, lora)
     if config.what == "controlnet":
         net = controlling.begin(model, config.controlnet, config.seed)
-        return Task(model, {"controlnet": net.params}, None, net=net, sight=config.controlnet.kind)
+        return Task(model, {"controlnet": net.params}, None, net=net, sight=config.controlnet.sight)
     trained = ["unet", *(model.readers if "text_encoder" in config.what else ())]
     return Task(model, {kind: model.parts[kind].params for kind in trained}, None)
 
@@ -188,6 +188,7 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path, shapes_on
         "size": min(task.model.default_size),
         "keep_tags": stage.keep_tags if stage.caption_shuffle else None,
         "sized": task.model.text_encoder_2 is not None,
+        "controlled": task.net is not None and config.controlnet.kind == GIVEN,
         **hosts,
     }
     captions = task.word.captions() if task.word else {}

@@ -98,7 +98,7 @@ def _shards(pictures: PictureBatches) -> Iterator[Shard]:
 def _encoded(pictures: PictureBatches, shard: Shard, encode: Encode, batch_size: int) -> Arrays:
     parts = []
     for place in range(0, len(shard.numbers), batch_size):
-        images, captions, sizes = pictures.whole(shard.bucket, shard.numbers[place : place + batch_size])
+        images, captions, sizes, _ = pictures.whole(shard.bucket, shard.numbers[place : place + batch_size])
         if captions:  # or all of them are damaged
             found = encode(images, captions)
             parts.append(found | {"sizes": np.float32(sizes)} if "pooled" in found else found)

@@ -86,7 +86,8 @@ class Samples:
         self._drawer = Drawer(model, stage, "in training", folder, net)
         self._given = None
         if net is not None and config.every:
-            shown = [sights.seen(sight, _picture(path, *model.default_size)) for path in config.images]
+            size = model.default_size
+            shown = [sights.seen(sight, _picture(path, *size, alpha=bool(sight))) for path in config.images]
             self._given = [Given(control=(each,)) for each in shown]
 
     def draw(self, step: int, params: Mapping[str, Params]) -> pathlib.Path:
@@ -110,11 +111,11 @@ class Samples:
         return path
 
 
-def _picture(path: str, height: int, width: int) -> np.ndarray:
+def _picture(path: str, height: int, width: int, alpha: bool) -> np.ndarray:
     """The pixels of a file, (height, width, 3); UserError where it cannot be read."""
     try:
         with open(pathlib.Path(path).expanduser(), "rb") as file:
-            return read_pixels(file, width, height, Crop())
+            return read_pixels(file, width, height, Crop(), alpha)
     except OSError as error:
         raise UserError(f"samples.images: {path}: {error.strerror or error}") from None
     except Unusable as problem:

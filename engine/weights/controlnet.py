@@ -54,7 +54,8 @@ def save_controlnet(folder: str | Path, part: Component, kind: str, overwrite: b
     """
     with new_folder(Path(folder), "config.json", overwrite) as new:
         write_component(new, part, jnp.float16)
-        write_json(new / "config.json", read_json(new / "config.json") | {KIND: kind})
+        if kind:
+            write_json(new / "config.json", read_json(new / "config.json") | {KIND: kind})
 
 
 def find(path: str | Path) -> Path:

@@ -105,7 +105,7 @@ def listed(workdir: pathlib.Path) -> list[tuple[str, str]]:
 
 def assert_same(ours: list, theirs: list) -> None:
     assert len(ours) == len(theirs)
-    for (images, captions, sizes), (others, texts, crops) in zip(ours, theirs, strict=True):
+    for (images, captions, sizes, _), (others, texts, crops, _) in zip(ours, theirs, strict=True):
         assert captions == texts
         assert images.shape == others.shape and (images == others).all()
         assert (sizes == crops).all()

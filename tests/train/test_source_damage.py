@@ -97,7 +97,7 @@ def test_what_cannot_be_used_is_skipped_and_listed(tmp_path):
     assert batches.usable == 2 + len(WHEN_DECODED) and batches.skipped == len(reasons)
     assert "see skipped.jsonl" in batches.summary()
 
-    shown = {caption for _, captions, _ in rows(batches, range(20)) for caption in captions}
+    shown = {caption for _, captions, *_ in rows(batches, range(20)) for caption in captions}
     assert shown == {"a fox", "a hill"}
     later = listed(tmp_path)[len(found) :]
     assert sorted(os.path.basename(name) for name, _ in later) == sorted(WHEN_DECODED)
@@ -128,7 +128,7 @@ def test_a_bucket_of_nothing_but_damage_shows_other_pictures_in_its_shape(tmp_pa
     batches = made(tmp_path / "data", tmp_path, 2)
     shown = rows(batches, range(6))
     assert {images.shape for images, *_ in shown} == {(2, 16, 16, 3), (2, 8, 24, 3)}
-    assert {caption for _, captions, _ in shown for caption in captions} == {"b"}
+    assert {caption for _, captions, *_ in shown for caption in captions} == {"b"}
 
 
 def test_nothing_but_damage_is_a_mistake(tmp_path):
@@ -193,7 +193,7 @@ def test_tars_of_others(tmp_path):
     }
     write(tmp_path, {"x.tar": tar_of(files)})
     batches = made(tmp_path / "x.tar", tmp_path)
-    assert {c for _, captions, _ in rows(batches, range(9)) for c in captions} == {"a fox", "a hill"}
+    assert {c for _, captions, *_ in rows(batches, range(9)) for c in captions} == {"a fox", "a hill"}
     assert listed(tmp_path) == [
         (f"{tmp_path}/x.tar/b/0.png", "no caption"),
         (f"{tmp_path}/x.tar/a/3.png", "an empty file"),
@@ -248,7 +248,7 @@ def test_parquet_of_others(tmp_path):
     images = [plain_png(0), plain_png(1), plain_png(2), plain_png(3), None]
     pq.write_table(pa.table({"image": images, "text": texts}), tmp_path / "x.parquet")
     batches = made(tmp_path / "x.parquet", tmp_path)
-    assert {c for _, captions, _ in rows(batches, range(9)) for c in captions} == {"a fox", "a hill"}
+    assert {c for _, captions, *_ in rows(batches, range(9)) for c in captions} == {"a fox", "a hill"}
     assert [(pathlib.Path(name).name, reason) for name, reason in listed(tmp_path)] == [
         ("1", "the caption is not UTF-8"),
         ("2", "no caption"),

@@ -47,7 +47,7 @@ def test_every_source_gives_the_same_batches(layout, tmp_path, expected):
 def test_batches_hold_all_pictures_in_their_shapes(expected):
     shapes = {images.shape for images, *_ in expected}
     assert len(shapes) == 3 and all(len(images) == 2 for images, *_ in expected)
-    assert {caption for _, captions, _ in expected for caption in captions} == set(WORDS)
+    assert {caption for _, captions, *_ in expected for caption in captions} == set(WORDS)
 
 
 def test_a_resumed_run_sees_what_the_uninterrupted_one_does(tmp_path, expected):

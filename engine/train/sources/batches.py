@@ -40,12 +40,14 @@ class Row(NamedTuple):
     image: np.ndarray  # uint8 (H, W, 3)
     caption: str
     sizes: np.ndarray  # int32 (6,), see `engine.pixels.sizes`
+    control: np.ndarray | None = None  # uint8 (H, W, 3), what a ControlNet is to be shown
 
 
 class Rows(NamedTuple):
     images: np.ndarray  # uint8 (N, H, W, 3)
     captions: list[str]
     sizes: np.ndarray  # int32 (N, 6)
+    controls: np.ndarray | None = None  # uint8 (N, H, W, 3)
 
 
 RowsAt = Callable[[int, int, int], Rows]  # (step, first row, number of rows) -> those of a step's batch
@@ -64,6 +66,7 @@ def training_batches(
     accept: Accept = required,
     reword: Reword | None = None,
     sized: bool = False,
+    controlled: bool = False,
 ) -> BatchAt:
     """The pictures of a config.
 
@@ -77,16 +80,19 @@ def training_batches(
       accept: says which captions can be used; pictures with others are skipped.
       reword: what stands in for the captions.
       sized: with "sizes", what SDXL is told beside the words.
+      controlled: with "control", what a ControlNet is to be shown.
 
     Returns:
       step -> {"image": uint8 (B / processes, H, W, 3), "ids": int32 (B / processes, L), of two tokenizers
-      (B / processes, 2, L), "sizes": int32 (B / processes, 6), see `engine.pixels.sizes`}.
+      (B / processes, 2, L), "sizes": int32 (B / processes, 6), see `engine.pixels.sizes`,
+      "control": as "image"}.
 
     Raises:
       UserError: the config is wrong, or nothing that it names can be used.
     """
     config.validate()
-    rows = open_pictures(config, batch_size, config.size or size, workdir, process, accept).rows
+    pictures = open_pictures(config, batch_size, config.size or size, workdir, process, accept, controlled)
+    rows = pictures.rows
     return batches_of(rows, config.seed, batch_size, tokenizer, process, processes, keep_tags, reword, sized)
 
 
@@ -105,7 +111,7 @@ def batches_of(
     first, share = own_rows(batch_size, process, processes)
 
     def batch_at(step: int) -> Batch:
-        images, captions, beside = rows(step, first, share)
+        images, captions, beside, controls = rows(step, first, share)
         if tokenizer is None:
             return {"image": images}
         if reword is not None:
@@ -113,7 +119,8 @@ def batches_of(
         if keep_tags is not None:
             captions = shuffled(captions, seed, step, keep_tags, first)
         batch = {"image": images, "ids": tokenizer.encode(captions)}
-        return {**batch, "sizes": beside} if sized else batch
+        batch |= {"sizes": beside} if sized else {}
+        return batch if controls is None else {**batch, "control": controls}
 
     return batch_at
 
@@ -125,11 +132,12 @@ def open_pictures(
     workdir: pathlib.Path,
     process: int = 0,
     accept: Accept = required,
+    controlled: bool = False,
 ) -> "PictureBatches":
     """Looks at all pictures of a config, and keeps in `workdir` what was found; see `training_batches`."""
     workdir.mkdir(parents=True, exist_ok=True)
     skipped = Skipped(workdir / ("skipped.jsonl" if process == 0 else f"skipped-{process}.jsonl"))
-    pictures = PictureBatches(config, batch_size, size, skipped, accept)
+    pictures = PictureBatches(config, batch_size, size, skipped, accept, controlled)
     if process == 0:
         print(pictures.summary(), flush=True)
         _same_data(workdir / "data.json", pictures.fingerprint)
@@ -157,11 +165,14 @@ class PictureBatches:
         size: int,
         skipped: Skipped,
         accept: Accept = required,
+        controlled: bool = False,
     ):
         self._config, self._batch_size, self._skipped = config, batch_size, skipped
         self._pool = concurrent.futures.ThreadPoolExecutor(config.workers, "decode")
         self._pictures = Pictures(
-            [open_source(path, config.kind, config.caption_field) for path in config.paths], accept
+            [open_source(path, config.kind, config.caption_field, controlled) for path in config.paths],
+            accept,
+            controlled,
         )
         among = shapes(size, config.buckets, config.multiple, config.max_aspect)
         self._seen = np.zeros((len(self._pictures), 2), np.int32)  # width and height of each, as it is
@@ -228,8 +239,9 @@ class PictureBatches:
         )
 
     def _read(self, number: int, width: int, height: int, crop: Crop) -> Row:
-        image, caption = self._pictures.read(number, width, height, crop)
-        return Row(image, caption, sizes(*self._seen[number].tolist(), width, height, crop))
+        image, caption, control = self._pictures.read(number, width, height, crop)
+        beside = sizes(*self._seen[number].tolist(), width, height, crop)
+        return Row(image, caption, beside, control)
 
     def _each(self, read: Callable[[int], T], numbers: np.ndarray) -> list[T]:
         """What `read` gives for each number; what it finds unusable is left out, and listed."""
@@ -304,8 +316,9 @@ class PictureBatches:
 
 
 def _together(rows: Iterable[Row]) -> Rows:
-    images, captions, beside = zip(*rows, strict=True)
-    return Rows(np.stack(images), list(captions), np.stack(beside))
+    images, captions, beside, controls = zip(*rows, strict=True)
+    shown = None if controls[0] is None else np.stack(controls)
+    return Rows(np.stack(images), list(captions), np.stack(beside), shown)
 
 
 def _digest(digests: list[bytes], config: DataConfig) -> str:

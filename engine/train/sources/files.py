@@ -5,17 +5,23 @@
   1.json           beside it: {"caption": "a fox"}, or text, or prompt
   1.png            in its own settings, as `engine.finish` writes them
 
+What a ControlNet is to be shown of a picture is named in its row of metadata.jsonl, as "conditioning_image",
+or lies beside it as 1.control.png; neither is a picture of its own then.
+
 A row of metadata.jsonl names files below its folder and no others: neither `..` nor a link leads out of it,
 since such files are often someone else's. Links that lie in the folder themselves are read.
 """
 
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from engine.text.row_files import open_rows
 from engine.text.row_paths import astray
 from engine.train.sources.item import (
+    BESIDE,
+    CONTROL,
     PICTURES,
     Item,
     Unusable,
@@ -34,6 +40,8 @@ class Entry(NamedTuple):
     name: str  # a path from the folder on, or a row of a file
     caption: str | None = None  # None: beside the picture
     problem: str = ""  # why there is no picture
+    control: str | None = None  # a path from the folder on; None: beside the picture, if anywhere
+    astray: str = ""  # why that cannot be read
 
 
 class Files:
@@ -42,6 +50,7 @@ class Files:
     def __init__(self, root: str, field: str = ""):
         self._root, self._field = root, field
         self._beside: set[str] = set()  # names of caption files
+        self._controls: dict[str, str] = {}  # name of a picture without its suffix -> that of 1.control.png
         self._entries = self._find()
 
     def __len__(self) -> int:
@@ -55,7 +64,19 @@ class Files:
         if entry.problem:
             raise Unusable(entry.problem)
         caption = self._caption(entry.name) if entry.caption is None else entry.caption
-        return Item(open_picture(self.name(i)), caption)
+        return Item(open_picture(self.name(i)), caption, self._control(entry))
+
+    def _control(self, entry: Entry) -> Callable[[], io.BufferedIOBase] | None:
+        name = entry.control or self._controls.get(os.path.splitext(entry.name)[0])
+        if name is None:
+            return None
+
+        def opened() -> io.BufferedIOBase:
+            if entry.astray:
+                raise Unusable(entry.astray)
+            return open_picture(os.path.join(self._root, name))
+
+        return opened
 
     def _caption(self, name: str) -> str | None:
         stem = os.path.splitext(name)[0]
@@ -71,10 +92,14 @@ class Files:
         for name in names:
             if os.path.basename(name) == METADATA:
                 entries += self._rows(os.path.dirname(name))
-        told = {entry.name for entry in entries}
+        told = {name for entry in entries for name in (entry.name, entry.control)}
+        stems = {os.path.splitext(name)[0] for name in names if name.lower().endswith(PICTURES)}
         for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in PICTURES and name not in told:
+            stem, suffix = os.path.splitext(name)
+            suffix, of = suffix.lower(), stem.removesuffix(BESIDE)
+            if suffix in PICTURES and of != stem and of in stems:
+                self._controls[of] = name
+            elif suffix in PICTURES and name not in told:
                 entries.append(Entry(name))
             elif suffix in (".txt", ".json"):
                 self._beside.add(name)
@@ -92,21 +117,27 @@ class Files:
                 except Unusable as problem:
                     yield Entry(here, problem=str(problem))
                     continue
+                control, why = None, ""
                 try:
-                    yield Entry(name, caption_in(row, self._field))
+                    if isinstance(row, dict) and row.get(CONTROL) is not None:
+                        control = os.path.join(folder, file_of(row, base, CONTROL))
                 except Unusable as problem:
-                    yield Entry(name, problem=str(problem))
+                    control, why = CONTROL, str(problem)
+                try:
+                    yield Entry(name, caption_in(row, self._field), "", control, why)
+                except Unusable as problem:
+                    yield Entry(name, problem=str(problem), control=control)
 
 
-def file_of(row: dict | str, base: str) -> str:
+def file_of(row: dict | str, base: str, field: str = "file_name") -> str:
     """The path that a row of metadata names, from `base` (a real path) on; Unusable if it leads away."""
     if isinstance(row, str):
         raise Unusable(row)
-    name = row.get("file_name")
+    name = row.get(field)
     if not isinstance(name, str) or not name.strip():
-        raise Unusable("no file_name")
+        raise Unusable(f"no {field}")
     if why := astray(name, base):
-        raise Unusable(f"file_name {why}")
+        raise Unusable(f"{field} {why}")
     return os.path.normpath(name)
 
 

@@ -20,11 +20,12 @@ KIND_OF = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suf
 WHAT_TO_WRITE = "write a folder of pictures, or shards (.tar, .arrayrecord, .parquet)"
 
 
-def open_source(path: str, kind: str = "auto", field: str = "") -> Source:
+def open_source(path: str, kind: str = "auto", field: str = "", controlled: bool = False) -> Source:
     """The pictures of a folder, of a shard, or of all shards below a folder.
 
     Args:
       kind, field: `kind` and `caption_field` of DataConfig.
+      controlled: whether what a ControlNet is to be shown is read, too.
 
     Raises:
       UserError: there is nothing of the kind, or auto finds several kinds.
@@ -53,4 +54,4 @@ def open_source(path: str, kind: str = "auto", field: str = "") -> Source:
         return Files(root, field)
     if kind == "arrayrecord":
         return Records(chosen)
-    return Tars(chosen, field) if kind == "webdataset" else Tables(chosen, field)
+    return Tars(chosen, field) if kind == "webdataset" else Tables(chosen, field, controlled)

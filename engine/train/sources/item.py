@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from engine.pixels import Unusable
 
 CAPTIONS = ("caption", "text", "prompt")  # what the field is called, the first that is there
+CONTROL = "conditioning_image"  # what the field of a control picture is called, as in diffusers' scripts
+BESIDE = ".control"  # or where it lies: 1.control.png beside 1.png
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_CAPTION = 2**17  # bytes of a caption
 MAX_TEXT = 2**20  # bytes of a file with one
@@ -33,6 +35,7 @@ def required(caption: str | None) -> str:
 class Item(NamedTuple):
     file: io.BufferedIOBase  # of the picture; read no further than is asked for, to be closed
     caption: str | None  # None: it stands inside of the picture, if anywhere
+    control: Callable[[], io.BufferedIOBase] | None = None  # opens what a ControlNet is to be shown
 
 
 @runtime_checkable

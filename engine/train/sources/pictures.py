@@ -2,7 +2,9 @@
 
 import bisect
 import concurrent.futures
+import contextlib
 import hashlib
+import io
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from engine.finish import BESIDE, SETTINGS_KEY
-from engine.pixels import Crop, read_header, read_pixels
+from engine.pixels import Crop, Header, read_header, read_pixels
 from engine.train.sources.item import Accept, Item, Source, Unusable, caption_in, required, row_in_json
 
 AT_ONCE = 256  # pictures that a thread looks at before it takes others
@@ -29,8 +31,9 @@ class Look(NamedTuple):
 class Pictures:
     """Pictures by number. Threads may read at once."""
 
-    def __init__(self, sources: Sequence[Source], accept: Accept = required):
-        self._sources, self._accept = sources, accept
+    def __init__(self, sources: Sequence[Source], accept: Accept = required, controlled: bool = False):
+        """controlled: with each comes what a ControlNet is to be shown of it, and must."""
+        self._sources, self._accept, self._controlled = sources, accept, controlled
         self.ends = list(itertools.accumulate(map(len, sources)))  # of each source's numbers
 
     def __len__(self) -> int:
@@ -46,6 +49,8 @@ class Pictures:
         with item.file as file:
             header = read_header(file, SETTINGS_KEY)
             caption = item.caption if item.caption is not None else _caption_inside(header.settings)
+        if self._controlled:
+            _check_control(item, header)
         told = f"{header.width} {header.height} {self._accept(caption)}".encode()
         return Look(header.width, header.height, hashlib.sha256(told).digest()[:8])
 
@@ -57,15 +62,22 @@ class Pictures:
                 return item.caption
             return _caption_inside(read_header(file, SETTINGS_KEY).settings)
 
-    def read(self, number: int, width: int, height: int, crop: Crop) -> tuple[np.ndarray, str]:
-        """Pixels, as `read_pixels` gives them, and caption. Raises Unusable."""
+    def read(
+        self, number: int, width: int, height: int, crop: Crop
+    ) -> tuple[np.ndarray, str, np.ndarray | None]:
+        """Pixels, as `read_pixels` gives them, caption, pixels of the control picture. Raises Unusable."""
         item = self._open(number)
         with item.file as file:
             caption = item.caption
             if caption is None:
                 caption = _caption_inside(read_header(file, SETTINGS_KEY).settings)
                 file.seek(0)
-            return read_pixels(file, width, height, crop), self._accept(caption)
+            image, caption = read_pixels(file, width, height, crop), self._accept(caption)
+        if not self._controlled:
+            return image, caption, None
+        with _control_of(item) as file:
+            # As where it is drawn with: what is transparent has its colours all the same.
+            return image, caption, read_pixels(file, width, height, crop, alpha=False)
 
     def look_at_all(
         self, pool: concurrent.futures.Executor, judge: Callable[[Look], None]
@@ -98,6 +110,30 @@ class Pictures:
     def _open(self, number: int) -> Item:
         source, i = self._find(number)
         return source.read(i)
+
+
+@contextlib.contextmanager
+def _control_of(item: Item) -> Iterator[io.BufferedIOBase]:
+    """The file of its control picture. Unusable, within too, says of which picture it is."""
+    if item.control is None:
+        raise Unusable("no control picture")
+    try:
+        with item.control() as file:
+            yield file
+    except Unusable as problem:
+        raise Unusable(f"its control picture: {problem}") from None
+
+
+def _check_control(item: Item, picture: Header) -> None:
+    """Unusable unless there is a control picture that lies over the picture, but for a pixel of rounding."""
+    with _control_of(item) as file:
+        width, height, _ = read_header(file, SETTINGS_KEY)
+    longest = max(width, height, picture.width, picture.height)
+    if abs(width * picture.height - height * picture.width) > longest:
+        raise Unusable(
+            f"{picture.width} x {picture.height} pixels, and its control picture {width} x {height}: they "
+            "need the same proportions"
+        )
 
 
 def _caption_inside(settings: str | None) -> str | None:

@@ -1,15 +1,18 @@
-"""WebDataset's tars: KEY.png (or .jpg, .webp) with its caption in KEY.txt or KEY.json.
+"""WebDataset's tars: KEY.png (or .jpg, .webp) with its caption in KEY.txt or KEY.json, and in
+KEY.control.png what a ControlNet is to be shown of it.
 
 The headers are read once; a picture is then read from its place, so that any order is as quick. Tars that
 are compressed as a whole (.tar.gz) have no such places.
 """
 
+import functools
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from engine.train.sources.item import (
+    BESIDE,
     PICTURES,
     Item,
     Unusable,
@@ -28,6 +31,7 @@ class Entry(NamedTuple):
     picture: Place = (0, 0)
     captions: tuple[tuple[str, Place], ...] = ()  # suffix and place of each file beside it
     problem: str = ""
+    control: Place | None = None
 
 
 class Tars:
@@ -49,7 +53,8 @@ class Tars:
         if entry.problem:
             raise Unusable(entry.problem)
         caption = self._caption(entry.tar, dict(entry.captions))
-        return Item(open_part(entry.tar, *entry.picture), caption)
+        control = functools.partial(open_part, entry.tar, *entry.control) if entry.control else None
+        return Item(open_part(entry.tar, *entry.picture), caption, control)
 
     def _caption(self, tar: str, beside: dict[str, Place]) -> str | None:
         for suffix in ("json", "txt") if self._field else ("txt", "json"):
@@ -78,9 +83,11 @@ def _index(path: str) -> Iterator[Entry]:
         problem = f"damaged or no tar ({str(error)[:80]}): what follows is lost"
     for files in members.values():
         captions = tuple((suffix, files[suffix][1]) for suffix in ("txt", "json") if suffix in files)
+        beside = (f"{BESIDE}{suffix}"[1:] for suffix in PICTURES)
+        control = next((files[suffix][1] for suffix in beside if suffix in files), None)
         for suffix, (name, place) in files.items():
             if f".{suffix}" in PICTURES:
-                yield Entry(path, name, place, captions)
+                yield Entry(path, name, place, captions, control=control)
     if problem:
         yield Entry(path, "", problem=problem)
 
