@@ -64,8 +64,14 @@ def upscale(image: Picture, factor: int) -> Larger:
     if factor < 1:
         raise UserError(f"upscale={factor}: write a whole number from 1")
     height, width, _ = image.shape
-    larger = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.LANCZOS)
-    return np.asarray(larger)
+    return resized(image, height * factor, width * factor)
+
+
+def resized(image: Picture, height: int, width: int) -> Larger:
+    """The picture with so many pixels, by Lanczos's filter; as it is where it has them."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def contact_sheet(

@@ -23,6 +23,8 @@ from engine.weights.controlnet import kind_of, load_controlnet, look
 from engine.weights.decoder import with_decoder
 from engine.weights.folder import load_folder
 from engine.weights.refiner import load_refiner
+from engine.weights.upscaler import load_upscaler
+from engine.weights.upscaler import look as look_at_upscaler
 
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-128"
 SHIPPED_NAME = GenerateConfig.model  # what pictures say of the model in the package
@@ -43,6 +45,7 @@ def load(
     controlnet: Sequence[tuple[str | os.PathLike, float]] = (),
     prompt_weights: bool = False,
     long_prompts: bool = False,
+    upscaler: str | os.PathLike | None = None,
 ) -> Pipeline:
     """Loads a model onto the devices.
 
@@ -65,6 +68,7 @@ def load(
         refiner has none.
       prompt_weights: brackets in prompts are marks, and say how much words count (engine.text.reading).
       long_prompts: prompts longer than the text encoders read are read in parts (likewise), not cut.
+      upscaler: the file of a network that enlarges every picture when it is drawn (engine.models.upscalers).
 
     Raises:
       UserError: the folder or an argument is wrong; the message says what to write instead.
@@ -80,6 +84,8 @@ def load(
         place = quantized.placing(place, quantize)
     for path, _ in controlnet:
         look(path)  # before gigabytes are read
+    if upscaler:
+        look_at_upscaler(upscaler)
     loaded = load_folder(folder, jnp.dtype(dtype), None, place, lora, embeddings, clip_skip)
     edits.made_for(loaded, str(folder))
     second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None
@@ -92,10 +98,11 @@ def load(
     if decoder:
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
+    larger = load_upscaler(upscaler, jnp.dtype(dtype), devices.place) if upscaler else None
     check_tile(tile, loaded.vae.config.scale)
     reading = Reading(prompt_weights, long_prompts)
     name = SHIPPED_NAME if model is None else str(model)
-    return Pipeline(loaded, devices, name, dtype, folder, tile, second, nets, reading)
+    return Pipeline(loaded, devices, name, dtype, folder, tile, second, nets, reading, larger)
 
 
 def use_compilation_cache() -> None:

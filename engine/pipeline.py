@@ -17,6 +17,7 @@ from engine.config import GenerateConfig
 from engine.diffusion import noise, samplers, schedules
 from engine.diffusion.scheduler_config import sampler_name
 from engine.diffusion.segments import chosen_stages
+from engine.enlarging import Enlarging
 from engine.parallel import Devices, pad
 from engine.programs import Programs
 from engine.requests import Batch, Context, Frames, Given, Request, Settings
@@ -25,6 +26,7 @@ from engine.text.reading import PLAIN, Reading, words
 from engine.types import UserError
 from engine.ways import check_heat, check_refiner_start, grid_of, ways_of
 from engine.weights.folder import Model
+from engine.weights.upscaler import Upscaler
 
 MAX_SIDE = 16384
 BATCH_IMAGES = 16  # pictures a device draws at once, unless told: so that the first are soon there,
@@ -47,11 +49,13 @@ class Pipeline:
         refiner: Model | None = None,
         nets: Sequence[controls.ControlNet] = (),
         reading: Reading = PLAIN,
+        upscaler: Upscaler | None = None,
     ):
         self.devices, self.name, self.dtype = devices, name, dtype
         self.folder = folder  # from which the model was loaded
         self.programs = Programs(model, devices, name, tile, nets, reading)
         self.refiner = Programs(refiner, devices, "the refiner", tile, (), reading) if refiner else None
+        self.enlarging = Enlarging(upscaler, self.programs) if upscaler else None
         self.made_for = self.programs.made_for
 
     @property
@@ -211,6 +215,11 @@ class Pipeline:
             first = end
         return found
 
+    @property
+    def scale(self) -> int:
+        """How many times as wide and high as it is drawn a picture becomes."""
+        return self.enlarging.scale if self.enlarging else 1
+
     def length(self, *texts: str) -> tuple[int, ...]:
         """In how many parts each model reads the longest of these. What is drawn together has one length."""
         if not self.reading.long:
@@ -347,7 +356,8 @@ class Pipeline:
             x, more = self.refiner.sample(*more_ways, x, batched, frames > 0, progress)
             traces += more
         final = x * schedules.final_scale(config, sigmas)
-        images, finite = self.devices.gather(self.programs.decode(final, given))
+        drawn = self.programs.decode(final, given)
+        images, finite = self.devices.gather(self.enlarging(*drawn) if self.enlarging else drawn)
         if not frames:
             return images, finite, None, steering
         stages = chosen_stages(traces, start, final, frames)

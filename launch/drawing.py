@@ -21,7 +21,13 @@ HALF = "--dtype bfloat16"
 SHEET_IMAGES = 256  # on a contact sheet, at most
 # Files that pictures are drawn with beside the model, in words
 WHAT = {"lora": "LoRA", "embedding": "embedding", "decoder": "decoder", "refiner": "refiner"}
-WHAT |= {"image": "picture", "mask": "mask", "controlnet": "ControlNet", "control_image": "control picture"}
+WHAT |= {
+    "upscaler": "upscaler",
+    "image": "picture",
+    "mask": "mask",
+    "controlnet": "ControlNet",
+    "control_image": "control picture",
+}
 
 
 def run(given: dict[str, Any], like: str | None = None) -> int:
@@ -88,8 +94,8 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
         model = None if is_shipped(config) else config.model
         files = config.loras(), config.embeddings(), config.decoder or None, config.tile
         options = config.refiner or None, config.quantize, config.clip_skip, config.controlnets()
-        reading = config.prompt_weights, config.long_prompts
-        pipe = engine.load(model, config.dtype, parallel, *files, *options, *reading)
+        more = config.prompt_weights, config.long_prompts, config.upscaler or None
+        pipe = engine.load(model, config.dtype, parallel, *files, *options, *more)
     cli.stop_if_asked()
     return pipe
 

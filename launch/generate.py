@@ -171,6 +171,11 @@ FLAGS: cli.Groups = {
     "What to write": {
         "out": ("FOLDER", "made if it is not there; a job's may be s3://BUCKET/FOLDER or gs://..., too"),
         "upscale": ("N", "enlarge pictures to N times their size"),
+        "upscaler": (
+            "FILE",
+            "enlarge them on the devices by a network that was made for it: the .safetensors of an ESRGAN,\n"
+            "Real-ESRGAN or compact one. Its own factor decides, unless --upscale says another",
+        ),
         "frames": ("N", "beside each picture a strip of N stages from static to picture"),
         "animate": ("", "beside each picture an animated WebP of its stages"),
         "words": (

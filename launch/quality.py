@@ -36,6 +36,7 @@ FLAGS: cli.Groups = {
         "embedding": ("FILE", "likewise"),
         "decoder": ("FOLDER", "as in launch.generate, and so are those below"),
         "refiner": ("FOLDER", "a second model for the last part of the way"),
+        "upscaler": ("FILE", "enlarges each picture before it is judged"),
         "prompt_weights": ("", "brackets in prompts say how much words count"),
         "long_prompts": ("", "reads prompts in parts where they are too long, in place of cutting them"),
         "clip_skip": ("N", "layers of the text encoders that are left out at their end"),
@@ -63,7 +64,7 @@ SHARED = ("model", "seed", "sampler", "steps", "guidance_scale", "batch_size")  
 OWN = (
     *("negative_prompt", "lora", "embedding", "decoder", "refiner", "controlnet", "control_image"),
     "control_kind",
-    *("prompt_weights", "long_prompts", "clip_skip", "height", "width"),
+    *("upscaler", "prompt_weights", "long_prompts", "clip_skip", "height", "width"),
     *OF_THE_WAY,
     *("dtype", "parallel", "split_params", "quantize", "tile"),
 )

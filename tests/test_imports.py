@@ -27,7 +27,7 @@ LAYERS = [
     ["engine.weights"],
     ["engine.conditions", "engine.edits", "engine.controls", "engine.way"],
     ["engine.programs"],
-    ["engine.ways"],
+    ["engine.ways", "engine.enlarging"],
     ["engine.pipeline"],
     ["engine.loading"],
     ["engine"],  # engine/__init__.py, the public API

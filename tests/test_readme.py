@@ -13,6 +13,7 @@ from PIL import Image
 
 from launch import generate
 from tests.tiny import REFINER, XL, tiny_controlnet, tiny_folder
+from tests.upscalers import tiny_upscaler
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,6 +55,7 @@ def test_commands_that_draw(tmp_path, monkeypatch, capsys):
         tiny_folder(tmp_path / path, **overrides)
     tiny_controlnet(tmp_path / "path/to/sd-controlnet-canny")
     Image.new("RGB", (16, 16), "white").save(tmp_path / "path/to/edges.png")
+    tiny_upscaler(tmp_path / "path/to/RealESRGAN_x4plus.safetensors")
     (csv,) = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
     (tmp_path / "prompts.csv").write_text(csv)
     (jsonl,) = re.findall(r"```jsonl\n(.*?)```", README, re.DOTALL)

@@ -52,6 +52,7 @@ class GenerateConfig:
     embedding: str = ""  # FILE, several with commas between them: see `embeddings`
     decoder: str = ""  # a folder, whose autoencoder stands in for the model's own
     refiner: str = ""  # a folder, whose model goes the last part of the way
+    upscaler: str = ""  # a file, whose network enlarges every picture when it is drawn
     refiner_start: float | None = None  # share of the way before that; None: 0.8
     prompt_weights: bool = False  # brackets in prompts say how much words count
     long_prompts: bool = False  # those too long for the text encoders are read in parts
@@ -82,7 +83,7 @@ class GenerateConfig:
     split_params: bool = False  # the model over the devices, where one is too small for it; parallel="jit"
     batch_size: int | None = None  # pictures that a device draws at once
     out: str = "out"
-    upscale: int = 1
+    upscale: int = 1  # times as wide and high in the end; with an upscaler 1 is as it makes them
     frames: int | None = None  # stages from static to picture, in a strip
     animate: bool = False
     words: bool = False  # a sheet of which word steered what

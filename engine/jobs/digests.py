@@ -7,7 +7,7 @@ import numpy as np
 
 from engine.config import GenerateConfig
 from engine.requests import Given
-from engine.weights import controlnet, decoder, embeddings, lora_files
+from engine.weights import controlnet, decoder, embeddings, lora_files, upscaler
 
 EDGE = 2**20  # bytes at either end of a file of weights that tell it from others
 
@@ -33,6 +33,7 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
             for path, scale in ((controlnet.find(each), scale) for each, scale in config.controlnets())
         ),
         "decoder": of_weights(decoder.find(config.decoder)) if config.decoder else "",
+        "upscaler": _of(upscaler.find(config.upscaler)) if config.upscaler else "",
         "refiner": of_weights(pathlib.Path(config.refiner).expanduser()) if config.refiner else "",
     }
     return {name: told for name, told in found.items() if told}

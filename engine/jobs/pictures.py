@@ -30,7 +30,7 @@ REMEMBERED = (
 )
 # Remembered where there are any.
 ADDED = (
-    *("lora", "embedding", "decoder", "refiner", "controlnet"),
+    *("lora", "embedding", "decoder", "refiner", "upscaler", "controlnet"),
     *OF_THE_WAY,
     *("prompt_weights", "long_prompts", "clip_skip", "tile", "quantize"),
     *("image", "mask", "control_image", "control_kind"),
@@ -131,7 +131,7 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
             if i in batch.spoilt:
                 yield Drawn(index, prompt, None, ())
                 continue
-            small, image = image, finish.upscale(image, config.upscale)
+            image = enlarged(image, config, plan.settings)
             settings = remember(config, prompt, index, plan.contents)
             name = finish.picture_name(index, prompt)
             path = free_path(plan.folder / name, settings, _beside(settings, config))
@@ -140,8 +140,18 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
             if batch.frames is not None:
                 files += _write_stages(path, Frames(*(part[i] for part in batch.frames)), settings, config)
             if batch.heat is not None:
+                small = finish.resized(image, plan.settings.height, plan.settings.width)
                 files += _write_words(path, small, batch.heat[i], pipe.words(prompt), settings)
             yield Drawn(index, prompt, image, tuple(files))
+
+
+def enlarged(image: finish.Picture, config: GenerateConfig, settings: Settings) -> finish.Larger:
+    """A picture as large as it is to be written: `upscale` times as it was drawn, by Lanczos's filter where
+    it is not; where an upscaler was at work and no factor is given, as that made it.
+    """
+    if config.upscaler and config.upscale == 1:
+        return image
+    return finish.resized(image, settings.height * config.upscale, settings.width * config.upscale)
 
 
 def batches(plan: Plan, pipe: Pipeline) -> list[range]:

@@ -34,7 +34,7 @@ from engine.jobs import digests, folder, formats
 from engine.jobs.account import Busy, Recent
 from engine.jobs.ahead import ahead
 from engine.jobs.given import Paths
-from engine.jobs.pictures import remember
+from engine.jobs.pictures import enlarged, remember
 from engine.jobs.plan import Group, Job, Program, Settle, Shard, Wanted
 from engine.jobs.reading import Reader
 from engine.jobs.store import Store
@@ -330,7 +330,8 @@ class Worker:
         config = dataclasses.replace(self.job.config, **settings | own | NO_PICTURE | changed)
         try:
             about = remember(config, request.prompt, request.index, {**self.job.digests, **marks})
-            png = finish.encode_png(finish.upscale(image, config.upscale), about)
+            large = enlarged(image, config, self._settings(drawn.load.shard.group))
+            png = finish.encode_png(large, about)
         except UserError as error:
             return {**address, "reason": str(error)}
         facts = {**address, "prompt": request.prompt, "negative_prompt": request.negative_prompt}

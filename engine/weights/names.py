@@ -27,6 +27,7 @@ TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}  # Linear (I, O) -> (O, I); Conv HWIO ->
 TO_FLAX = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 # Names of older or newer writers: (component, pattern, what the models say). None: no weight, not read.
+_SAVED = r"(?:params(?:_ema)?\.)?"  # BasicSR's, where it saved more than one set of weights
 _ATTENTION = r"(.*mid_block\.attentions\.\d+)\."
 ALIASES = tuple(
     (kind, re.compile(pattern), replacement)
@@ -44,6 +45,20 @@ ALIASES = tuple(
         ("text_encoder_2", r"(text_model\.)?embeddings\.position_ids$", None),
         # FID ends before the classes, and never trains
         ("inception", r"(fc|AuxLogits)\.|.*\.num_batches_tracked$", None),
+        # ESRGAN's first layout, which numbers its layers, whatever the factor; then its second
+        ("upscaler", _SAVED + r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.", r"body.\1.rdb\2.conv\3."),
+        ("upscaler", _SAVED + r"model\.1\.sub\.\d+\.(?!RDB)", "conv_body."),
+        ("upscaler", _SAVED + r"model\.0\.", "conv_first."),
+        ("upscaler", _SAVED + r"model\.3\.", "conv_up1."),
+        ("upscaler", _SAVED + r"model\.6\.", "conv_up2."),
+        ("upscaler", _SAVED + r"model\.9\.", "conv_up3."),
+        ("upscaler", _SAVED + r"model\.(?:2|5|8|11)\.", "conv_hr."),
+        ("upscaler", _SAVED + r"model\.(?:4|7|10|13)\.", "conv_last."),
+        ("upscaler", _SAVED + r"RRDB_trunk\.(\d+)\.RDB(\d)\.", r"body.\1.rdb\2."),
+        ("upscaler", _SAVED + r"trunk_conv\.", "conv_body."),
+        ("upscaler", _SAVED + r"upconv(\d)\.", r"conv_up\1."),
+        ("upscaler", _SAVED + r"HRconv\.", "conv_hr."),
+        ("upscaler", r"params(?:_ema)?\.", ""),
     )
 )
 # The old autoencoders' attention, before diffusers made 1x1 convolutions of it linear.

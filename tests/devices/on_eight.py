@@ -20,6 +20,7 @@ from engine.benchmark import outline, scaling
 from engine.benchmark.compiled import collectives
 from engine.benchmark.drawing import Asked, Case
 from engine.config import AutoencoderStage, OptimConfig, SamplesConfig
+from engine.enlarging import Enlarging
 from engine.models import attention, kernels
 from engine.models.attention import attend
 from engine.parallel import MODES, SPLIT, Devices
@@ -28,9 +29,11 @@ from engine.train import checkpoint, loop, optim, stages, step
 from engine.train.objectives import autoencoder_loss
 from engine.train.samples import Samples
 from engine.types import UserError
+from engine.weights.upscaler import load_upscaler
 from tests.compiled import COMPILED
 from tests.tiny import REFINER, SHALLOW, XL, shallow, tiny_controlnet, tiny_folder, tiny_model, tiny_tokenizer
 from tests.train.tiny_run import get_config
+from tests.upscalers import tiny_upscaler
 
 PROMPTS = [f"{color} {thing}" for color in ("a red", "a blue") for thing in ("fox", "car", "cat", "dog")]
 LONG = [*PROMPTS, "two green trees", "a fox at night", "grass"]
@@ -276,6 +279,28 @@ def test_a_controlnet_draws_the_same_picture_in_every_mode_and_split(folder, tmp
     always, all_of_it = collectives(text[text.index("ENTRY") :], 8), collectives(text, 8)
     assert set(all_of_it[0]) == {"all-gather"}
     assert always[1] < 0.5 * all_of_it[1]  # what is not computed does not come together
+
+
+def test_pictures_are_enlarged_where_they_were_drawn(folder, pipelines, tmp_path):
+    net = tiny_upscaler(tmp_path / "net.safetensors")
+    images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
+
+    def enlarged(pipeline) -> tuple[np.ndarray, Watched]:
+        devices = pipeline.devices
+        enlarging = Enlarging(load_upscaler(net, place=devices.place), pipeline.programs)
+        batch = devices.shard_batch((images, np.ones(len(images), bool)))
+        return np.asarray(enlarging(*batch)[0]), devices
+
+    expected, _ = enlarged(pipelines["shard_map"])
+    assert expected.shape == (16, 64, 64, 3)
+    for mode in MODES:
+        found, devices = enlarged(pipelines[mode])
+        np.testing.assert_array_equal(found, expected, err_msg=mode)
+        assert COLLECTIVES.findall(devices.calls["_enlarged"].compiled().as_text()) == [], mode
+    found, devices = enlarged(engine.load(folder, parallel=Watched("jit", rules=SPLIT)))
+    assert largest_difference(found, expected) <= 1
+    kinds, _ = collectives(devices.calls["_enlarged"].compiled().as_text(), 8)
+    assert set(kinds) == {"all-gather"}  # of the weights
 
 
 def test_split_params_come_together_at_each_step_and_not_before_all():

@@ -1,0 +1,46 @@
+"""Finished pictures, enlarged on the devices by a network made for it (`engine.models.upscalers`)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Bool, UInt8
+
+from engine.finish import to_uint8
+from engine.models.tiles import PARTS, decode_in_tiles
+from engine.programs import Programs
+from engine.weights.upscaler import Upscaler
+
+
+class Enlarging:
+    """The program of an upscaler, on the devices of some others and in the tiles of their decoder."""
+
+    def __init__(self, upscaler: Upscaler, beside: Programs):
+        self.scale = upscaler.config.scale
+        self._upscaler, self._beside = upscaler, beside
+        self._program = beside.devices.map(self._enlarged)
+
+    def __call__(
+        self, images: UInt8[jax.Array, "B H W 3"], finite: Bool[jax.Array, " B"]
+    ) -> tuple[UInt8[jax.Array, "B H2 W2 3"], Bool[jax.Array, " B"]]:
+        """Pictures `scale` times as wide and high, and which are finite, as they were before and are now."""
+        return self._program(self._upscaler.params, (images, finite))
+
+    def _enlarged(self, params: Any, batched: Any) -> Any:
+        beside, scale = self._beside, self.scale
+        params = beside.devices.whole(beside.computed(params))
+        net = nnx.merge(self._upscaler.graphdef, nnx.State(params))
+        dtype = jax.tree.leaves(params)[0].dtype
+        tile = max(beside.tile // scale // PARTS, 1) * PARTS if beside.tile else 0
+
+        def one(image: jax.Array) -> tuple[jax.Array, jax.Array]:
+            small = (image / jnp.float32(255)).astype(dtype)[None]
+            large = decode_in_tiles(net, small, tile, scale)[0].astype(jnp.float32)
+            return to_uint8(2 * jnp.nan_to_num(large)[None] - 1)[0], jnp.isfinite(large).all()
+
+        # One after another: each fills a device, and takes many times the memory that it took to draw it.
+        each = beside.devices.over_batch(lambda images: jax.lax.map(one, images))
+        images, finite = batched
+        images, sound = each(images)
+        return images, finite & sound

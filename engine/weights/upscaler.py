@@ -1,0 +1,105 @@
+"""A network that enlarges pictures, from one safetensors file: the shapes of its weights tell all of it.
+
+It has the keys of BasicSR (`conv_first`, `body.0.rdb1.conv1`, ...), or the older ones of ESRGAN
+(`RRDB_trunk.0.RDB1.conv1`, or `model.1.sub.0.RDB1.conv1.0`), see `engine.weights.names`; all keys may begin
+with `params_ema.` or `params.`.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx, traverse_util
+from jax.typing import DTypeLike
+
+from engine.models.layers import outline
+from engine.models.upscalers import CompactConfig, RRDBConfig, UpscalerConfig, module_of
+from engine.types import Params, UserError
+from engine.weights import names
+from engine.weights.component import PICKLES, Place, match, read_params
+from engine.weights.safetensors_io import Tensor, read_header
+
+KIND = "upscaler"
+COLOURS = 3
+BLOCK = re.compile(r"body\.(\d+)\.rdb1\.conv1\.weight")
+UP = re.compile(r"conv_up(\d)\.weight")
+LAYER = re.compile(r"body\.(\d+)\.weight")
+KNOWN = "an ESRGAN or Real-ESRGAN (RRDBNet), or a compact one (SRVGGNetCompact)"
+
+
+class Upscaler(NamedTuple):
+    """`nnx.merge(graphdef, nnx.State(params))` is the module."""
+
+    config: UpscalerConfig
+    graphdef: nnx.GraphDef
+    params: Params
+
+
+def find(path: str | Path) -> Path:
+    """The file at `path`; UserError where there is none, or one that is never opened."""
+    path = Path(os.path.expanduser(path))
+    if path.name.endswith(PICKLES):
+        raise UserError(
+            f"{path} is in a format that is never opened because it can run code: convert it with PyTorch, "
+            f"python -c \"import torch, safetensors.torch as s; d = torch.load('{path}', weights_only=True); "
+            "d = d.get('params_ema', d.get('params', d)); s.save_file({k: v.contiguous() for k, v in "
+            f"d.items()}}, '{path.with_suffix('.safetensors')}')\""
+        )
+    if not path.is_file():
+        raise UserError(f"no upscaler {path}: write the path of a .safetensors file, {KNOWN}")
+    return path
+
+
+def look(path: str | Path) -> UpscalerConfig:
+    """What kind of network a file holds; raises UserError as `load_upscaler` does, but for wrong keys."""
+    return _config_of(_header(path := find(path)), path)
+
+
+def load_upscaler(path: str | Path, dtype: DTypeLike = np.float32, place: Place | None = None) -> Upscaler:
+    """Reads a network; `dtype` and `place` as in `load_component`, the names begin with "upscaler.".
+
+    Raises:
+      UserError: no such file, a pickle, a broken file, or another network; all wrong keys in one line.
+    """
+    path = find(path)
+    header = _header(path)
+    config = _config_of(header, path)
+    graphdef, state = nnx.split(outline(lambda rngs: module_of(config)(config, rngs)), nnx.Param)
+    shapes = MappingProxyType(traverse_util.flatten_dict(nnx.to_pure_dict(state)))
+    sources = match(KIND, shapes, {path: header}, f"{path} does not hold {KNOWN}")
+    return Upscaler(config, graphdef, read_params(KIND, shapes, sources, np.dtype(dtype), place))
+
+
+def _header(path: Path) -> Mapping[str, Tensor]:
+    return read_header(path)
+
+
+def _config_of(header: Mapping[str, Tensor], path: Path) -> UpscalerConfig:
+    shapes = {name: header[key].shape for key in header if (name := names.canonical(KIND, key)) is not None}
+    try:
+        return _rrdb(shapes) if "conv_first.weight" in shapes else _compact(shapes)
+    except (KeyError, ValueError, ZeroDivisionError):
+        raise UserError(f"{path} does not hold {KNOWN}") from None
+
+
+def _rrdb(shapes: Mapping[str, tuple[int, ...]]) -> RRDBConfig:
+    features, channels, *_ = shapes["conv_first.weight"]
+    fold = round((channels / COLOURS) ** 0.5)
+    blocks = 1 + max(int(found[1]) for found in map(BLOCK.fullmatch, shapes) if found)
+    ups = max((int(found[1]) for found in map(UP.fullmatch, shapes) if found), default=0)
+    if COLOURS * fold**2 != channels or 2**ups % fold:
+        raise ValueError(channels)
+    return RRDBConfig(features, shapes["body.0.rdb1.conv1.weight"][0], blocks, ups, fold)
+
+
+def _compact(shapes: Mapping[str, tuple[int, ...]]) -> CompactConfig:
+    features, channels, *_ = shapes["body.0.weight"]
+    last = max(int(found[1]) for found in map(LAYER.fullmatch, shapes) if found)
+    scale = round((shapes[f"body.{last}.weight"][0] / COLOURS) ** 0.5)
+    if channels != COLOURS or COLOURS * scale**2 != shapes[f"body.{last}.weight"][0] or last < 2 or last % 2:
+        raise ValueError(channels)
+    return CompactConfig(features, last // 2 - 1, scale)
