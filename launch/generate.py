@@ -75,8 +75,9 @@ FLAGS: cli.Groups = {
         "model": ("FOLDER", "in the layout of PyTorch diffusers, or the one in the package"),
         "lora": (
             "FILE[=SCALE]",
-            "changes the model by a LoRA, in the format of PyTorch diffusers or of kohya's scripts: 1 is\n"
-            "as it was trained, 0 is nothing. Several with commas between them",
+            "changes the model by a LoRA, in the format of PyTorch diffusers or of kohya's scripts, or by\n"
+            "LyCORIS' LoHa, LoKr or LoCon: 1 is as it was trained, 0 is nothing. Several with commas\n"
+            "between them",
         ),
         "embedding": (
             "FILE",

@@ -23,7 +23,7 @@ from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.parallel import Devices
 from engine.text.tokenizer import Tokenizer, Tokenizers
 from engine.types import UserError
-from engine.weights import embeddings, index, lora, lora_files
+from engine.weights import embeddings, index, lora, lycoris
 from engine.weights.component import (
     KNOWN,
     MAX_SHARD_SIZE,
@@ -110,7 +110,8 @@ def load_folder(
     """Reads a whole model; `dtype`, `variant`, `place` as in `load_component`.
 
     Args:
-      loras: files (see engine.weights.lora_files) and scales. They are merged in float32, before the cast.
+      loras: files (see engine.weights.lora_files, and lycoris) and scales. They are merged in float32, before
+        the cast.
       words: files of embeddings (see engine.weights.embeddings), which the model then knows, too.
       clip_skip: see `Model`; no folder says it.
 
@@ -152,7 +153,7 @@ def _changes(
     """What LoRAs and embeddings make of the parameters, and the words that the embeddings bring."""
     changes: list[Change] = []
     if loras:
-        changes.append(lora_files.read_all(loras, {k: c for k, c in configs.items() if k in lora.XL_KINDS}))
+        changes.append(lycoris.read_all(loras, {k: c for k, c in configs.items() if k in lora.XL_KINDS}))
     widths = {kind: configs[kind].hidden_size for kind in tokenizers}
     learned = embeddings.read_all(words, tokenizers, widths)
     return changes + [each.change for each in learned], learned

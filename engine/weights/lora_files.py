@@ -20,7 +20,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ import numpy as np
 
 from engine.types import UserError
 from engine.weights import names, original_names
-from engine.weights.component import PICKLES, Change, listed
+from engine.weights.component import PICKLES, listed
 from engine.weights.files import new_file
-from engine.weights.lora import XL_KINDS, Layer, Lora, layers_of, merging
+from engine.weights.lora import XL_KINDS, Layer, Lora, layers_of
 from engine.weights.safetensors_io import DTYPES, Tensor, read_header, read_metadata, read_tensor, write
 
 FILE = "pytorch_lora_weights.safetensors"  # in a folder
@@ -126,7 +126,7 @@ def read(path: str | Path, configs: Mapping[str, Any]) -> Lora:
     """
     path = find(path)
     every = layers_of(configs)
-    matrices, numbers = _sorted_out(path, *_once(read_header(path), every, configs), every)
+    matrices, numbers = _sorted_out(path, *once(read_header(path), every, configs), every)
     layers, alphas, notes = {}, {}, _read_notes(path)
     with open(path, "rb") as file:
         for name, sides in matrices.items():
@@ -203,7 +203,7 @@ def _of_kohya(key: str, underscored: Mapping[str, str]) -> tuple[str, str | None
     return underscored.get(layer, key), KOHYA.get(rest)
 
 
-def _once(
+def once(
     header: Mapping[str, Tensor], layers: Iterable[str], configs: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What is in a file, and kohya's names for the layers.
@@ -278,11 +278,3 @@ def _alpha(path: Path, notes: Mapping[str, Any], name: str, rank: int) -> float:
     except (TypeError, ValueError, re.error):
         raise UserError(f"{path}: its metadata {METADATA} has a strange alpha for {kind}") from None
     return alpha * rank**0.5 if notes.get(f"{kind}.use_rslora") else alpha
-
-
-# ---- what a model is loaded with
-
-
-def read_all(loras: Sequence[tuple[str | Path, float]], configs: Mapping[str, Any]) -> Change:
-    """Reads (file, scale) pairs, and returns what merges them into params as these are loaded."""
-    return merging([(read(path, configs), scale) for path, scale in loras])
