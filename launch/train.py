@@ -87,6 +87,11 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax tells much
     # The tasks of an array are trainings of their own.
     processes = find_processes(given["processes"], given["process_id"], array=False)
+    if processes.count == 1 and given["coordinator"]:
+        raise UserError(
+            f"coordinator={given['coordinator']!r}, and one process that trains alone: write --processes N "
+            "--process_id I, too"
+        )
     if processes.count > 1:
         meet(given["coordinator"], processes.count, processes.id)
     train = finetune.train if isinstance(config, FinetuneConfig) else stages.train

@@ -1,9 +1,10 @@
 """Which pictures to train on, and in what shape."""
 
 import dataclasses
+import warnings
 
 from engine.config.reader import nearest
-from engine.errors import UserError
+from engine.errors import UserError, UserNotice
 
 DRAWN = "world"
 DATA_KINDS = ("auto", "files", "webdataset", "arrayrecord", "parquet", DRAWN)
@@ -58,6 +59,10 @@ class DataConfig:
             if not low <= (value := getattr(self, name)) <= high:
                 raise UserError(f"{where}.{name}={value} is out of range; write {low} to {high}")
         self._check_repeats(where)
+        for name, usual in (("max_aspect", DataConfig.max_aspect), ("multiple", DataConfig.multiple)):
+            if self.buckets == 1 and (value := getattr(self, name)) != usual:
+                told = f"{where}.{name}={value} does nothing with {where}.buckets=1, which is squares alone"
+                warnings.warn(told, UserNotice, 3)
         if self.buckets > 1 and self.size % self.multiple:
             raise UserError(
                 f"{where}.size={self.size}: write a multiple of {where}.multiple={self.multiple}, "

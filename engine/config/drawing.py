@@ -100,6 +100,9 @@ class GenerateConfig:
         for name in ("mask", "strength"):
             if getattr(self, name) and not self.image:
                 raise UserError(f"{name}={getattr(self, name)} without a picture: write --image FILE, too")
+        if self.image_guidance_scale != GenerateConfig.image_guidance_scale and not self.image:
+            told = f"image_guidance_scale={self.image_guidance_scale}"
+            raise UserError(f"{told} without a picture: write --image FILE, too")
         self.check_drawing()
         check_control_count(len(self.control_images(self.control_image)), len(self.controlnets()))
         if self.first_index + (count := len(self.prompts) * self.num_images) > MAX_INDEX:

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 import re
+import warnings
 
 from engine.config.data import DataConfig
 from engine.config.reader import check_parts, nearest
-from engine.errors import UserError
+from engine.errors import UserError, UserNotice
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 DECAYS = ("linear", "cosine")
@@ -165,6 +166,11 @@ class ObjectiveConfig:
         for name in ("time_std", "snr_gamma", "p2_k"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise UserError(f"{where}.{name}={value}: write a number above 0")
+        for name in ("time_mean", "time_std"):
+            value, usual = getattr(self, name), getattr(ObjectiveConfig, name)
+            if self.time_sampling == "uniform" and value != usual:
+                told = f"{where}.{name}={value} does nothing with {where}.time_sampling='uniform'"
+                warnings.warn(told, UserNotice, 3)
         for name in ("p2_gamma", "noise_offset", "keep_tags"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise UserError(f"{where}.{name}={value}: write a number from 0")

@@ -116,6 +116,10 @@ def test_mistakes_are_one_line(run, image, tmp_path):
         (["--image", image, "--mask", small], "small.png has 16 x 8 pixels, and the picture"),
         (["--mask", image], "without a picture: write --image FILE, too"),
         (["--strength", 0.5], "strength=0.5 without a picture: write --image FILE, too"),
+        (
+            ["--image_guidance_scale", 2],
+            "image_guidance_scale=2.0 without a picture: write --image FILE, too",
+        ),
         (["--image", image, "--strength", 2], "strength=2.0: write a number above 0 and up to 1"),
         (["--image", image, "--strength", 0.01], "takes none of 4 steps: write 0.25 or more"),
         (

@@ -191,6 +191,39 @@ def test_settings_of_what_is_not_trained_are_told_of(config, recwarn):
         assert f"settings of {part} do nothing with what='{what}'" in str(recwarn.pop(UserNotice).message)
 
 
+@pytest.mark.parametrize(
+    ("data", "stage", "told"),
+    [
+        (
+            {"max_aspect": 3.0},
+            {},
+            "data.max_aspect=3.0 does nothing with data.buckets=1, which is squares alone",
+        ),
+        ({"multiple": 8}, {}, "data.multiple=8 does nothing with data.buckets=1, which is squares alone"),
+        ({"max_aspect": 3.0, "multiple": 8, "buckets": 3}, {}, None),
+        (
+            {},
+            {"time_sampling": "uniform", "time_mean": 0.5},
+            "finetune.time_mean=0.5 does nothing with finetune.time_sampling='uniform'",
+        ),
+        ({}, {"time_mean": 0.5, "time_std": 2.0}, None),
+    ],
+)
+def test_settings_that_do_nothing_beside_others_are_told_of(config, recwarn, data, stage, told):
+    chosen = config(stage=stage)
+    chosen.data = dataclasses.replace(chosen.data, **data)
+    chosen.validate()
+    assert [str(warning.message) for warning in recwarn.list] == ([told] if told else [])
+
+
+def test_a_coordinator_of_one_process_is_a_mistake(tmp_path, capsys):
+    argv = ["--config=configs/lora.py", f"--workdir={tmp_path}", "--coordinator=host:1"]
+    assert cli.exit_code(train_command.main, argv) == cli.MISTAKE
+    advice = "write --processes N --process_id I, too"
+    told = f"error: coordinator='host:1', and one process that trains alone: {advice}"
+    assert capsys.readouterr().err.strip() == told
+
+
 def test_samples_show_the_way(config, tmp_path):
     samples = SamplesConfig(prompts=("a red car above", "a cat"), every=2, steps=2)
     finetune.train(config(samples=samples, steps=4), tmp_path)
