@@ -32,7 +32,7 @@ from engine.models.unet import UNet2DConditionModel, UNetConfig
 from engine.types import Params, UserError
 from engine.weights import names
 from engine.weights.arrays import Scratch, cast
-from engine.weights.files import new_folder, read_json, write_json
+from engine.weights.files import PICKLES, new_folder, read_json, write_json
 from engine.weights.safetensors_io import (
     DTYPES,
     Tensor,
@@ -45,7 +45,6 @@ from engine.weights.safetensors_io import (
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
 READERS = 8  # threads at most, each with a tensor of its own
 DIFFUSERS_VERSION = "0.35.0"  # whose layout is written
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 
 # ("unet.down_blocks.0.resnets.0.conv1.kernel", array) -> the same on a device or on many
 Place = Callable[[str, np.ndarray], Any]

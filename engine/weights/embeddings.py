@@ -25,8 +25,8 @@ from jaxtyping import Array, Float
 from engine.text.tokenizer import Tokenizer
 from engine.types import Params, UserError
 from engine.weights import names
-from engine.weights.component import PICKLES, Component, abstract, listed
-from engine.weights.files import new_file
+from engine.weights.component import Component, abstract, listed
+from engine.weights.files import PICKLES, new_file
 from engine.weights.safetensors_io import DTYPES, Tensor, read_header, read_metadata, read_tensor, write
 
 FILE = "learned_embeds.safetensors"  # in a folder

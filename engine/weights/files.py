@@ -11,6 +11,8 @@ from typing import Any
 
 from engine.types import UserError
 
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; UserError, with the file, for anything else."""
@@ -104,3 +106,26 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def find_weights(path: str | Path, what: str, write: str, unwrap: str = "d") -> Path:
+    """The file of a network that is one .safetensors file alone.
+
+    Args:
+      what: it is called in messages; write: what to write instead of a path where there is none.
+      unwrap: makes the tensors, in Python, of `d`, which torch.load finds in a pickle.
+
+    Raises:
+      UserError: there is none, or one that is never opened.
+    """
+    path = Path(os.path.expanduser(path))
+    if path.name.endswith(PICKLES):
+        raise UserError(
+            f"{path} is in a format that is never opened because it can run code: convert it with PyTorch, "
+            f"python -c \"import torch, safetensors.torch as s; d = torch.load('{path}', weights_only=True); "
+            f"s.save_file({{k: v.contiguous() for k, v in {unwrap}.items()}}, "
+            f"'{path.with_suffix('.safetensors')}')\""
+        )
+    if not path.is_file():
+        raise UserError(f"no {what} {path}: write the path of a .safetensors file, {write}")
+    return path

@@ -1,6 +1,5 @@
 """The weights of FID's network, from one safetensors file with the keys of torch-fidelity and pytorch-fid."""
 
-import os
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -10,8 +9,9 @@ from flax import nnx, traverse_util
 
 from engine.models.inception import InceptionV3
 from engine.models.layers import outline
-from engine.types import Params, UserError
-from engine.weights.component import PICKLES, Place, match, read_params
+from engine.types import Params
+from engine.weights.component import Place, match, read_params
+from engine.weights.files import find_weights
 from engine.weights.safetensors_io import read_header
 
 KIND = "inception"
@@ -27,18 +27,7 @@ class Network(NamedTuple):
 
 def find(path: str | Path) -> Path:
     """The file at `path`; UserError where there is none, or one that is never opened."""
-    path = Path(os.path.expanduser(path))
-    if path.name.endswith(PICKLES):
-        raise UserError(
-            f"{path} is in a format that is never opened because it can run code: convert it with PyTorch, "
-            'python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
-            f"torch.load('{path}', weights_only=True).items()}}, '{path.with_suffix('.safetensors')}')\""
-        )
-    if not path.is_file():
-        raise UserError(
-            f"no weights {path}: write the path of a .safetensors file, from torch-fidelity's {CHECKPOINT}"
-        )
-    return path
+    return find_weights(path, "weights", f"from torch-fidelity's {CHECKPOINT}")
 
 
 def load_inception(path: str | Path, place: Place | None = None) -> Network:

@@ -28,8 +28,8 @@ import numpy as np
 
 from engine.types import UserError
 from engine.weights import names, original_names
-from engine.weights.component import PICKLES, listed
-from engine.weights.files import new_file
+from engine.weights.component import listed
+from engine.weights.files import PICKLES, new_file
 from engine.weights.lora import XL_KINDS, Layer, Lora, layers_of
 from engine.weights.safetensors_io import DTYPES, Tensor, read_header, read_metadata, read_tensor, write
 

@@ -5,7 +5,6 @@ It has the keys of BasicSR (`conv_first`, `body.0.rdb1.conv1`, ...), or the olde
 with `params_ema.` or `params.`.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,8 @@ from engine.models.layers import outline
 from engine.models.upscalers import CompactConfig, RRDBConfig, UpscalerConfig, module_of
 from engine.types import Params, UserError
 from engine.weights import names
-from engine.weights.component import PICKLES, Place, match, read_params
+from engine.weights.component import Place, match, read_params
+from engine.weights.files import find_weights
 from engine.weights.safetensors_io import Tensor, read_header
 
 KIND = "upscaler"
@@ -41,17 +41,7 @@ class Upscaler(NamedTuple):
 
 def find(path: str | Path) -> Path:
     """The file at `path`; UserError where there is none, or one that is never opened."""
-    path = Path(os.path.expanduser(path))
-    if path.name.endswith(PICKLES):
-        raise UserError(
-            f"{path} is in a format that is never opened because it can run code: convert it with PyTorch, "
-            f"python -c \"import torch, safetensors.torch as s; d = torch.load('{path}', weights_only=True); "
-            "d = d.get('params_ema', d.get('params', d)); s.save_file({k: v.contiguous() for k, v in "
-            f"d.items()}}, '{path.with_suffix('.safetensors')}')\""
-        )
-    if not path.is_file():
-        raise UserError(f"no upscaler {path}: write the path of a .safetensors file, {KNOWN}")
-    return path
+    return find_weights(path, "upscaler", KNOWN, "d.get('params_ema', d.get('params', d))")
 
 
 def look(path: str | Path) -> UpscalerConfig:
