@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int32
 
 from engine.models.attention import Read
 from engine.requests import Context, Request, Settings
-from engine.text.reading import NOTHING, Part, Reading, parts
+from engine.text.reading import NOTHING, PLAIN, Part, Reading, parts, text_of
 from engine.types import Params
 from engine.weights.folder import Model
 
@@ -131,22 +131,32 @@ def encoded(
     return Context(jnp.concatenate(words, -1), outputs[-1].pooled)
 
 
+def steered_away(model: Model, guidance_scale: float) -> bool:
+    """Whether negative prompts are read: not without guidance, nor by a model that has learned it."""
+    return guidance_scale != 1 and model.unet.config.time_cond_proj_dim is None
+
+
 def told(
-    model: Model, requests: Sequence[Request], contexts: Mapping[str, Context], settings: Settings
+    model: Model,
+    requests: Sequence[Request],
+    contexts: Mapping[str, Context],
+    settings: Settings,
+    reading: Reading = PLAIN,
 ) -> tuple[Told, Told]:
     """What the U-Net is steered towards, and what away from, of each request.
 
     Args:
-      requests: of prompts, and where there is guidance of negative prompts, that make equally many parts.
+      requests: of prompts, and of negative prompts that are read, which make equally many parts.
       contexts: what the text encoders say, by prompt; where they differ in length, that of "", too.
     """
-    guided = settings.guidance_scale != 1  # without, what to steer away from changes nothing
-    texts = [(r.prompt, r.negative_prompt if guided else r.prompt) for r in requests]
+    away = steered_away(model, settings.guidance_scale)
+    texts = [(r.prompt, r.negative_prompt if away else r.prompt) for r in requests]
     longest = max(len(contexts[text].words) for pair in texts for text in pair)
     cond, uncond = ([_filled(contexts, text, longest) for text in side] for side in zip(*texts, strict=True))
     if model.zeros:
         nothing = jax.tree.map(np.zeros_like, cond[0])
-        uncond = [u if r.negative_prompt else nothing for u, r in zip(uncond, requests, strict=True)]
+        some = [bool(text_of(r.negative_prompt, reading)) for r in requests]
+        uncond = [u if there else nothing for u, there in zip(uncond, some, strict=True)]
     numbers = _numbers(model, len(requests), settings)
     return Told(_stacked(cond), numbers[0]), Told(_stacked(uncond), numbers[1])
 

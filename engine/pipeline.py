@@ -68,6 +68,11 @@ class Pipeline:
         """How prompts are read."""
         return self.programs.reading
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Prompts whose contexts are needed whatever is drawn: long ones are filled up with that of none."""
+        return ("",) if self.reading.long else ()
+
     # ---- what people call
 
     def generate(
@@ -127,7 +132,9 @@ class Pipeline:
           FloatingPointError: a NaN struck a picture; it says which.
         """
         if batch_size is None:
-            batch_size = self.share_of(len(prompts))
+            prompts = check_prompts(prompts)
+            runs = self.runs(prompts, check_negative_prompts(negative_prompts, len(prompts)), guidance_scale)
+            batch_size = self.share_of(max(map(len, runs)))
         if strength is None:
             strength = edits.default_strength(given[0] if given else Given(), self.made_for)
         settings = self.settings(
@@ -184,7 +191,7 @@ class Pipeline:
         self.check_given(given, settings)
         if heat:
             check_heat(settings, self.programs, self.refiner)
-        contexts = self.encode([*prompts, *negatives], settings.batch_size)
+        contexts = self.encode([*prompts, *negatives, *self.beside], settings.batch_size)
         batches = self.batches(prompts, negatives, settings)
         indices = range(first_index, first_index + len(prompts))
         requests = [
@@ -205,30 +212,36 @@ class Pipeline:
 
     def batches(self, prompts: Sequence[str], negatives: Sequence[str], settings: Settings) -> list[range]:
         """Which of the prompts are drawn together: neighbours that are equally long to the model."""
-        size, guided = settings.batch_size * self.devices.count, settings.guidance_scale != 1
+        size = settings.batch_size * self.devices.count
+        runs = self.runs(prompts, negatives, settings.guidance_scale)
+        return [
+            range(start, min(start + size, run.stop))
+            for run in runs
+            for start in range(run.start, run.stop, size)
+        ]
+
+    def runs(self, prompts: Sequence[str], negatives: Sequence[str], guidance_scale: float) -> list[range]:
+        """Which of the prompts can be drawn together."""
         pairs = zip(prompts, negatives, strict=True)
-        lengths = [self.length(prompt, negative if guided else "") for prompt, negative in pairs]
-        found, first = [], 0
-        for _, same in itertools.groupby(lengths):
-            end = first + len(list(same))
-            found += [range(start, min(start + size, end)) for start in range(first, end, size)]
-            first = end
-        return found
+        lengths = [self.length(*pair, guidance_scale) for pair in pairs]
+        ends = list(itertools.accumulate(len(list(same)) for _, same in itertools.groupby(lengths)))
+        return [range(first, end) for first, end in itertools.pairwise([0, *ends])]
 
     @property
     def scale(self) -> int:
         """How many times as wide and high as it is drawn a picture becomes."""
         return self.enlarging.scale if self.enlarging else 1
 
-    def length(self, *texts: str) -> tuple[int, ...]:
-        """In how many parts each model reads the longest of these. What is drawn together has one length."""
+    def length(self, prompt: str, negative_prompt: str, guidance_scale: float) -> tuple[int, ...]:
+        """In how many parts each model reads them. What is drawn together has one length."""
         if not self.reading.long:
             return ()
-        return tuple(programs.length(texts) for programs in (self.programs, self.refiner) if programs)
+        asked = prompt, negative_prompt, guidance_scale
+        return tuple(programs.length(*asked) for programs in (self.programs, self.refiner) if programs)
 
     def encode(self, prompts: Sequence[str], batch_size: int) -> dict[str, Context]:
         """The context of each distinct prompt, computed in batches of one size."""
-        distinct = list(dict.fromkeys([*prompts, *([""] if self.reading.long else [])]))
+        distinct = list(dict.fromkeys(prompts))
         found = self.programs.encode(distinct, batch_size * self.devices.count)
         if self.refiner:
             own = self.refiner.encode(distinct, batch_size * self.devices.count)
@@ -242,7 +255,7 @@ class Pipeline:
 
         Args:
           requests: at most batch_size x devices; each has its own seed, index and guidance scale.
-          contexts: from `encode`, of all prompts and negative prompts.
+          contexts: from `encode`, of all prompts and negative prompts, and of those that are `beside`.
           settings: its guidance_scale says by being 1 or not whether there is an unconditional pass.
 
         Returns:

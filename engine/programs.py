@@ -77,6 +77,9 @@ class Programs:
         self.segment_program = functools.cache(self._build_segment)
         self.steering_program = functools.cache(self._build_steering)
         self._noise = functools.cache(self._build_noise)
+        self._count = functools.lru_cache(1024)(
+            lambda prompt: len(conditions.parts_of(self.model, prompt, self.reading))
+        )
 
     # ---- run
 
@@ -88,9 +91,10 @@ class Programs:
         contexts = self._said(list(dict.fromkeys(map(conditions.key_of, parts))), size)
         return {prompt: conditions.joined(self.model, each, contexts) for prompt, each in read.items()}
 
-    def length(self, texts: Sequence[str]) -> int:
-        """In how many parts the longest of some prompts is read."""
-        return max(len(conditions.parts_of(self.model, text, self.reading)) for text in texts)
+    def length(self, prompt: str, negative_prompt: str, guidance_scale: float) -> int:
+        """In how many parts the two are read, the longer one if both are."""
+        away = conditions.steered_away(self.model, guidance_scale)
+        return max(map(self._count, (prompt, negative_prompt) if away else (prompt,)))
 
     def _said(self, keys: Sequence[conditions.Key], size: int) -> dict[conditions.Key, Context]:
         """What the text encoders say of each of some different parts of prompts."""
@@ -118,7 +122,7 @@ class Programs:
           given: pictures to change, by `edits.pixels`.
           shown: pictures for the ControlNets to see, by `controls.pixels`.
         """
-        cond, uncond = conditions.told(self.model, requests, contexts, settings)
+        cond, uncond = conditions.told(self.model, requests, contexts, settings, self.reading)
         arrays = {
             "cond": cond,
             "uncond": uncond,

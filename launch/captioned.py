@@ -25,6 +25,7 @@ from engine.jobs.work import TEXT_BATCH
 from engine.pipeline import Pipeline
 from engine.pixels import FORMATS, read_header
 from engine.requests import Given
+from engine.text.reading import Reading, said
 from engine.text.rows import Rejected, Row, Rows
 from engine.train.sources.finding import open_source
 from engine.train.sources.item import NO_CAPTION, Source, Unusable, caption_in
@@ -99,7 +100,8 @@ def _draw(
         size = program.settings.batch_size * pipe.devices.count
         for first in range(0, len(numbers), size):
             part = [rows[number] for number in numbers[first : first + size]]
-            found = part, _dispatch(config, part, program, pipe, pictures)
+            words = [said(row.prompt, pipe.reading) for row in part]
+            found = words, _dispatch(config, part, program, pipe, pictures)
             if flying is not None:
                 yield _landed(*flying)
             flying = found
@@ -116,7 +118,7 @@ def _dispatch(
         given = [_given(config, row, pictures, *shape) for row in rows]
         requests = [one._replace(given=each) for one, each in zip(requests, given, strict=True)]
     texts = [text for one in requests for text in (one.prompt, one.negative_prompt)]
-    return pipe.dispatch(requests, pipe.encode(texts, TEXT_BATCH), settings)
+    return pipe.dispatch(requests, pipe.encode([*texts, *pipe.beside], TEXT_BATCH), settings)
 
 
 def _given(config: JobConfig, row: Row, pictures: OfRows, height: int, width: int) -> Given:
@@ -126,13 +128,13 @@ def _given(config: JobConfig, row: Row, pictures: OfRows, height: int, width: in
         raise UserError(f"{_named(config, row)} cannot be drawn: {error}") from None
 
 
-def _landed(rows: Sequence[Row], arrays: Any) -> Batch:
+def _landed(words: Sequence[str], arrays: Any) -> Batch:
     """The pictures of a batch that no NaN struck, when they are there. Here the program also stops."""
     while not arrays[1].is_ready():
         cli.pause(POLL)
     cli.stop_if_asked()
-    images, finite = (np.asarray(array)[: len(rows)] for array in arrays)
-    return images[finite], [row.prompt for row, sound in zip(rows, finite, strict=True) if sound]
+    images, finite = (np.asarray(array)[: len(words)] for array in arrays)
+    return images[finite], [told for told, sound in zip(words, finite, strict=True) if sound]
 
 
 # ---- there already
@@ -183,10 +185,11 @@ def of_job(store: Store) -> Captioned:
     if failures:
         told.append(f"{failures} pictures or rows of the job could not be drawn, and are left out")
     about = {"pictures": store.url, "job": job["fingerprint"]}
-    return Captioned(count, _shards(store, names), about, tuple(told))
+    reading = Reading(*(bool(job["fingerprint"].get(name)) for name in ("prompt_weights", "long_prompts")))
+    return Captioned(count, _shards(store, names, reading), about, tuple(told))
 
 
-def _shards(store: Store, names: Sequence[str]) -> Iterator[Batch]:
+def _shards(store: Store, names: Sequence[str], reading: Reading) -> Iterator[Batch]:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for name in names:
             manifest = _manifest(store, name)
@@ -197,7 +200,8 @@ def _shards(store: Store, names: Sequence[str]) -> Iterator[Batch]:
                     part = facts[first : first + AT_ONCE]
                     files = [next(pngs, b"") for _ in part]  # none: no picture, which the decoder says
                     where = [f"{store.url}: picture {one['number']} of shard {name}" for one in part]
-                    yield list(pool.map(_pixels, files, where)), [one["prompt"] for one in part]
+                    words = [said(one["prompt"], reading) for one in part]
+                    yield list(pool.map(_pixels, files, where)), words
                     cli.stop_if_asked()
             except (FileNotFoundError, ValueError) as error:
                 if isinstance(error, UserError):

@@ -93,6 +93,28 @@ def test_a_long_negative_prompt_counts_only_where_there_is_guidance(pipe):
     np.testing.assert_array_equal(short, long)
 
 
+def test_a_model_that_has_learned_guidance_reads_no_negative_prompt(tmp_path):
+    model = shallow({"unet": {"time_cond_proj_dim": 8}})
+    pipe = engine.load(tiny_folder(tmp_path / "model", **model), long_prompts=True)
+    noise = {"latents": np.ones((2, 8, 8, 4), np.float32)}
+    short, long = draw(pipe, ["a fox", "a fox"], ["a dog", TWO_PARTS], **noise)
+    np.testing.assert_array_equal(short, long)
+    assert pipe.length("a fox", TWO_PARTS, 5.0) == (1,)
+
+
+def test_of_alternating_lengths_no_batch_is_larger_than_its_run(pipe):
+    """So that a batch of one is not filled up to all of them."""
+    prompts = ["a fox", TWO_PARTS] * 3
+    sizes = []
+    settings = pipe.settings
+    pipe.settings = lambda *options: (found := settings(*options), sizes.append(found.batch_size))[0]
+    try:
+        assert len(pipe.generate(prompts, seed=7, steps=STEPS)) == 6
+    finally:
+        del pipe.settings
+    assert sizes == [1]
+
+
 def test_batches_of_one_length_are_the_neighbours_of_it(pipe, plain):
     short, long = "a fox", TWO_PARTS
     guided, alone = pipe.settings(STEPS, batch_size=2), pipe.settings(STEPS, guidance_scale=1, batch_size=2)
@@ -125,7 +147,8 @@ def test_dispatch_draws_as_stream_does(pipe):
         Request(TWO_PARTS, negative, 7, i, settings.guidance_scale)
         for i, negative in enumerate(("", "a dog"))
     ]
-    contexts = pipe.encode([text for r in requests for text in (r.prompt, r.negative_prompt)], 2)
+    texts = [text for r in requests for text in (r.prompt, r.negative_prompt)]
+    contexts = pipe.encode([*texts, *pipe.beside], 2)
     images, _ = pipe.dispatch(requests, contexts, settings)
     np.testing.assert_array_equal(np.asarray(images), draw(pipe, [TWO_PARTS] * 2, ["", "a dog"]))
 
@@ -134,12 +157,16 @@ def test_sdxl_without_a_negative_prompt_is_steered_away_from_zeros_of_any_length
     folder = tiny_folder(tmp_path / "model", **shallow(XL))
     pipe = engine.load(folder, long_prompts=True)
     assert pipe.model.zeros
-    context = pipe.encode([TWO_PARTS], 1)
+    context = pipe.encode([TWO_PARTS, ""], 1)
     request = [Request(TWO_PARTS, "", 0, 0, 5.0)]
     cond, uncond = told(pipe.model, request, context, pipe.settings(STEPS))
     assert cond.context.words.shape == uncond.context.words.shape == (1, 2 * 16, 44)
     assert not uncond.context.words.any() and not uncond.context.pooled.any()
     assert np.isfinite(draw(pipe, [TWO_PARTS])).all()
+    marked = engine.load(folder, prompt_weights=True)
+    noise = {"latents": np.ones((2, 8, 8, 4), np.float32)}
+    nothing, brackets = draw(marked, ["a fox"] * 2, ["", "()"], **noise)
+    np.testing.assert_array_equal(nothing, brackets)
 
 
 def test_heat_of_words_in_later_parts(pipe):

@@ -23,6 +23,8 @@ class Recent:
         return self._found[text]
 
     def add(self, text: str, context: Context) -> None:
+        if text in self._found:
+            self._bytes -= _bytes_of(self._found.pop(text))
         # A row of an array keeps the whole array alive; a copy does not.
         self._found[text] = jax.tree.map(np.copy, context)
         self._bytes += _bytes_of(context)

@@ -78,7 +78,9 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     settings = pipe.settings(*options, **config.of_the_way())
     beside = given.read(paths, settings.height, settings.width, given.kinds_of(config, pipe))
     strength = edits.default_strength(beside, pipe.made_for) if config.strength is None else config.strength
-    batch_size = config.batch_size or pipe.batch_size_for(len(prompts), settings.height, settings.width)
+    runs = pipe.runs(prompts, [config.negative_prompt] * len(prompts), settings.guidance_scale)
+    longest = max(map(len, runs))
+    batch_size = config.batch_size or pipe.batch_size_for(longest, settings.height, settings.width)
     settings = dataclasses.replace(settings, batch_size=batch_size, strength=strength)
     edits.check_strength(settings)
     pipe.check_given([beside], settings)

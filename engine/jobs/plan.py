@@ -220,8 +220,8 @@ class Settle:
         strength = 1.0 if masked is None else self.pictures.strength(row, masked)
         if self._pipe.made_for != edits.FOLLOWS:  # to which any but 1 is a mistake
             strength = _of_equal_share(strength, options[0])
-        negative = _or(row.negative_prompt, config.negative_prompt) if scale != 1 else ""
-        key = (*options, strength, masked, controls, self._pipe.length(row.prompt, negative))
+        negative = _or(row.negative_prompt, config.negative_prompt)
+        key = (*options, strength, masked, controls, self._pipe.length(row.prompt, negative, scale))
         if key not in self._known:
             self._known[key] = _program(config, self._pipe, *key)
         return self._known[key], mark

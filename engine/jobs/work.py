@@ -181,7 +181,7 @@ class Worker:
     def _encode(self, wanted: list[Wanted]) -> dict[str, Context]:
         """Contexts of all prompts of a shard. Those of the last shards are still known."""
         texts = [text for one in wanted for text in (one.request.prompt, one.request.negative_prompt)]
-        texts = list(dict.fromkeys([*texts, *([""] if self.pipe.reading.long else [])]))
+        texts = list(dict.fromkeys([*texts, *self.pipe.beside]))
         known = {text: self._contexts[text] for text in texts if text in self._contexts}
         new = [text for text in texts if text not in known]
         found = self.pipe.encode(new, TEXT_BATCH) if new else {}

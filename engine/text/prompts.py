@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from engine.text.reading import BREAK, PLAIN, Reading, cut, text_of
+from engine.text.reading import PLAIN, Reading, cut, said
 from engine.text.tokenizer import Tokenizer
 from engine.types import UserError
 
@@ -61,16 +61,15 @@ def unread(prompts: Sequence[str], tokenizer: Tokenizer, reading: Reading = PLAI
     warnings = []
     unknown: dict[str, None] = {}
     for prompt in dict.fromkeys(prompts):
-        text, rest = text_of(prompt, reading), cut(prompt, tokenizer, reading)
-        if reading.long:
-            text = BREAK.sub(lambda found: " " * len(found[0]), text)
+        text, rest = said(prompt, reading), cut(prompt, tokenizer, reading)
         if rest is not None:
-            kept, most = text[: len(text) - len(rest)], reading.most_parts * (tokenizer.model_max_length - 2)
+            kept, most = text[: len(text) - len(rest)], f"{tokenizer.model_max_length - 2} tokens"
+            most = f"{reading.most_parts} parts of at most {most}" if reading.long else most
             # The stump of a word that the cut goes through is no word.
             whole = re.sub(r"\w+$", "", kept) if re.match(r"\w", rest) else kept
             unknown.update(dict.fromkeys(tokenizer.unknown_words(whole)))
             warnings.append(
-                f"prompt too long: the model reads {most} tokens; cut at | in "
+                f"prompt too long: the model reads {most}; cut at | in "
                 f'"{_tail(kept)}|{_head(rest)}" ({len(rest)} characters dropped)'
                 + ("" if reading.long else "; --long_prompts reads them, too")
             )

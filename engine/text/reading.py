@@ -1,8 +1,8 @@
 """How a prompt is read: as it stands; with weights; in parts, where it is longer than a text encoder reads.
 
 Weights are written as in AUTOMATIC1111's web UI: a (word) counts 1.1 times, a [word] 1 / 1.1 times, and a
-(word:1.4) 1.4 times; within each other they multiply. A bracket that is not closed holds to the end, and a
-backslash before a bracket makes it a letter. Of a token that counts w times, the U-Net attends to
+(word:1.4) 1.4 times; within each other they multiply, up to 100. A bracket that is not closed holds to the
+end, and a backslash before a bracket makes it a letter. Of a token that counts w times, the U-Net attends to
 
     z' = z_empty + w (z - z_empty)
 
@@ -15,20 +15,23 @@ behind each other, and the U-Net attends to all of it. A part ends behind a comm
 where it has to end, or else between two words; BREAK ends it at once.
 """
 
+import bisect
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from engine.text.tokenizer import Tokenizer
 
 MARK = re.compile(
-    r"\\[\\()\[\]] | [(\[] | : \s* (?P<weight> [+-]? (?: \d+\.?\d* | \.\d+ )) \s* \) | [)\]]", re.VERBOSE
+    r"\\[\\()\[\]] | [(\[] | : \s* (?P<weight> [+-]? (?: \d+(?:\.\d*)? | \.\d+ )) \s* \) | [)\]]", re.VERBOSE
 )
 ROUND, SQUARE = 1.1, 1 / 1.1
 DEEPEST = 100  # of so many brackets inside of each other those further in change nothing
-BREAK = re.compile(r"(?<![^\s,])BREAK(?![^\s,])")
+MOST = 100.0  # times that a word counts, or less than none
+BREAK = re.compile(r"\bBREAK\b")
+WORDS_MEET = re.compile(r"\w\w")
 MOST_PARTS = 16  # of a long prompt
 NEAR = 4 / 15  # of a part, at its end: where a comma is near enough. 20 of 75 tokens, as in AUTOMATIC1111's
 
@@ -49,7 +52,7 @@ class Part(NamedTuple):
     """What a text encoder reads at once."""
 
     ids: tuple[int, ...]  # without those of the beginning, the end and the padding
-    starts: tuple[int, ...]  # where in the text the word of each begins
+    starts: tuple[int, ...]  # where in the text each begins
     weights: tuple[float, ...]  # of each
 
 
@@ -57,8 +60,14 @@ PLAIN, NOTHING = Reading(), Part((), (), ())
 
 
 def text_of(prompt: str, reading: Reading = PLAIN) -> str:
-    """The words of a prompt, without marks."""
-    return "".join(piece for piece, _ in pieces(prompt)) if reading.weights else prompt
+    """The prompt without marks, which starts of tokens count in."""
+    return "".join(piece for piece, _ in _marked(prompt, reading))
+
+
+def said(prompt: str, reading: Reading = PLAIN) -> str:
+    """What a prompt says: without marks, and without BREAK where that is one."""
+    text = text_of(prompt, reading)
+    return BREAK.sub(lambda found: " " * len(found[0]), text) if reading.long else text
 
 
 def parts(prompt: str, tokenizer: Tokenizer, reading: Reading = PLAIN) -> list[Part]:
@@ -102,7 +111,8 @@ def pieces(prompt: str) -> list[tuple[str, float]]:
 
     def add(text: str) -> None:
         if text:
-            found.append((text, math.prod(itertools.islice(inside.values(), DEEPEST), start=1.0)))
+            weight = math.prod(itertools.islice(inside.values(), DEEPEST), start=1.0)
+            found.append((text, min(max(weight, -MOST), MOST)))
 
     for mark in marks:
         add(prompt[last : mark.start()])
@@ -134,12 +144,30 @@ def _factors(marks: Sequence[re.Match], end: int) -> dict[int, tuple[float, int]
     return found
 
 
+def _marked(prompt: str, reading: Reading) -> list[tuple[str, float]]:
+    """Pieces of the text that is read, and how many times each counts; neighbours count differently.
+
+    Words that only a mark divides are two: there is a space between them.
+    """
+    if not reading.weights:
+        return [(prompt, 1.0)]
+    found: list[tuple[str, float]] = []
+    for weight, some in itertools.groupby(pieces(prompt), key=lambda piece: piece[1]):
+        text = "".join(piece for piece, _ in some)
+        if found and WORDS_MEET.fullmatch(found[-1][0][-1] + text[0]):
+            text = f" {text}"
+        found.append((text, weight))
+    return found
+
+
 def _all_parts(prompt: str, tokenizer: Tokenizer, reading: Reading) -> list[Part]:
-    marked = pieces(prompt) if reading.weights else [(prompt, 1.0)]
+    """All of the prompt, even if there are more parts than are read; of those, one."""
+    marked = _marked(prompt, reading)
     text = "".join(piece for piece, _ in marked)
     behind = list(itertools.accumulate(len(piece) for piece, _ in marked))  # where each piece ends
     found, piece = [], 0
-    for tokens in _split(tokenizer.tokens(text), text, tokenizer.model_max_length - 2, reading.long):
+    split = _split(tokenizer.tokens(text), text, tokenizer.model_max_length - 2, reading.long)
+    for tokens in itertools.islice(split, reading.most_parts + 1):
         weights = []
         for _, start in tokens:
             while behind[piece] <= start:
@@ -162,11 +190,13 @@ def _split(tokens: Tokens, text: str, room: int, long: bool) -> Iterator[Tokens]
             section = section[end:]
 
 
-def _sections(tokens: Tokens, text: str) -> Iterable[Tokens]:
+def _sections(tokens: Tokens, text: str) -> Iterator[Tokens]:
     """The tokens between each BREAK and the next."""
-    breaks = [found.span() for found in BREAK.finditer(text)]
-    for (_, first), (end, _) in itertools.pairwise([(0, 0), *breaks, (len(text), len(text))]):
-        yield [token for token in tokens if first <= token[1] < end]
+    starts, first = [start for _, start in tokens], 0
+    for found in BREAK.finditer(text):
+        yield tokens[first : bisect.bisect_left(starts, found.start())]
+        first = bisect.bisect_left(starts, found.end())
+    yield tokens[first:]
 
 
 def _end(tokens: Tokens, text: str, room: int) -> int:
@@ -180,5 +210,5 @@ def _end(tokens: Tokens, text: str, room: int) -> int:
         return text[starts[place - 1] : starts[place]].rstrip().endswith(",")
 
     ends = range(room, 0, -1)
-    near = (place for place in ends[: round(NEAR * room) + 1] if behind_comma(place))
+    near = (place for place in ends[: round(NEAR * room)] if behind_comma(place))
     return next(itertools.chain(near, (place for place in ends if begins(place))), room)

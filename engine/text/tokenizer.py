@@ -115,7 +115,7 @@ class Tokenizer:
         return row
 
     def tokens(self, prompt: str) -> list[tuple[int, int]]:
-        """The ids of a prompt, all of them, and where in it the word of each begins."""
+        """The ids of a prompt, all of them, and where in it each begins."""
         words = self._words(prompt)
         places = zip(words.ids, words.offsets, strict=True)
         return [(each, start) for i, (start, _) in places for each in self._several.get(i, (i,))]

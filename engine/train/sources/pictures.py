@@ -15,6 +15,7 @@ from PIL import Image
 
 from engine.finish import BESIDE, SETTINGS_KEY
 from engine.pixels import Crop, Header, read_header, read_pixels
+from engine.text.reading import Reading, said
 from engine.train.sources.item import Accept, Item, Source, Unusable, caption_in, required, row_in_json
 
 AT_ONCE = 256  # pictures that a thread looks at before it takes others
@@ -142,4 +143,5 @@ def _caption_inside(settings: str | None) -> str | None:
     row = row_in_json(settings.encode("utf-8", "surrogatepass"))
     if isinstance(row, dict) and not BESIDE.isdisjoint(row):
         raise Unusable("a strip or a sheet that launch.generate made of pictures")
-    return caption_in(row, "prompt")
+    caption = caption_in(row, "prompt")
+    return said(caption, Reading(*(bool(row.get(name)) for name in ("prompt_weights", "long_prompts"))))
