@@ -84,8 +84,7 @@ def load(
         place = quantized.placing(place, quantize)
     for path, _ in controlnet:
         look(path)  # before gigabytes are read
-    if upscaler:
-        look_at_upscaler(upscaler)
+    enlarging = look_at_upscaler(upscaler) if upscaler else None
     loaded = load_folder(folder, jnp.dtype(dtype), None, place, lora, embeddings, clip_skip)
     edits.made_for(loaded, str(folder))
     second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None
@@ -98,7 +97,7 @@ def load(
     if decoder:
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
-    larger = load_upscaler(upscaler, jnp.dtype(dtype), devices.place) if upscaler else None
+    larger = load_upscaler(enlarging, jnp.dtype(dtype), devices.place) if enlarging else None
     check_tile(tile, loaded.vae.config.scale)
     reading = Reading(prompt_weights, long_prompts)
     name = SHIPPED_NAME if model is None else str(model)

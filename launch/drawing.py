@@ -126,6 +126,8 @@ def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:
     steps = pipe.steps_of(settings)
     half = settings.batch_size // 2
     smaller = f"--batch_size {half}" if half else "--tile 512, or a smaller --height and --width"
+    if plan.config.upscaler and not plan.config.tile:  # it takes one picture after another, of any batch
+        smaller = f"--tile 512, or {smaller.removeprefix('--tile 512, or ')}"
     progress = Progress([len(batch) for batch in pictures.batches(plan, pipe)], steps)
     drawn = []
     try:

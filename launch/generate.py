@@ -174,8 +174,8 @@ FLAGS: cli.Groups = {
         "upscale": ("N", "enlarge pictures to N times their size"),
         "upscaler": (
             "FILE",
-            "enlarge them on the devices by a network that was made for it: the .safetensors of an ESRGAN,\n"
-            "Real-ESRGAN or compact one. Its own factor decides, unless --upscale says another",
+            "enlarge them on the devices by a network made for it: the .safetensors of an ESRGAN, a\n"
+            "Real-ESRGAN or a compact one. Its own factor decides, unless --upscale says another",
         ),
         "frames": ("N", "beside each picture a strip of N stages from static to picture"),
         "animate": ("", "beside each picture an animated WebP of its stages"),

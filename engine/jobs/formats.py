@@ -25,6 +25,7 @@ from engine.jobs.store import Store
 from engine.types import UserError
 
 ROWS_AT_ONCE = 64  # pictures of one Parquet row group
+READ_AT_ONCE = 8  # pyarrow reads no more than 2 GB of them
 # By this Hugging Face datasets know that the column holds pictures.
 PICTURES = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
 
@@ -180,7 +181,7 @@ def _read_arrayrecord(file: BinaryIO) -> Iterator[bytes]:
 
 def _read_parquet(file: BinaryIO) -> Iterator[bytes]:
     table = _pyarrow().parquet.ParquetFile(file, page_checksum_verification=True)
-    for batch in table.iter_batches(ROWS_AT_ONCE, columns=["image"]):
+    for batch in table.iter_batches(READ_AT_ONCE, columns=["image"]):
         for image in batch.column(0).to_pylist():
             yield image["bytes"]
 

@@ -56,7 +56,7 @@ class Drawn(NamedTuple):
 
     index: int
     prompt: str
-    image: finish.Picture | None
+    image: finish.Picture | None  # of the size in which it was drawn
     files: tuple[pathlib.Path, ...]  # the picture, its strip, ... and words; none where a NaN struck it
 
 
@@ -133,27 +133,30 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
             if i in batch.spoilt:
                 yield Drawn(index, prompt, None, ())
                 continue
-            image = enlarged(image, config, plan.settings)
+            small = finish.resized(image, plan.settings.height, plan.settings.width)
             settings = remember(config, prompt, index, plan.contents)
             name = finish.picture_name(index, prompt)
             path = free_path(plan.folder / name, settings, _beside(settings, config))
-            finish.write_png(path, image, settings)
+            finish.write_png(path, enlarged(image, config), settings)
             files = [path]
             if batch.frames is not None:
                 files += _write_stages(path, Frames(*(part[i] for part in batch.frames)), settings, config)
             if batch.heat is not None:
-                small = finish.resized(image, plan.settings.height, plan.settings.width)
                 files += _write_words(path, small, batch.heat[i], pipe.words(prompt), settings)
-            yield Drawn(index, prompt, image, tuple(files))
+            yield Drawn(index, prompt, small, tuple(files))
 
 
-def enlarged(image: finish.Picture, config: GenerateConfig, settings: Settings) -> finish.Larger:
+def enlarged(image: finish.Picture, config: GenerateConfig) -> finish.Larger:
     """A picture as large as it is to be written: `upscale` times as it was drawn, by Lanczos's filter where
     it is not; where an upscaler was at work and no factor is given, as that made it.
+
+    Args:
+      config: complete; its height and width are those that were drawn.
     """
     if config.upscaler and config.upscale == 1:
         return image
-    return finish.resized(image, settings.height * config.upscale, settings.width * config.upscale)
+    assert config.height and config.width
+    return finish.resized(image, config.height * config.upscale, config.width * config.upscale)
 
 
 def batches(plan: Plan, pipe: Pipeline) -> list[range]:

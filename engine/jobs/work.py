@@ -142,7 +142,8 @@ class Worker:
         loads = self._loads(shards)
         if self.pipe.devices.alone:
             loads = ahead(loads, BATCHES_AHEAD)
-        batches = ahead(self._draw(loads), BATCHES_AHEAD, self.check)
+        # Pictures that an upscaler has enlarged are many times larger to wait.
+        batches = ahead(self._draw(loads), BATCHES_AHEAD if self.pipe.scale == 1 else 1, self.check)
         try:
             with contextlib.closing(batches):
                 yield from self._write(batches, writers)
@@ -285,6 +286,7 @@ class Worker:
             raise UserError(f"out of memory at {size}; write --batch_size {max(batch_size // 2, 1)}")
         if batch_size == 1:
             smaller = "" if self.pipe.devices.platform == "cpu" else "--dtype bfloat16 or "
+            smaller = smaller if self.job.config.tile else f"--tile 512 or {smaller}"
             raise UserError(
                 f"out of memory with one picture of {size} a device; write {smaller}a smaller size"
             )
@@ -330,8 +332,7 @@ class Worker:
         config = dataclasses.replace(self.job.config, **settings | own | NO_PICTURE | changed)
         try:
             about = remember(config, request.prompt, request.index, {**self.job.digests, **marks})
-            large = enlarged(image, config, self._settings(drawn.load.shard.group))
-            png = finish.encode_png(large, about)
+            png = finish.encode_png(enlarged(image, config), about)
         except UserError as error:
             return {**address, "reason": str(error)}
         facts = {**address, "prompt": request.prompt, "negative_prompt": request.negative_prompt}

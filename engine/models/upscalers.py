@@ -33,6 +33,11 @@ class RRDBConfig:
     fold: int = 1  # the picture comes in as so many times fewer pixels along a side, of more channels
 
     @property
+    def depth(self) -> int:
+        """Blocks, and doublings."""
+        return self.blocks + self.ups
+
+    @property
     def scale(self) -> int:
         """How many times as wide and high the picture becomes."""
         return 2**self.ups // self.fold
@@ -45,6 +50,11 @@ class CompactConfig:
     features: int = 64
     layers: int = 32  # convolutions between the first and the last
     scale: int = 4
+
+    @property
+    def depth(self) -> int:
+        """Convolutions."""
+        return self.layers + 2
 
 
 UpscalerConfig = RRDBConfig | CompactConfig

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from engine import sights
-from engine.config import GIVEN, ControlConfig
+from engine.config import ControlConfig
 from engine.controls import said
 from engine.models.controlnet import ControlNetConditioningEmbedding, ControlNetModel
 from engine.models.layers import host_rngs
@@ -45,16 +45,15 @@ def begin(model: Model, config: ControlConfig, seed: int) -> Component:
     return Component("controlnet", own, graphdef, traverse_util.unflatten_dict(params))
 
 
-def control(graphdef: nnx.GraphDef, kind: str) -> Callable:
+def control(graphdef: nnx.GraphDef, sight: str) -> Callable:
     """(frozen, batch) -> (x, t, words, added) -> what is added to the U-Net; frozen has "controlnet".
 
-    kind: what is shown of batch["image"], see `engine.sights`; or "given", batch["control"] as it is.
+    sight: what is shown of batch["control"], or without one of batch["image"], see `engine.sights`.
     """
 
     def of_batch(frozen: Mapping[str, Any], batch: Batch) -> Callable:
         net = nnx.merge(graphdef, nnx.State(frozen["controlnet"]))
-        shown = batch["control"] if kind == GIVEN else sights.seen(kind, batch["image"])
-        shown = net.look(shown / jnp.float32(255))
+        shown = net.look(sights.seen(sight, batch.get("control", batch["image"])) / jnp.float32(255))
         return lambda x, t, words, added: said(
             lambda: [net], x, t, [words], [shown], jnp.ones(1, jnp.float32), added
         )

@@ -145,7 +145,7 @@ def objective(config: FinetuneConfig, task: Task) -> Objective:
         frozen = {"unet": model.unet.params, "empty": latents.empty(pathlib.Path(config.latents), model)}
     else:
         how = model.scheduler, config.finetune, model.zeros, model.clip_skip
-        control = controlling.control(task.net.graphdef, config.controlnet.kind) if task.net else None
+        control = controlling.control(task.net.graphdef, task.sight) if task.net else None
         loss = objectives.text_to_image_loss(model.graphdefs, *how, control)
         frozen = {kind: part.params for kind, part in model.parts.items()}
         frozen["empty_ids"] = model.tokenizers.encode([""])[0]

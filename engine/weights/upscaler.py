@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx, traverse_util
@@ -19,7 +19,7 @@ from engine.models.layers import outline
 from engine.models.upscalers import CompactConfig, RRDBConfig, UpscalerConfig, module_of
 from engine.types import Params, UserError
 from engine.weights import names
-from engine.weights.component import Place, match, read_params
+from engine.weights.component import Place, Sources, match, read_params
 from engine.weights.files import find_weights
 from engine.weights.safetensors_io import Tensor, read_header
 
@@ -39,41 +39,50 @@ class Upscaler(NamedTuple):
     params: Params
 
 
+class Found(NamedTuple):
+    """A network in a file, of which nothing but the header was read."""
+
+    config: UpscalerConfig
+    graphdef: nnx.GraphDef
+    shapes: Mapping[names.Path, Any]
+    sources: Sources
+
+
 def find(path: str | Path) -> Path:
     """The file at `path`; UserError where there is none, or one that is never opened."""
     return find_weights(path, "upscaler", KNOWN, "d.get('params_ema', d.get('params', d))")
 
 
-def look(path: str | Path) -> UpscalerConfig:
-    """What kind of network a file holds; raises UserError as `load_upscaler` does, but for wrong keys."""
-    return _config_of(_header(path := find(path)), path)
-
-
-def load_upscaler(path: str | Path, dtype: DTypeLike = np.float32, place: Place | None = None) -> Upscaler:
-    """Reads a network; `dtype` and `place` as in `load_component`, the names begin with "upscaler.".
+def look(path: str | Path) -> Found:
+    """The network that a file holds.
 
     Raises:
       UserError: no such file, a pickle, a broken file, or another network; all wrong keys in one line.
     """
-    path = find(path)
-    header = _header(path)
+    header = read_header(path := find(path))
     config = _config_of(header, path)
     graphdef, state = nnx.split(outline(lambda rngs: module_of(config)(config, rngs)), nnx.Param)
     shapes = MappingProxyType(traverse_util.flatten_dict(nnx.to_pure_dict(state)))
     sources = match(KIND, shapes, {path: header}, f"{path} does not hold {KNOWN}")
-    return Upscaler(config, graphdef, read_params(KIND, shapes, sources, np.dtype(dtype), place))
+    return Found(config, graphdef, shapes, sources)
 
 
-def _header(path: Path) -> Mapping[str, Tensor]:
-    return read_header(path)
+def load_upscaler(found: Found, dtype: DTypeLike = np.float32, place: Place | None = None) -> Upscaler:
+    """Reads a network; `dtype` and `place` as in `load_component`, the names begin with "upscaler."."""
+    params = read_params(KIND, found.shapes, found.sources, np.dtype(dtype), place)
+    return Upscaler(found.config, found.graphdef, params)
 
 
 def _config_of(header: Mapping[str, Tensor], path: Path) -> UpscalerConfig:
     shapes = {name: header[key].shape for key in header if (name := names.canonical(KIND, key)) is not None}
     try:
-        return _rrdb(shapes) if "conv_first.weight" in shapes else _compact(shapes)
-    except (KeyError, ValueError, ZeroDivisionError):
-        raise UserError(f"{path} does not hold {KNOWN}") from None
+        config = _rrdb(shapes) if "conv_first.weight" in shapes else _compact(shapes)
+    except (KeyError, ValueError, ZeroDivisionError, IndexError):
+        config = None
+    # A key of a few bytes must not ask for a network of a million layers.
+    if config is None or config.depth > len(header):
+        raise UserError(f"{path} does not hold {KNOWN}")
+    return config
 
 
 def _rrdb(shapes: Mapping[str, tuple[int, ...]]) -> RRDBConfig:

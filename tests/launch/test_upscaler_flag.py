@@ -1,10 +1,12 @@
 """--upscaler: larger pictures, which remember it; with --upscale, in jobs, and its mistakes in one line."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from engine import finish
+from engine.enlarging import Enlarging
 from launch import cli
 from tests.upscalers import tiny_upscaler
 
@@ -44,6 +46,37 @@ def test_strips_animations_and_words_are_as_large_as_without_it(draw, net):
     larger = draw("a red fox", *flags, "--upscaler", net).paths
     sizes = [[Image.open(path).size for path in paths] for paths in (plain, larger)]
     assert sizes[0][0] == (16, 16) and sizes[1][0] == (64, 64) and sizes[0][1:] == sizes[1][1:]
+
+
+def test_words_are_lit_in_the_picture_as_it_was_drawn(draw, tmp_path):
+    flags = ("--seed", 3, "--words", "--steps", 3)
+    sheets = [
+        draw("a red fox", *flags, "--upscale", factor, "--out", tmp_path / str(factor)).paths[1]
+        for factor in (1, 3)
+    ]
+    np.testing.assert_array_equal(pixels(sheets[0]), pixels(sheets[1]))
+
+
+def test_contact_sheets_are_of_pictures_as_they_were_drawn(draw, net):
+    """Enlarged, hundreds of them would be gigabytes."""
+    plain = draw("a red fox", "a cat", "--seed", 3).paths[-1]
+    larger = draw("a red fox", "a cat", "--seed", 3, "--upscaler", net).paths[-1]
+    assert plain.name.startswith("sheet-") and Image.open(plain).size == Image.open(larger).size
+
+
+def test_where_memory_runs_out_tiles_are_what_helps(draw, job, net, monkeypatch):
+    """Of any batch, pictures are enlarged one after another."""
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
+
+    monkeypatch.setattr(Enlarging, "__call__", full)
+    assert (
+        draw("a red fox", "--upscaler", net)
+        .told[-1]
+        .startswith("error: out of memory; write --tile 512, or ")
+    )
+    assert "write --tile 512 or a smaller size" in job("--upscaler", net, rows=[{"prompt": "a cat"}]).told[-1]
 
 
 def test_a_job_is_that_of_its_upscaler(job, draw, net, tmp_path):

@@ -57,7 +57,7 @@ def prefixed(state: dict, *_) -> dict:
 
 
 def enlarged(file, x: np.ndarray) -> np.ndarray:
-    found = load_upscaler(file)
+    found = load_upscaler(look(file))
     net = jax.jit(lambda params, x: nnx.merge(found.graphdef, nnx.State(params))(x))
     return np.asarray(net(found.params, x))
 
@@ -79,8 +79,8 @@ LAYOUTS = {as_it_is: EVERY, prefixed: EVERY, first_layout: EVERY, second_layout:
 def test_esrgan_in_every_layout(tmp_path, layout, ups):
     net = randomised(RRDBNet(ups=ups))
     save_file(layout(net.state_dict(), ups, 2), file := tmp_path / "net.safetensors")
-    assert look(file) == RRDBConfig(features=8, growth=4, blocks=2, ups=ups)
-    assert look(file).scale == 2**ups
+    assert look(file).config == RRDBConfig(features=8, growth=4, blocks=2, ups=ups)
+    assert look(file).config.scale == 2**ups
     x = picture()
     np.testing.assert_allclose(enlarged(file, x), there(net, x), atol=1e-4)
 
@@ -89,7 +89,7 @@ def test_esrgan_in_every_layout(tmp_path, layout, ups):
 def test_real_esrgan_of_smaller_factors_folds_pictures_first(tmp_path, fold):
     net = randomised(RRDBNet(fold=fold))
     save_file(net.state_dict(), file := tmp_path / "net.safetensors")
-    assert look(file).scale == 4 // fold
+    assert look(file).config.scale == 4 // fold
     x = picture()
     np.testing.assert_allclose(enlarged(file, x), there(net, x), atol=1e-4)
     odd = picture(11, 13)  # which does not fold: it is filled up by its mirror image, and cut again
@@ -104,7 +104,7 @@ def test_real_esrgan_of_smaller_factors_folds_pictures_first(tmp_path, fold):
 def test_the_compact_one(tmp_path, scale, layout):
     net = randomised(Compact(scale=scale))
     save_file(layout(net.state_dict()), file := tmp_path / "net.safetensors")
-    assert look(file) == CompactConfig(features=8, layers=2, scale=scale)
+    assert look(file).config == CompactConfig(features=8, layers=2, scale=scale)
     x = picture(9, 7)
     np.testing.assert_allclose(enlarged(file, x), there(net, x), atol=1e-4)
 
@@ -140,6 +140,22 @@ def broken(change):
             broken(lambda s: s.update({"conv_first.weight": torch.zeros(8, 1, 3, 3)})),
             "does not hold an ESRGAN",
         ),
+        (
+            broken(lambda s: s.update({"body.0.rdb1.conv1.weight": torch.zeros(())})),
+            "does not hold an ESRGAN",
+        ),
+        (
+            broken(lambda s: s.update({"body.1000000.rdb1.conv1.weight": torch.zeros(4, 8, 3, 3)})),
+            "does not hold an ESRGAN",
+        ),
+        (
+            {"body.0.weight": torch.zeros(8, 3, 3, 3), "body.1000000.weight": torch.zeros(48, 8, 3, 3)},
+            "does not hold",
+        ),
+        (
+            {"body.0.weight": torch.zeros(8, 3, 3, 3), "body.2.weight": torch.zeros(())},
+            "does not hold an ESRGAN",
+        ),
         (broken(lambda s: s.update({"model.0.bias": torch.zeros(8)})), r"given twice: \(1\) model.0.bias$"),
         (
             {"body.0.weight": torch.zeros(8, 3, 3, 3), "body.0.bias": torch.zeros(8)},
@@ -150,7 +166,7 @@ def broken(change):
 def test_another_network_is_one_line(tmp_path, state, message):
     save_file(state, file := tmp_path / "net.safetensors")
     with pytest.raises(UserError, match=message) as error:
-        load_upscaler(file)
+        look(file)
     assert "\n" not in str(error.value)
 
 
@@ -174,4 +190,4 @@ def test_the_advice_for_pickles_works(tmp_path):
         look(tmp_path / "net.pth")
     code = str(error.value).partition('python -c "')[2].removesuffix('"')
     exec(code, {})
-    assert look(tmp_path / "net.safetensors") == CompactConfig(8, 2, 4)
+    assert look(tmp_path / "net.safetensors").config == CompactConfig(8, 2, 4)

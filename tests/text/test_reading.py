@@ -89,7 +89,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_prompts_are_read(trained, case):
-    """100,000 letters, as many as a row may have: work that grew as their square would hang this for minutes."""
+    """100,000 letters, as many as a row may have."""
     assert all(abs(weight) <= 100 for _, weight in pieces(HOSTILE[case]))
     assert len(parts(HOSTILE[case], trained, BOTH)) <= MOST_PARTS
 

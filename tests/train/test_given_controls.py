@@ -44,6 +44,12 @@ def as_metadata(folder):
     write(folder, {f"shown/{n}.png": control(n) for n in range(COUNT)})
 
 
+def as_hugging_face_has_it(folder):
+    as_metadata(folder)
+    told = (folder / "metadata.jsonl").read_text()
+    write(folder, {"metadata.jsonl": told.replace('"conditioning_image"', '"conditioning_image_file_name"')})
+
+
 def beside(n):
     return {f"{n}.png": plain_png(n), f"{n}.txt": WORDS[n].encode(), f"{n}.control.png": control(n)}
 
@@ -73,7 +79,13 @@ def as_parquet(folder):
     pa.parquet.write_table(pa.table(rows), folder / "0.parquet")
 
 
-LAYOUTS = {"metadata": as_metadata, "sidecars": as_sidecars, "tar": as_webdataset, "parquet": as_parquet}
+LAYOUTS = {
+    "metadata": as_metadata,
+    "Hugging Face": as_hugging_face_has_it,
+    "sidecars": as_sidecars,
+    "tar": as_webdataset,
+    "parquet": as_parquet,
+}
 
 
 def made(folder, workdir, controlled=True, **options) -> PictureBatches:
@@ -96,7 +108,25 @@ def test_each_comes_with_its_own_cropped_and_mirrored_alike(tmp_path, layout):
 def test_where_nothing_is_shown_all_is_as_without(tmp_path, layout):
     LAYOUTS[layout](tmp_path / "data")
     batches = made(tmp_path / "data", tmp_path, controlled=False)
-    assert (batches.usable, batches.skipped, batches.rows(0, 0, 2).controls) == (COUNT, 0, None)
+    assert (batches.usable, batches.rows(0, 0, 2).controls) == (COUNT, None)
+    # as ever: what lies in a folder is a picture, and one without a caption
+    assert batches.skipped == (COUNT if layout in ("metadata", "Hugging Face", "sidecars") else 0)
+    assert {reason for _, reason in listed(tmp_path)} <= {"no caption"}
+
+
+def test_other_sizes_of_what_is_shown_are_other_data(tmp_path):
+    as_sidecars(tmp_path / "data")
+    before = made(tmp_path / "data", tmp_path).fingerprint
+    write(tmp_path / "data", {"3.control.png": control(3, 2)})
+    assert made(tmp_path / "data", tmp_path).fingerprint != before
+
+
+@pytest.mark.parametrize("name", ["3.CONTROL.PNG", "3.Control.png"])
+def test_letters_of_any_size(tmp_path, name):
+    as_sidecars(tmp_path / "data")
+    (tmp_path / "data" / "3.control.png").rename(tmp_path / "data" / name)
+    batches = made(tmp_path / "data", tmp_path)
+    assert (batches.usable, batches.skipped) == (COUNT, 0)
 
 
 def test_a_larger_one_of_the_same_proportions_will_do(tmp_path):
@@ -120,7 +150,7 @@ def test_what_cannot_be_shown_is_skipped_and_listed(tmp_path):
     assert batches.usable == 1 and batches.rows(0, 0, 1).captions == [WORDS[4]]
     why = {name.rpartition("/p/")[2]: reason for name, reason in listed(tmp_path)}
     assert SIZES[3] != SIZES[4]
-    assert why["0.png"] == "no control picture"
+    assert why["0.png"].startswith("no control picture: a row names it as conditioning_image, or 1.control")
     assert why["1.png"].startswith("its control picture: conditioning_image ")
     assert why["2.png"] == "its control picture: No such file or directory"
     assert why["3.png"] == ("64 x 20 pixels, and its control picture 33 x 31: they need the same proportions")

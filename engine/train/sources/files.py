@@ -5,8 +5,9 @@
   1.json           beside it: {"caption": "a fox"}, or text, or prompt
   1.png            in its own settings, as `engine.finish` writes them
 
-What a ControlNet is to be shown of a picture is named in its row of metadata.jsonl, as "conditioning_image",
-or lies beside it as 1.control.png; neither is a picture of its own then.
+What a ControlNet that is trained is to be shown of a picture is named in its row of metadata.jsonl, as
+"conditioning_image" or, for Hugging Face's datasets, "conditioning_image_file_name"; or it lies beside it as
+1.control.png. Neither is a picture of its own then.
 
 A row of metadata.jsonl names files below its folder and no others: neither `..` nor a link leads out of it,
 since such files are often someone else's. Links that lie in the folder themselves are read.
@@ -15,7 +16,7 @@ since such files are often someone else's. Links that lie in the folder themselv
 import io
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.text.row_files import open_rows
 from engine.text.row_paths import astray
@@ -34,6 +35,7 @@ from engine.train.sources.item import (
 )
 
 METADATA = "metadata.jsonl"
+CONTROL_FIELDS = (CONTROL, f"{CONTROL}_file_name")
 
 
 class Entry(NamedTuple):
@@ -47,8 +49,8 @@ class Entry(NamedTuple):
 class Files:
     """A folder and those below it, in the order of the names; hidden ones are left out."""
 
-    def __init__(self, root: str, field: str = ""):
-        self._root, self._field = root, field
+    def __init__(self, root: str, field: str = "", controlled: bool = False):
+        self._root, self._field, self._controlled = root, field, controlled
         self._beside: set[str] = set()  # names of caption files
         self._controls: dict[str, str] = {}  # name of a picture without its suffix -> that of 1.control.png
         self._entries = self._find()
@@ -96,14 +98,23 @@ class Files:
         stems = {os.path.splitext(name)[0] for name in names if name.lower().endswith(PICTURES)}
         for name in names:
             stem, suffix = os.path.splitext(name)
-            suffix, of = suffix.lower(), stem.removesuffix(BESIDE)
-            if suffix in PICTURES and of != stem and of in stems:
+            suffix, of = suffix.lower(), stem[: -len(BESIDE)]
+            beside = self._controlled and stem.lower().endswith(BESIDE) and of in stems
+            if suffix in PICTURES and beside:
                 self._controls[of] = name
             elif suffix in PICTURES and name not in told:
                 entries.append(Entry(name))
             elif suffix in (".txt", ".json"):
                 self._beside.add(name)
         return sorted(entries, key=lambda entry: (entry.name, entry.caption or ""))
+
+    def _control_in(self, row: Any, folder: str, base: str) -> tuple[str | None, str]:
+        """The control picture that a row names, if any, and why it cannot be read."""
+        named = [field for field in CONTROL_FIELDS if row.get(field) is not None] if self._controlled else []
+        try:
+            return (os.path.join(folder, file_of(row, base, named[0])), "") if named else (None, "")
+        except Unusable as problem:
+            return named[0], str(problem)
 
     def _rows(self, folder: str) -> Iterator[Entry]:
         """The pictures that the metadata of a folder names; a bad row is an entry too."""
@@ -117,12 +128,7 @@ class Files:
                 except Unusable as problem:
                     yield Entry(here, problem=str(problem))
                     continue
-                control, why = None, ""
-                try:
-                    if isinstance(row, dict) and row.get(CONTROL) is not None:
-                        control = os.path.join(folder, file_of(row, base, CONTROL))
-                except Unusable as problem:
-                    control, why = CONTROL, str(problem)
+                control, why = self._control_in(row, folder, base)
                 try:
                     yield Entry(name, caption_in(row, self._field), "", control, why)
                 except Unusable as problem:

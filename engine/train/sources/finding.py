@@ -51,7 +51,7 @@ def open_source(path: str, kind: str = "auto", field: str = "", controlled: bool
     if kind == "files":
         if not os.path.isdir(root):
             raise UserError(f"{path} is one picture: write the folder that it lies in")
-        return Files(root, field)
+        return Files(root, field, controlled)
     if kind == "arrayrecord":
         return Records(chosen)
     return Tars(chosen, field) if kind == "webdataset" else Tables(chosen, field, controlled)

@@ -50,10 +50,10 @@ class Pictures:
         with item.file as file:
             header = read_header(file, SETTINGS_KEY)
             caption = item.caption if item.caption is not None else _caption_inside(header.settings)
+        told = f"{header.width} {header.height} {self._accept(caption)}"
         if self._controlled:
-            _check_control(item, header)
-        told = f"{header.width} {header.height} {self._accept(caption)}".encode()
-        return Look(header.width, header.height, hashlib.sha256(told).digest()[:8])
+            told += " {} {}".format(*_size_of_control(item, header))
+        return Look(header.width, header.height, hashlib.sha256(told.encode()).digest()[:8])
 
     def caption(self, number: int) -> str:
         """Of the picture nothing is read, unless the caption stands inside. Raises Unusable."""
@@ -117,7 +117,9 @@ class Pictures:
 def _control_of(item: Item) -> Iterator[io.BufferedIOBase]:
     """The file of its control picture. Unusable, within too, says of which picture it is."""
     if item.control is None:
-        raise Unusable("no control picture")
+        raise Unusable(
+            "no control picture: a row names it as conditioning_image, or 1.control.png is 1.png's"
+        )
     try:
         with item.control() as file:
             yield file
@@ -125,8 +127,8 @@ def _control_of(item: Item) -> Iterator[io.BufferedIOBase]:
         raise Unusable(f"its control picture: {problem}") from None
 
 
-def _check_control(item: Item, picture: Header) -> None:
-    """Unusable unless there is a control picture that lies over the picture, but for a pixel of rounding."""
+def _size_of_control(item: Item, picture: Header) -> tuple[int, int]:
+    """Of the control picture. Unusable unless it lies over the picture, but for a pixel of rounding."""
     with _control_of(item) as file:
         width, height, _ = read_header(file, SETTINGS_KEY)
     longest = max(width, height, picture.width, picture.height)
@@ -135,6 +137,7 @@ def _check_control(item: Item, picture: Header) -> None:
             f"{picture.width} x {picture.height} pixels, and its control picture {width} x {height}: they "
             "need the same proportions"
         )
+    return width, height
 
 
 def _caption_inside(settings: str | None) -> str | None:
