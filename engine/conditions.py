@@ -164,11 +164,10 @@ def told(
 def _filled(contexts: Mapping[str, Context], prompt: str, length: int) -> Context:
     """The context of a prompt, with as many parts of no words behind it as `length` tokens take."""
     found = contexts[prompt]._replace(refiner=None)
-    words = [found.words]
-    if missing := length - len(found.words):
-        nothing = contexts[""].words
-        words += [nothing] * (missing // len(nothing))
-    return found._replace(words=np.concatenate(words))
+    if not (missing := length - len(found.words)):
+        return found
+    nothing = contexts[""].words
+    return found._replace(words=np.concatenate([found.words, *[nothing] * (missing // len(nothing))]))
 
 
 def _stacked(contexts: Sequence[Context]) -> Context:

@@ -112,7 +112,7 @@ def pieces(prompt: str) -> list[tuple[str, float]]:
     def add(text: str) -> None:
         if text:
             weight = math.prod(itertools.islice(inside.values(), DEEPEST), start=1.0)
-            found.append((text, min(max(weight, -MOST), MOST)))
+            found.append((text, _bounded(weight)))
 
     for mark in marks:
         add(prompt[last : mark.start()])
@@ -137,11 +137,15 @@ def _factors(marks: Sequence[re.Match], end: int) -> dict[int, tuple[float, int]
             open_[mark[0]].append(mark.start())
         elif not mark[0].startswith("\\") and open_[kind]:
             plain = SQUARE if kind == "[" else ROUND
-            factor = float(mark["weight"]) if mark["weight"] else plain
+            factor = _bounded(float(mark["weight"])) if mark["weight"] else plain
             found[open_[kind].pop()] = factor, mark.start()
     for kind, factor in (("(", ROUND), ("[", SQUARE)):
         found |= {place: (factor, end) for place in open_[kind]}
     return found
+
+
+def _bounded(weight: float) -> float:
+    return min(max(weight, -MOST), MOST)
 
 
 def _marked(prompt: str, reading: Reading) -> list[tuple[str, float]]:

@@ -121,6 +121,7 @@ def test_no_word_counts_more_than_a_hundred_times(trained):
     prompt = f"(a:{'9' * 400}) (fox:-1e) ((red:-99999):2)"
     (part,) = parts(prompt, trained, WEIGHTS)
     assert part.weights[0] == 100 and part.weights[-1] == -100
+    assert pieces(f"((a:{'9' * 400}):0)") == [("a", 0)]
 
 
 # ---- parts
