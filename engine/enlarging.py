@@ -19,13 +19,13 @@ class Enlarging:
     def __init__(self, upscaler: Upscaler, beside: Programs):
         self.scale = upscaler.config.scale
         self._upscaler, self._beside = upscaler, beside
-        self._program = beside.devices.map(self._enlarged)
+        self.program = beside.devices.map(self._enlarged)
 
     def __call__(
         self, images: UInt8[jax.Array, "B H W 3"], finite: Bool[jax.Array, " B"]
     ) -> tuple[UInt8[jax.Array, "B H2 W2 3"], Bool[jax.Array, " B"]]:
         """Pictures `scale` times as wide and high, and which are finite, as they were before and are now."""
-        return self._program(self._upscaler.params, (images, finite))
+        return self.program(self._upscaler.params, (images, finite))
 
     def _enlarged(self, params: Any, batched: Any) -> Any:
         beside, scale = self._beside, self.scale

@@ -55,7 +55,8 @@ FLAGS: cli.Groups = {
         "topology": ("NAME", "v5e:2x4, v6e:2x2, ..."),
         "parts": (
             "NAME,NAME",
-            "some of text, unet (one call), sampler (a step with guidance), decoder, train",
+            "some of text, unet (one call), sampler (a step with guidance), decoder, upscaler (one picture,\n"
+            "by a network of RealESRGAN_x4plus's shape), train",
         ),
         "remat": ("NAME", "for train: none, dots or blocks"),
         "quantize": ("TYPE", "for drawing: int8 or fp8"),

@@ -13,7 +13,7 @@ from engine.models import merging
 from engine.parallel import SPLIT, Devices
 from engine.types import UserError
 
-DRAWING = ("text", "unet", "sampler", "decoder")
+DRAWING = ("text", "unet", "sampler", "decoder", "upscaler")
 PARTS = (*DRAWING, "train")
 GB, MILLISECOND = 1e9, 1e-3
 
@@ -63,6 +63,8 @@ def rows(
         for part in parts:
             if part == "train":
                 program = outline.training(model, sharing, side, batch, remat)
+            elif part == "upscaler":
+                program = outline.enlarging(model, devices, side, batch)
             else:
                 program = drawing[part]
             beside = {"controlnets": controlnets if part == "sampler" else 0} if controlnets else {}

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
+from flax import nnx, traverse_util
 from jax.typing import DTypeLike
 
 from engine.conditions import Told
@@ -13,7 +13,10 @@ from engine.config import StageConfig, nearest
 from engine.config.training import REMATS, ObjectiveConfig
 from engine.controls import ControlNet
 from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.enlarging import Enlarging
 from engine.loading import DTYPES, SHIPPED, SHIPPED_NAME
+from engine.models.layers import outline
+from engine.models.upscalers import RRDBConfig, module_of
 from engine.parallel import Devices
 from engine.programs import Programs
 from engine.requests import Context
@@ -27,6 +30,7 @@ from engine.weights.controlnet import config_for
 from engine.weights.folder import TOKENIZERS, Model, load_folder
 from engine.weights.index import PARTS, numbers_beside
 from engine.weights.random_folder import ARCHITECTURES
+from engine.weights.upscaler import Upscaler
 
 SEGMENT = 4  # steps of a scan; compilers count its body once
 
@@ -140,6 +144,20 @@ def drawing(
         "sampler": Program(step, (shared | first, split({**batched, **read, "state": state}, devices))),
         "decoder": Program(made.decoder_program, (params["vae"], split(latents, devices))),
     }
+
+
+def enlarging(model: Model, devices: Devices, side: int, batch: int) -> Program:
+    """What enlarges `batch` pictures of a model a device four times, by a network of RealESRGAN_x4plus's shape.
+
+    They go one after another: compilers count one.
+    """
+    config, dtype = RRDBConfig(), jax.tree.leaves(model.unet.params)[0].dtype
+    graphdef, state = nnx.split(outline(lambda rngs: module_of(config)(config, rngs)), nnx.Param)
+    params = jax.tree.map(lambda leaf: shape(*leaf.shape, dtype=dtype), nnx.to_pure_dict(state))
+    made = Enlarging(Upscaler(config, graphdef, params), Programs(model, devices, "the benchmark"))
+    whole = batch * devices.count
+    pictures = shape(whole, side, side, 3, dtype=jnp.uint8), shape(whole, dtype=jnp.bool)
+    return Program(made.program, (placed(params, devices.shardings), split(pictures, devices)))
 
 
 def training(

@@ -65,6 +65,19 @@ def test_a_step_of_training_is_three_calls_of_the_unet(kind):
     assert step == pytest.approx(3 * call, rel=0.05)
 
 
+def test_enlarging_is_its_convolutions():
+    side, pictures = 16, 2
+
+    def convolution(inputs: int, outputs: int, times: int = 1) -> int:
+        return 2 * 9 * inputs * outputs * (times * side) ** 2
+
+    dense = sum(convolution(64 + 32 * i, 32) for i in range(4)) + convolution(64 + 32 * 4, 64)
+    small = convolution(3, 64) + 23 * 3 * dense + convolution(64, 64)
+    large = convolution(64, 64, 2) + 2 * convolution(64, 64, 4) + convolution(64, 3, 4)
+    found = compiled.arithmetic(outline.enlarging(tiny_model(), Devices("shard_map"), side, pictures))
+    assert found == pytest.approx(pictures * (small + large), rel=0.02)
+
+
 DRAWING = "quantize, merge_tokens and split_params are for drawing: leave train out of parts"
 BOTH = "quantize='int8' with split_params: leave one of them out"
 

@@ -66,7 +66,7 @@ def test_pictures_of_other_contents_under_the_same_name(draw, run, image, mask, 
 
 
 def test_pictures_of_words_do_not_say_so(draw):
-    settings = finish.read_settings(draw("a red fox", "--seed", 3, "--image_guidance_scale", 0).paths[0])
+    settings = finish.read_settings(draw("a red fox", "--seed", 3).paths[0])
     assert not {"image", "mask", "strength", "image_guidance_scale"} & settings.keys()
 
 
