@@ -147,7 +147,7 @@ def drawing(
 
 
 def enlarging(model: Model, devices: Devices, side: int, batch: int) -> Program:
-    """What enlarges `batch` pictures of a model a device four times, by a network of RealESRGAN_x4plus's shape.
+    """What enlarges `batch` pictures a device four times, by a network of RealESRGAN_x4plus's shape.
 
     They go one after another: compilers count one.
     """

@@ -64,7 +64,8 @@ def _write_tar(path: pathlib.Path, entries: Sequence[Entry]) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for entry in entries:
             facts = json.dumps(entry.facts, ensure_ascii=True).encode()
-            parts = {"png": entry.png, "txt": entry.facts["prompt"].encode(), "json": facts}
+            caption = entry.facts.get("caption", entry.facts["prompt"])
+            parts = {"png": entry.png, "txt": caption.encode(), "json": facts}
             for ending, data in parts.items():
                 info = tarfile.TarInfo(f"{member_name(entry.facts)}.{ending}")
                 info.size = len(data)
@@ -85,7 +86,7 @@ def _write_arrayrecord(path: pathlib.Path, entries: Sequence[Entry]) -> None:
 
 def _write_parquet(path: pathlib.Path, entries: Sequence[Entry]) -> None:
     pa = _pyarrow()
-    schema = _schema(pa)
+    schema = _schema(pa, any("caption" in entry.facts for entry in entries))
     # PNGs are compressed.
     with pa.parquet.ParquetWriter(path, schema, compression="NONE", write_page_checksum=True) as writer:
         for first in range(0, len(entries), ROWS_AT_ONCE):
@@ -99,8 +100,9 @@ def _table_row(entry: Entry) -> dict[str, Any]:
     return {**entry.facts, "image": image, **told}
 
 
-def _schema(pa: Any) -> Any:
-    texts = ("id", "prompt", "negative_prompt", "sampler", "sha256", "extra", "edit")
+def _schema(pa: Any, captions: bool) -> Any:
+    texts = ("id", "prompt", *(["caption"] if captions else []), "negative_prompt", "sampler", "sha256")
+    texts += ("extra", "edit")
     whole = ("number", "row", "index", "steps", "height", "width")
     return pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]

@@ -40,6 +40,7 @@ from engine.jobs.reading import Reader
 from engine.jobs.store import Store
 from engine.pipeline import Pipeline
 from engine.requests import Context, Given, Request, Settings
+from engine.text.reading import said
 from engine.types import UserError
 
 BATCHES_AHEAD = 4  # of words before drawing, and of drawn pictures before writing
@@ -336,6 +337,8 @@ class Worker:
         except UserError as error:
             return {**address, "reason": str(error)}
         facts = {**address, "prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        if (words := said(request.prompt, self.pipe.reading)) != request.prompt:
+            facts["caption"] = words  # without marks, for who trains on it
         facts |= {name: settings[name] for name in ("guidance_scale", "steps", "sampler", "height", "width")}
         facts |= {"edit": {name: value for name, value in changed.items() if value != ""}} if changed else {}
         facts |= {"sha256": hashlib.sha256(png).hexdigest(), "extra": row.extra}

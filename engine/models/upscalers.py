@@ -10,13 +10,15 @@ Attributes are the keys of BasicSR's checkpoints. Pictures are in [0, 1], before
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from engine.models.layers import conv, resize_nearest
+from engine.models.layers import conv, convolved, resize_nearest
 
 LEAK = 0.2  # of the leaky ReLUs
 PART = 0.2  # of what a block makes that is added to what it was given
@@ -71,10 +73,25 @@ class ResidualDenseBlock(nnx.Module):
         self.conv5 = conv(features + 4 * growth, features, 3, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return jax.lax.platform_dependent(x, tpu=self.in_parts, default=self.together)
+
+    def together(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """All that was made is put together for each convolution."""
         seen = x
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
             seen = jnp.concatenate([seen, _leaky(layer(seen))], -1)
         return x + PART * self.conv5(seen)
+
+    def in_parts(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """The same without copies: a convolution of all is the sum of those of what was made, one by one.
+
+        TPUs, whose compiler cuts a single picture up before each convolution, move 0.28 of the bytes so; CPUs
+        take a quarter longer.
+        """
+        made = [x]
+        for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
+            made.append(_leaky(_convolved_in_parts(layer, made)))
+        return x + PART * _convolved_in_parts(self.conv5, made)
 
 
 class RRDB(nnx.Module):
@@ -163,6 +180,18 @@ def unfolded(x: Float[Array, "B h w F"], by: int) -> Float[Array, "B H W C"]:
     B, h, w, F = x.shape
     x = x.reshape(B, h, w, F // by**2, by, by)
     return x.transpose(0, 1, 4, 2, 5, 3).reshape(B, h * by, w * by, F // by**2)
+
+
+def _convolved_in_parts(layer: nnx.Conv, made: Sequence[Array]) -> Array:
+    places = np.cumsum([each.shape[-1] for each in made])[:-1]
+    kernels = jnp.split(layer.kernel[...], places, axis=2)
+    pads = ((1, 1), (1, 1))
+    axes = ("NHWC", "HWIO", "NHWC")
+    parts = (
+        convolved(x, kernel, (1, 1), pads, dimension_numbers=axes)
+        for x, kernel in zip(made, kernels, strict=True)
+    )
+    return sum(parts, layer.bias[...])
 
 
 def _leaky(x: Array) -> Array:

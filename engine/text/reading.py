@@ -31,6 +31,7 @@ ROUND, SQUARE = 1.1, 1 / 1.1
 DEEPEST = 100  # of so many brackets inside of each other those further in change nothing
 MOST = 100.0  # times that a word counts, or less than none
 BREAK = re.compile(r"\bBREAK\b")
+BREAK_AT_END = re.compile(r"\bBREAK$")
 WORDS_MEET = re.compile(r"\w\w")
 MOST_PARTS = 16  # of a long prompt
 NEAR = 4 / 15  # of a part, at its end: where a comma is near enough. 20 of 75 tokens, as in AUTOMATIC1111's
@@ -151,17 +152,22 @@ def _bounded(weight: float) -> float:
 def _marked(prompt: str, reading: Reading) -> list[tuple[str, float]]:
     """Pieces of the text that is read, and how many times each counts; neighbours count differently.
 
-    Words that only a mark divides are two: there is a space between them.
+    Words that a mark divides are two if they count differently, or one of them is BREAK: there is a space
+    between them.
     """
     if not reading.weights:
         return [(prompt, 1.0)]
-    found: list[tuple[str, float]] = []
-    for weight, some in itertools.groupby(pieces(prompt), key=lambda piece: piece[1]):
-        text = "".join(piece for piece, _ in some)
-        if found and WORDS_MEET.fullmatch(found[-1][0][-1] + text[0]):
-            text = f" {text}"
-        found.append((text, weight))
-    return found
+    found: list[tuple[list[str], float]] = []
+    for piece, weight in pieces(prompt):
+        if found and WORDS_MEET.fullmatch((last := found[-1][0][-1])[-1] + piece[0]):
+            ends = reading.long and (BREAK_AT_END.search(last[-9:]) or BREAK.match(piece))
+            if weight != found[-1][1] or ends:
+                piece = f" {piece}"
+        if found and found[-1][1] == weight:
+            found[-1][0].append(piece)
+        else:
+            found.append(([piece], weight))
+    return [("".join(some), weight) for some, weight in found]
 
 
 def _all_parts(prompt: str, tokenizer: Tokenizer, reading: Reading) -> list[Part]:

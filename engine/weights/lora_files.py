@@ -31,7 +31,15 @@ from engine.weights import names, original_names
 from engine.weights.component import listed
 from engine.weights.files import PICKLES, new_file
 from engine.weights.lora import XL_KINDS, Layer, Lora, layers_of
-from engine.weights.safetensors_io import DTYPES, Tensor, read_header, read_metadata, read_tensor, write
+from engine.weights.safetensors_io import (
+    DTYPES,
+    NUMBERS,
+    Tensor,
+    read_header,
+    read_metadata,
+    read_tensor,
+    write,
+)
 
 FILE = "pytorch_lora_weights.safetensors"  # in a folder
 METADATA = "lora_adapter_metadata"
@@ -131,9 +139,11 @@ def read(path: str | Path, configs: Mapping[str, Any]) -> Lora:
     with open(path, "rb") as file:
         for name, sides in matrices.items():
             arrays = {side: read_tensor(file, *stored) for side, stored in sides.items()}
-            layers[name] = {
-                side: array.transpose(names.TO_FLAX[array.ndim]) for side, array in arrays.items()
-            }
+            shapes = every[name].shapes(len(arrays["a"]))
+            layers[name] = {}
+            for side, array in arrays.items():
+                array = array.reshape(names.torch_shape(every[name].path, shapes[side]))
+                layers[name][side] = array.transpose(names.TO_FLAX[array.ndim])
             alphas[name] = _alpha(path, notes, name, layers[name]["a"].shape[-1])
         for name in numbers.keys() & layers.keys():
             alphas[name] = float(read_tensor(file, *numbers[name]).reshape(()))
@@ -176,8 +186,11 @@ def _sorted_out(
     faults["A without B or B without A"] = [name for name, sides in matrices.items() if len(sides) < 2]
     whole = {name: sides for name, sides in matrices.items() if len(sides) == 2}
     faults["wrong shape"] = _misshapen(whole, layers)
-    every = [stored for sides in matrices.values() for stored in sides.values()] + [*alphas.values()]
-    faults["wrong type"] = [f"{key} is {tensor.code}" for key, tensor in every if tensor.code not in DTYPES]
+    every = [(*stored, DTYPES) for sides in matrices.values() for stored in sides.values()]
+    every += [(*stored, NUMBERS) for stored in alphas.values()]
+    faults["wrong type"] = [
+        f"{key} is {tensor.code}" for key, tensor, known in every if tensor.code not in known
+    ]
     faults["no single number"] = [key for key, tensor in alphas.values() if math.prod(tensor.shape) != 1]
     if any(faults.values()):
         told = "; ".join(f"{fault}: {listed(keys, 5)}" for fault, keys in faults.items() if keys)
@@ -252,7 +265,8 @@ def _misshapen(matrices: Mapping[str, dict[str, Stored]], layers: Mapping[str, L
         for side, shape in layers[name].shapes(rank).items():
             key, tensor = sides[side]
             wanted = names.torch_shape(layers[name].path, shape)
-            if tensor.shape != wanted:
+            # kohya's scripts have as 1x1 convolutions what is linear in Stable Diffusion 2
+            if wanted not in (tensor.shape, tensor.shape[:2] if tensor.shape[2:] == (1, 1) else None):
                 faults.append(f"{key} is {tensor.shape}, not {wanted}")
     return faults
 

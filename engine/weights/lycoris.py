@@ -13,12 +13,12 @@ Thin parts of a convolution may have a core t of rank x rank x K x K between the
 proposition 3). A file may have layers of several kinds, plain ones included. They are read, and never made.
 """
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -26,10 +26,10 @@ from engine.types import UserError
 from engine.weights import lora_files, names
 from engine.weights.component import Change, listed
 from engine.weights.lora import Layer, layers_of, merging
-from engine.weights.safetensors_io import DTYPES, read_header, read_tensor
+from engine.weights.safetensors_io import DTYPES, NUMBERS, read_header, read_tensor
 
 Parts = dict[str, np.ndarray]  # what a file has of a layer, by the ends of its keys, in PyTorch's layout
-Kernel = Float[Any, "O I *K"]  # of numpy, or of JAX
+Kernel = Float[np.ndarray, "O I *K"]
 
 UP, DOWN, MID = "lora_up.weight", "lora_down.weight", "lora_mid.weight"
 HADA = tuple(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
@@ -37,6 +37,17 @@ KRON = tuple(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2
 ALPHA = "alpha"
 OWN = (*HADA, *KRON, MID)  # by which such a file is known
 KNOWN = (*OWN, UP, DOWN, ALPHA)
+SIDES = (("w", "_a"), ("w", "_b"), ("t", ""))  # of a product: hada_w1_a, hada_w1_b, hada_t1
+UNSUPPORTED = ("dora_scale", "diff")
+PREFIX = r"^lycoris_(?=(down|mid|up)_block|conv_|time_|add_)"  # of LyCORIS' own wrapper, for the U-Net
+FAULTS = (
+    "DoRA and whole differences, which are not read",
+    "unknown keys",
+    "layers that the model does not have",
+    "given twice",
+    "wrong type",
+    "wrong shape, or parts that are missing",
+)
 
 
 def read_all(loras: Sequence[tuple[str | Path, float]], configs: Mapping[str, Any]) -> Change:
@@ -82,24 +93,28 @@ def read(path: str | Path, configs: Mapping[str, Any]) -> dict[str, Parts]:
     every = layers_of(configs)
     header, underscored = lora_files.once(read_header(path), every, configs)
     found: dict[str, Parts] = {}
-    unknown, foreign, mistyped = [], [], []
+    faults: dict[str, list[str]] = {name: [] for name in FAULTS}
     with open(path, "rb") as file:
         for key, tensor in header.items():
             layer, _, part = key.partition(".")
-            if part not in KNOWN:
-                unknown.append(key)
-            elif layer not in underscored:
-                foreign.append(key)
-            elif tensor.code not in DTYPES:
-                mistyped.append(f"{key} is {tensor.code}")
+            layer = underscored.get(re.sub(PREFIX, "lora_unet_", layer))
+            if part.startswith(UNSUPPORTED):
+                faults[FAULTS[0]].append(key)
+            elif part not in KNOWN:
+                faults[FAULTS[1]].append(key)
+            elif layer is None:
+                faults[FAULTS[2]].append(key)
+            elif part in found.get(layer, {}):
+                faults[FAULTS[3]].append(key)
+            elif tensor.code not in (NUMBERS if part == ALPHA else DTYPES):
+                faults[FAULTS[4]].append(f"{key} is {tensor.code}")
             else:
-                found.setdefault(underscored[layer], {})[part] = read_tensor(file, key, tensor).astype(
-                    np.float32
-                )
-    faults = {"unknown keys": unknown, "layers that the model does not have": foreign, "wrong type": mistyped}
-    if not mistyped:
-        misfits = [name for name, parts in found.items() if not _fits(parts, every[name])]
-        faults["wrong shape, or parts that are missing"] = misfits
+                found.setdefault(layer, {})[part] = read_tensor(file, key, tensor).astype(np.float32)
+    found = {
+        layer: parts for layer, parts in found.items() if parts.keys() != {ALPHA}
+    }  # which changes nothing
+    if not any(faults.values()):
+        faults[FAULTS[5]] = [name for name, parts in found.items() if not _fits(parts, every[name])]
     if any(faults.values()):
         told = "; ".join(f"{fault}: {listed(keys, 5)}" for fault, keys in faults.items() if keys)
         raise UserError(f"{path} does not fit this model: {told}")
@@ -107,57 +122,77 @@ def read(path: str | Path, configs: Mapping[str, Any]) -> dict[str, Parts]:
 
 
 def _fits(parts: Parts, layer: Layer) -> bool:
-    """Whether the parts make a change of the layer's shape, by numbers."""
-    shape = names.torch_shape(layer.path, layer.shape)
-    try:
-        jax.eval_shape(lambda parts: delta(parts, shape, jnp), parts)
-    except (KeyError, ValueError, TypeError, IndexError):
+    """Whether the parts are those of one kind, and make a change of the layer's shape, by numbers."""
+    outputs, inputs, *window = names.torch_shape(layer.path, layer.shape)
+    kinds = [kind for kind in (HADA, KRON, (UP, DOWN, MID)) if not parts.keys().isdisjoint(kind)]
+    if len(kinds) != 1 or not all(array.size and np.isfinite(array).all() for array in parts.values()):
         return False
-    return ALPHA not in parts or bool(np.isfinite(parts[ALPHA]).all())
+    if ALPHA in parts and parts[ALPHA].size != 1:
+        return False
+    try:
+        if kinds[0] == KRON:
+            w1, w2 = _factors(parts)
+            rows, columns = len(w1) * len(w2), w1.shape[1] * w2.reshape(len(w2), -1).shape[1]
+            return (rows, columns) == (outputs, inputs * math.prod(window))
+        if kinds[0] == HADA:
+            sides = [
+                (parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}"), True) for i in (1, 2)
+            ]
+        else:
+            sides = [(parts[UP], parts[DOWN], parts.get(MID), False)]
+        return all(_is_product(*side, outputs, inputs, window) for side in sides)
+    except (KeyError, ValueError, IndexError):
+        return False
 
 
-def delta(parts: Mapping[str, Any], shape: tuple[int, ...], xp: Any = np) -> Kernel:
-    """What is added to a kernel of this shape, in PyTorch's layout, float32; with numpy, or jnp as `xp`.
-
-    Raises:
-      KeyError, ValueError, TypeError: the parts are not all there, or do not go together.
-    """
-    kind = _hadamard if HADA[0] in parts else _straight if UP in parts else _kronecker
-    return kind(parts, shape, xp).reshape(shape)
-
-
-def _hadamard(parts: Mapping[str, Any], shape: tuple[int, ...], xp: Any) -> Any:
-    first, second = (
-        _product(xp, *(parts.get(f"hada_{part}") for part in (f"w{i}_a", f"w{i}_b", f"t{i}"))) for i in (1, 2)
-    )
-    return _scale(parts, len(parts["hada_w1_b"])) * first * second
+def _is_product(a, b, core, turned: bool, outputs: int, inputs: int, window: Sequence[int]) -> bool:
+    """Whether a, b and the core go together; `turned`: with a core, a is (rank, O) and not (O, rank)."""
+    rank = len(b)
+    rows = a.reshape(len(a), -1).T if turned and core is not None else a.reshape(len(a), -1)
+    if rows.shape != (outputs, rank):
+        return False
+    if core is None:
+        return b.size == rank * inputs * math.prod(window)
+    return core.shape == (rank, rank, *window) and b.size == rank * inputs
 
 
-def _kronecker(parts: Mapping[str, Any], shape: tuple[int, ...], xp: Any) -> Any:
-    w1, w2 = (
-        parts[whole]
-        if (whole := f"lokr_w{i}") in parts
-        else _product(xp, *(parts.get(f"lokr_{part}") for part in (f"w{i}_a", f"w{i}_b", f"t{i}")))
-        for i in (1, 2)
-    )
-    w2 = w2.reshape(shape[0] // len(w1), shape[1] // w1.shape[1], *shape[2:])
+def delta(parts: Parts, shape: tuple[int, ...]) -> Kernel:
+    """What is added to a kernel of this shape, in PyTorch's layout, float32, by parts that fit."""
+    if HADA[0] in parts:
+        first, second = (
+            _product(*(parts.get(f"hada_{part}{i}{side}") for part, side in SIDES)) for i in "12"
+        )
+        return (_scale(parts, len(parts["hada_w1_b"])) * first * second).reshape(shape)
+    if UP in parts:
+        up, down = (part.reshape(len(part), -1) for part in (parts[UP], parts[DOWN]))
+        core = parts.get(MID)
+        found = _product(up if core is None else up.T, down, core)
+        return (_scale(parts, len(down)) * found).reshape(shape)
+    w1, w2 = _factors(parts)
+    w2 = w2.reshape(len(w2), shape[1] // w1.shape[1], *shape[2:])
     ranks = [len(parts[name]) for name in ("lokr_w1_b", "lokr_w2_b") if name in parts]
-    scale = _scale(parts, ranks[0]) if ranks else 1
-    return scale * xp.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2)
+    scale = _scale(parts, ranks[0]) if ranks else np.float32(1)
+    return (scale * np.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2)).reshape(shape)
 
 
-def _straight(parts: Mapping[str, Any], shape: tuple[int, ...], xp: Any) -> Any:
-    up, down = (part.reshape(len(part), -1) for part in (parts[UP], parts[DOWN]))
-    core = parts.get(MID)
-    found = up @ down if core is None else _product(xp, up.T, down, core)
-    return _scale(parts, len(down)) * found
+def _factors(parts: Parts) -> list[np.ndarray]:
+    """w1 and w2 of a LoKr."""
+    return [
+        parts[f"lokr_w{i}"]
+        if f"lokr_w{i}" in parts
+        else _product(parts[f"lokr_w{i}_a"], parts[f"lokr_w{i}_b"], parts.get(f"lokr_t{i}"))
+        for i in (1, 2)
+    ]
 
 
-def _product(xp: Any, a: Any, b: Any, core: Any) -> Any:
-    """a b; with a core between them a is transposed: (rank, O)."""
-    return a @ b if core is None else xp.einsum("ip,ij...,jr->pr...", a, core, b)
+def _product(a: np.ndarray, b: np.ndarray, core: np.ndarray | None) -> np.ndarray:
+    """a b, of (O, rank) and (rank, ...); with a core of (rank, rank, K, K) between them a is (rank, O)."""
+    b = b.reshape(len(b), -1)
+    if core is None:
+        return a @ b
+    return np.einsum("ip,ij...,jr->pr...", a, core, b, optimize=True)
 
 
-def _scale(parts: Mapping[str, Any], rank: int) -> Any:
+def _scale(parts: Parts, rank: int) -> np.float32:
     """alpha / rank; 1 where the file says no alpha."""
-    return parts[ALPHA].reshape(()) / rank if ALPHA in parts else 1
+    return np.float32(parts[ALPHA].reshape(()) / rank if ALPHA in parts else 1)

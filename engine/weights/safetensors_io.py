@@ -24,6 +24,8 @@ from engine.types import UserError
 from engine.weights import arrays
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+# Numbers that some programs store beside the weights.
+NUMBERS = DTYPES | {code: np.dtype(name) for code, name in (("I32", "<i4"), ("I64", "<i8"), ("F64", "<f8"))}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -87,7 +89,7 @@ def read_tensor(
     data = memory(tensor.end - tensor.start)
     if file.readinto(data) != data.nbytes:
         raise UserError(f"{file.name} became shorter while it was read: {name} is not whole")
-    return data.view(DTYPES[tensor.code]).reshape(tensor.shape)
+    return data.view(NUMBERS[tensor.code]).reshape(tensor.shape)
 
 
 def write(

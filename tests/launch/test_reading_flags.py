@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from engine import finish
-from launch import cli
+from engine.train.sources import open_source
+from engine.train.sources.pictures import Pictures
+from launch import captioned, cli
 
 LONG = "a red fox at night, a blue car"  # two parts
 MARKED = "a (red:1.5) fox [at] night"
@@ -87,6 +89,29 @@ def test_rows_of_a_job_are_as_they_are_alone(job, draw, tmp_path):
         (single,) = draw(row["prompt"], *own, *flags, *place).paths
         # A job encodes its words in batches of another size.
         assert np.abs(pixels(paths[index]) - pixels(single)).max() <= 1
+
+
+FOX = "a (red:1.5) fox BREAK at [night]"
+
+
+@pytest.mark.parametrize("format", ["files", "webdataset", "arrayrecord", "parquet"])
+def test_who_trains_on_a_job_reads_its_words_without_marks(job, tmp_path, format):
+    """And so does who judges its pictures by their captions."""
+    rows = [{"prompt": FOX}, {"prompt": "a cat"}]
+    flags = ("--prompt_weights", "--long_prompts")
+    assert job("--format", format, *flags, "--shard_size", 1, rows=rows).code == cli.DONE
+    source = open_source(str(tmp_path / "out" / "shards"), format)
+    pictures = Pictures([source])
+    captions = {pictures.caption(number) for number in range(len(pictures))}
+    words = "a red fox       at night"  # where BREAK stood
+    assert captions == {words, "a cat"}
+    (first, _), (second, _) = (
+        (told, images) for images, told in captioned.found(str(tmp_path / "out")).batches
+    )
+    assert {*first, *second} == {words, "a cat"}
+    manifests = sorted((tmp_path / "out" / "manifests").glob("*.json"))
+    told = [one for file in manifests for one in json.loads(file.read_text())["pictures"]]
+    assert {one["prompt"] for one in told} == {FOX, "a cat"}
 
 
 @pytest.mark.parametrize("flag", ["--prompt_weights", "--long_prompts"])

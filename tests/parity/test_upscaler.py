@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 from safetensors.torch import save_file
 
-from engine.models.upscalers import CompactConfig, RRDBConfig
+from engine.models.upscalers import CompactConfig, ResidualDenseBlock, RRDBConfig
 from engine.types import UserError
 from engine.weights.upscaler import load_upscaler, look
 from tests.parity.common import nchw
@@ -191,3 +191,14 @@ def test_the_advice_for_pickles_works(tmp_path):
     code = str(error.value).partition('python -c "')[2].removesuffix('"')
     exec(code, {})
     assert look(tmp_path / "net.safetensors").config == CompactConfig(8, 2, 4)
+
+
+def test_blocks_in_parts_are_blocks_together():
+    """As TPUs have them, and as all others."""
+    block = ResidualDenseBlock(8, 4, nnx.Rngs(0))
+    for layer in (block.conv1, block.conv5):
+        layer.bias[...] = jax.random.normal(jax.random.key(1), layer.bias.shape)
+    x = picture()[..., [0, 1, 2, 0, 1, 2, 0, 1]]
+    together, parts = jax.jit(lambda x: (block.together(x), block.in_parts(x)))(x)
+    np.testing.assert_allclose(parts, together, atol=1e-5)
+    assert np.abs(together - x).max() > 0.01

@@ -175,7 +175,14 @@ def test_a_break_stays_one_behind_marks(trained):
     first, second = parts("(a fox BREAK a cat:2)", trained, BOTH)
     assert (first.ids, second.ids) == (tuple(ids(trained, "a fox")), tuple(ids(trained, "a cat")))
     assert {*first.weights, *second.weights} == {2.0}
-    for prompt in ("a fox BREAK(a cat:2)", "(a fox)BREAK(a cat)", "a fox BREAK:a cat", "a fox,BREAK a cat"):
+    for prompt in (
+        "(a fox:1)BREAK(a cat:1)",
+        "[(a fox)]BREAK a cat",
+        "a fox BREAK(a cat:2)",
+        "(a fox)BREAK(a cat)",
+        "a fox BREAK:a cat",
+        "a fox,BREAK a cat",
+    ):
         assert len(parts(prompt, trained, BOTH)) == 2, prompt
 
 

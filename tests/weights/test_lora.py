@@ -255,6 +255,19 @@ def test_a_file_of_kohya_is_read_as_that_of_diffusers(configs, tmp_path):
     assert read.alphas == ours.alphas
 
 
+def test_linear_layers_as_convolutions_of_one_pixel_and_whole_alphas(configs, tmp_path):
+    """As kohya's scripts write those of Stable Diffusion 2, and what its merger of LoRAs makes of alphas."""
+    ours = random_lora(configs, ("to_q", "conv1"), alpha=5.0)
+    tensors = as_kohya(load_file(lora_files.save(tmp_path, ours)), 5.0)
+    wide = {
+        key: np.int64(5) if key.endswith("alpha") else array[..., None, None] if array.ndim == 2 else array
+        for key, array in tensors.items()
+    }
+    read = lora_files.read(written(tmp_path / "kohya.safetensors", wide), configs)
+    jax.tree.map(np.testing.assert_array_equal, read.layers, ours.layers)
+    assert read.alphas == ours.alphas
+
+
 def test_layers_under_either_name_of_kohya_are_read_once(configs, tensors, tmp_path):
     """As in files that are to be read by any program."""
     blocks = {"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": ORIGINAL}

@@ -166,6 +166,29 @@ def test_without_alpha_the_scale_is_one(folder, plain, tmp_path):
     np.testing.assert_allclose(params_of(folder, (file, 1.0))[path], plain[path] + added, atol=1e-6)
 
 
+def test_names_of_the_wild(folder, plain, tmp_path):
+    """LyCORIS' own prefix; an alpha that is a whole number, or alone."""
+    parts = loha(LINEAR) | {"alpha": np.array(2, np.int64)}
+    layers = {LINEAR.replace("lora_unet", "lycoris"): parts, CONV: {"alpha": np.array(1.0, np.float32)}}
+    file = written(tmp_path / "file.safetensors", layers, alpha=None)
+    path = (*PATHS[LINEAR], "kernel")
+    added = expected(loha(LINEAR), LINEAR).T * 2 / ALPHA
+    np.testing.assert_allclose(params_of(folder, (file, 1.0))[path], plain[path] + added, atol=1e-6)
+
+
+def test_thin_parts_of_a_convolution_that_are_one_too(folder, plain, tmp_path):
+    """w2_b as LyCORIS may shape it: (rank, I, K, K)."""
+    flat = lokr(CONV, 1)
+    shaped = flat | {"lokr_w2_b": flat["lokr_w2_b"].reshape(RANK, 8, 3, 3)}
+    found = [
+        params_of(folder, (written(tmp_path / f"{i}.safetensors", {CONV: parts}), 1.0))
+        for i, parts in enumerate((flat, shaped))
+    ]
+    path = (*PATHS[CONV], "kernel")
+    np.testing.assert_array_equal(found[0][path], found[1][path])
+    assert (found[0][path] != plain[path]).any()
+
+
 def test_several_files_one_after_another(folder, plain, tmp_path):
     """A LoHa, a plain LoRA and a LoKr of the same layer add up."""
     files = [
@@ -210,7 +233,34 @@ def without(parts, name):
 @pytest.mark.parametrize(
     ("layers", "fault"),
     [
-        ({LINEAR: loha(LINEAR) | {"dora_scale": drawn(16, 1)}}, r"unknown keys: \(1\) .*to_q\.dora_scale$"),
+        (
+            {LINEAR: loha(LINEAR) | {"dora_scale": drawn(16, 1)}},
+            r"DoRA and whole differences, which are not read: \(1\) .*to_q\.dora_scale$",
+        ),
+        (
+            {LINEAR: loha(LINEAR), CONV: {"diff": drawn(16, 16, 3, 3)}},
+            "DoRA and whole differences, which are not",
+        ),
+        ({LINEAR: loha(LINEAR) | {"scalar": drawn(1)}}, r"unknown keys: \(1\) .*to_q\.scalar$"),
+        ({LINEAR: loha(LINEAR) | locon(LINEAR)}, "wrong shape, or parts that are missing"),  # of two kinds
+        ({LINEAR: loha(LINEAR) | {"hada_w1_a": drawn(8, RANK)}}, "wrong shape, or parts that are missing"),
+        ({LINEAR: lokr(LINEAR, 1, 2) | {"lokr_w1": np.zeros((0, 2), np.float32)}}, "wrong shape, or parts"),
+        (
+            {
+                LINEAR: {
+                    f"hada_w{i}_{side}": np.zeros((16, 0) if side == "a" else (0, 16), np.float32)
+                    for i in (1, 2)
+                    for side in "ab"
+                }
+            },
+            "wrong shape, or parts that are missing",
+        ),
+        # as many numbers in another shape
+        (
+            {WORDS: loha(WORDS), LINEAR: {"lora_up.weight": drawn(8, 3), "lora_down.weight": drawn(3, 32)}},
+            "wrong shape",
+        ),
+        ({WORDS: loha(WORDS), WORDS.replace("lora_te_", "lora_te1_"): loha(WORDS)}, r"given twice: \(5\) "),
         ({"lora_unet_none": loha(LINEAR)}, r"layers that the model does not have: \(5\) "),
         ({LINEAR: loha(WORDS)}, r"wrong shape, or parts that are missing: \(1\) unet\..*to_q$"),
         ({LINEAR: without(loha(LINEAR), "hada_w2_b")}, "wrong shape, or parts that are missing"),
