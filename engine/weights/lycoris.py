@@ -26,7 +26,7 @@ from engine.types import UserError
 from engine.weights import lora_files, names
 from engine.weights.component import Change, listed
 from engine.weights.lora import Layer, layers_of, merging
-from engine.weights.safetensors_io import DTYPES, NUMBERS, read_header, read_tensor
+from engine.weights.safetensors_io import DTYPES, NUMBERS, Tensor, read_header, read_tensor
 
 Parts = dict[str, np.ndarray]  # what a file has of a layer, by the ends of its keys, in PyTorch's layout
 Kernel = Float[np.ndarray, "O I *K"]
@@ -40,14 +40,6 @@ KNOWN = (*OWN, UP, DOWN, ALPHA)
 SIDES = (("w", "_a"), ("w", "_b"), ("t", ""))  # of a product: hada_w1_a, hada_w1_b, hada_t1
 UNSUPPORTED = ("dora_scale", "diff")
 PREFIX = r"^lycoris_(?=(down|mid|up)_block|conv_|time_|add_)"  # of LyCORIS' own wrapper, for the U-Net
-FAULTS = (
-    "DoRA and whole differences, which are not read",
-    "unknown keys",
-    "layers that the model does not have",
-    "given twice",
-    "wrong type",
-    "wrong shape, or parts that are missing",
-)
 
 
 def read_all(loras: Sequence[tuple[str | Path, float]], configs: Mapping[str, Any]) -> Change:
@@ -93,32 +85,36 @@ def read(path: str | Path, configs: Mapping[str, Any]) -> dict[str, Parts]:
     every = layers_of(configs)
     header, underscored = lora_files.once(read_header(path), every, configs)
     found: dict[str, Parts] = {}
-    faults: dict[str, list[str]] = {name: [] for name in FAULTS}
+    faults: dict[str, list[str]] = {}
     with open(path, "rb") as file:
         for key, tensor in header.items():
             layer, _, part = key.partition(".")
-            layer = underscored.get(re.sub(PREFIX, "lora_unet_", layer))
-            if part.startswith(UNSUPPORTED):
-                faults[FAULTS[0]].append(key)
-            elif part not in KNOWN:
-                faults[FAULTS[1]].append(key)
-            elif layer is None:
-                faults[FAULTS[2]].append(key)
-            elif part in found.get(layer, {}):
-                faults[FAULTS[3]].append(key)
-            elif tensor.code not in (NUMBERS if part == ALPHA else DTYPES):
-                faults[FAULTS[4]].append(f"{key} is {tensor.code}")
+            name = underscored.get(re.sub(PREFIX, "lora_unet_", layer))
+            if fault := _fault(name, part, tensor, found):
+                faults.setdefault(fault, []).append(key)
             else:
-                found.setdefault(layer, {})[part] = read_tensor(file, key, tensor).astype(np.float32)
-    found = {
-        layer: parts for layer, parts in found.items() if parts.keys() != {ALPHA}
-    }  # which changes nothing
-    if not any(faults.values()):
-        faults[FAULTS[5]] = [name for name, parts in found.items() if not _fits(parts, every[name])]
-    if any(faults.values()):
-        told = "; ".join(f"{fault}: {listed(keys, 5)}" for fault, keys in faults.items() if keys)
+                found.setdefault(name, {})[part] = read_tensor(file, key, tensor).astype(np.float32)
+    found = {name: parts for name, parts in found.items() if parts.keys() != {ALPHA}}  # which change nothing
+    if not faults and (misfits := [name for name, parts in found.items() if not _fits(parts, every[name])]):
+        faults["wrong shape, or parts that are missing"] = misfits
+    if faults:
+        told = "; ".join(f"{fault}: {listed(keys, 5)}" for fault, keys in faults.items())
         raise UserError(f"{path} does not fit this model: {told}")
     return found
+
+
+def _fault(name: str | None, part: str, tensor: Tensor, found: Mapping[str, Parts]) -> str:
+    """Why a part of the layer `name` cannot be taken in; "" where it can."""
+    if part.startswith(UNSUPPORTED):
+        return "DoRA and whole differences, which are not read"
+    if part not in KNOWN:
+        return "unknown keys"
+    if name is None:
+        return "layers that the model does not have"
+    if part in found.get(name, {}):
+        return "given twice"
+    known = NUMBERS if part == ALPHA else DTYPES
+    return "" if tensor.code in known else f"wrong type {tensor.code}"
 
 
 def _fits(parts: Parts, layer: Layer) -> bool:
