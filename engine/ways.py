@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from engine.conditions import steered_away
 from engine.diffusion import samplers, schedules
 from engine.diffusion.samplers import Sampler
 from engine.diffusion.scheduler_config import SchedulerConfig, for_sampler
@@ -32,13 +33,13 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
       UserError: the settings leave a model without a step, or are not for this one.
     """
     config, whole = grid_of(settings, programs.model)
-    sampler, guided = samplers.find(settings.sampler), settings.guidance_scale != 1.0
+    sampler = samplers.find(settings.sampler)
     sigmas = whole[settings.steps - settings.intervals :]
     way = Way(
         settings.sampler,
         sigmas,
         sampler.steps(settings.intervals),
-        guided and not programs.distilled,
+        steered_away(programs.model, settings.guidance_scale),
         initial_scale=schedules.initial_scale(config, whole),
         anew=settings.strength == 1,
         within=_within(settings, whole, programs.distilled),
@@ -64,7 +65,7 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
         settings.sampler,
         sigmas[own:],
         sampler.steps(settings.intervals - own),
-        guided and not refiner.distilled,
+        steered_away(refiner.model, settings.guidance_scale),
         from_noise=False,
         within=_within(settings, whole, refiner.distilled),
         merge=_merge(settings),

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import traverse_util
 from jax.typing import DTypeLike
 
 from engine.conditions import Told
@@ -15,8 +15,7 @@ from engine.controls import ControlNet
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.enlarging import Enlarging
 from engine.loading import DTYPES, SHIPPED, SHIPPED_NAME
-from engine.models.layers import outline
-from engine.models.upscalers import RRDBConfig, module_of
+from engine.models.upscalers import RRDBConfig
 from engine.parallel import Devices
 from engine.programs import Programs
 from engine.requests import Context
@@ -24,13 +23,12 @@ from engine.train import loop, objectives, optim
 from engine.train.dry_run import placed
 from engine.types import UserError
 from engine.way import Kind
-from engine.weights import quantized
+from engine.weights import quantized, upscaler
 from engine.weights.component import Component, abstract
 from engine.weights.controlnet import config_for
 from engine.weights.folder import TOKENIZERS, Model, load_folder
 from engine.weights.index import PARTS, numbers_beside
 from engine.weights.random_folder import ARCHITECTURES
-from engine.weights.upscaler import Upscaler
 
 SEGMENT = 4  # steps of a scan; compilers count its body once
 
@@ -152,9 +150,10 @@ def enlarging(model: Model, devices: Devices, side: int, batch: int) -> Program:
     They go one after another: compilers count one.
     """
     config, dtype = RRDBConfig(), jax.tree.leaves(model.unet.params)[0].dtype
-    graphdef, state = nnx.split(outline(lambda rngs: module_of(config)(config, rngs)), nnx.Param)
-    params = jax.tree.map(lambda leaf: shape(*leaf.shape, dtype=dtype), nnx.to_pure_dict(state))
-    made = Enlarging(Upscaler(config, graphdef, params), Programs(model, devices, "the benchmark"))
+    graphdef, found = upscaler.abstract(config)
+    flat = {path: shape(*leaf.shape, dtype=dtype) for path, leaf in found.items()}
+    params = traverse_util.unflatten_dict(flat)
+    made = Enlarging(upscaler.Upscaler(config, graphdef, params), Programs(model, devices, "the benchmark"))
     whole = batch * devices.count
     pictures = shape(whole, side, side, 3, dtype=jnp.uint8), shape(whole, dtype=jnp.bool)
     return Program(made.program, (placed(params, devices.shardings), split(pictures, devices)))

@@ -3,8 +3,8 @@
   RRDBNet          residual in residual dense blocks (Wang et al. 2018, "ESRGAN", section 3.1), as most of
                    what was trained since; for a factor below 4 the picture is folded first (Wang et al. 2021,
                    "Real-ESRGAN", section 3.2)
-  SRVGGNetCompact  a plain row of convolutions at the size of the picture, some thirty times less work
-                   (realesr-general, realesr-animevideo, "compact")
+  SRVGGNetCompact  a plain row of convolutions at the size of the picture, much less work (realesr-general,
+                   realesr-animevideo, "compact")
 
 Attributes are the keys of BasicSR's checkpoints. Pictures are in [0, 1], before and behind.
 """

@@ -188,11 +188,11 @@ def _all_parts(prompt: str, tokenizer: Tokenizer, reading: Reading) -> list[Part
     return found or [NOTHING]
 
 
-Tokens = Sequence[tuple[int, int]]
+Tokens = Sequence[tuple[int, int]]  # each its id, and where in the text it begins
 
 
 def _split(tokens: Tokens, text: str, room: int, long: bool) -> Iterator[Tokens]:
-    """Tokens (id, where its word begins) in parts of at most `room`."""
+    """Tokens in parts of at most `room`."""
     for section in _sections(tokens, text) if long else [tokens]:
         while section:
             end = len(section) if len(section) <= room else _end(section, text, room) if long else room

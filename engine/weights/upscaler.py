@@ -61,10 +61,15 @@ def look(path: str | Path) -> Found:
     """
     header = read_header(path := find(path))
     config = _config_of(header, path)
-    graphdef, state = nnx.split(outline(lambda rngs: module_of(config)(config, rngs)), nnx.Param)
-    shapes = MappingProxyType(traverse_util.flatten_dict(nnx.to_pure_dict(state)))
+    graphdef, shapes = abstract(config)
     sources = match(KIND, shapes, {path: header}, f"{path} does not hold {KNOWN}")
     return Found(config, graphdef, shapes, sources)
+
+
+def abstract(config: UpscalerConfig) -> tuple[nnx.GraphDef, Mapping[names.Path, Any]]:
+    """A network without weights: the module's graph, and the shape of each parameter."""
+    graphdef, state = nnx.split(outline(lambda rngs: module_of(config)(config, rngs)), nnx.Param)
+    return graphdef, MappingProxyType(traverse_util.flatten_dict(nnx.to_pure_dict(state)))
 
 
 def load_upscaler(found: Found, dtype: DTypeLike = np.float32, place: Place | None = None) -> Upscaler:
