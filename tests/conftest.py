@@ -24,10 +24,9 @@ gc.set_threshold(100_000, 50, 100)
 if not os.environ.get("FOGSCULPT_LONG"):
     quickly(os.environ)  # before JAX looks, and for the processes that tests start, too
 
-from jaxtyping import install_import_hook  # noqa: E402
+from tests.typed import check_annotations  # noqa: E402
 
-# PEP 484: where a float is asked for, an int will do.
-install_import_hook("engine", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+check_annotations("engine")
 
 
 @pytest.fixture(scope="module", autouse=True)
