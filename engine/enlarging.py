@@ -10,13 +10,13 @@ from jaxtyping import Bool, UInt8
 from engine.finish import to_uint8
 from engine.models.tiles import PARTS, decode_in_tiles
 from engine.programs import Programs
-from engine.weights.upscaler import Upscaler
+from engine.weights.network import Network
 
 
 class Enlarging:
     """The program of an upscaler, on the devices of some others and in the tiles of their decoder."""
 
-    def __init__(self, upscaler: Upscaler, beside: Programs):
+    def __init__(self, upscaler: Network, beside: Programs):
         self.scale = upscaler.config.scale
         self._upscaler, self._beside = upscaler, beside
         self.program = beside.devices.map(self._enlarged)

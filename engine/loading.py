@@ -18,13 +18,12 @@ from engine.parallel import Devices
 from engine.pipeline import Pipeline
 from engine.text.reading import Reading
 from engine.types import UserError
-from engine.weights import quantized
+from engine.weights import network, quantized
+from engine.weights import upscaler as upscalers
 from engine.weights.controlnet import kind_of, load_controlnet, look
 from engine.weights.decoder import with_decoder
 from engine.weights.folder import load_folder
 from engine.weights.refiner import load_refiner
-from engine.weights.upscaler import load_upscaler
-from engine.weights.upscaler import look as look_at_upscaler
 
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-128"
 SHIPPED_NAME = GenerateConfig.model  # what pictures say of the model in the package
@@ -84,7 +83,7 @@ def load(
         place = quantized.placing(place, quantize)
     for path, _ in controlnet:
         look(path)  # before gigabytes are read
-    enlarging = look_at_upscaler(upscaler) if upscaler else None
+    enlarging = upscalers.look(upscaler) if upscaler else None
     loaded = load_folder(folder, jnp.dtype(dtype), None, place, lora, embeddings, clip_skip)
     edits.made_for(loaded, str(folder))
     second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None
@@ -97,7 +96,7 @@ def load(
     if decoder:
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
-    larger = load_upscaler(enlarging, jnp.dtype(dtype), devices.place) if enlarging else None
+    larger = network.load(enlarging, jnp.dtype(dtype), devices.place) if enlarging else None
     check_tile(tile, loaded.vae.config.scale)
     reading = Reading(prompt_weights, long_prompts)
     name = SHIPPED_NAME if model is None else str(model)

@@ -26,7 +26,7 @@ from engine.text.reading import PLAIN, Reading, words
 from engine.types import UserError
 from engine.ways import check_heat, check_refiner_start, grid_of, ways_of
 from engine.weights.folder import Model
-from engine.weights.upscaler import Upscaler
+from engine.weights.network import Network
 
 MAX_SIDE = 16384
 BATCH_IMAGES = 16  # pictures a device draws at once, unless told: so that the first are soon there,
@@ -49,7 +49,7 @@ class Pipeline:
         refiner: Model | None = None,
         nets: Sequence[controls.ControlNet] = (),
         reading: Reading = PLAIN,
-        upscaler: Upscaler | None = None,
+        upscaler: Network | None = None,
     ):
         self.devices, self.name, self.dtype = devices, name, dtype
         self.folder = folder  # from which the model was loaded

@@ -20,9 +20,10 @@ from flax import traverse_util
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.models.controlnet import ControlNetConfig
 from engine.text.tokenizer import Tokenizer, train_tokenizer
-from engine.weights.component import KNOWN, Component, abstract, save_component
+from engine.weights.component import Component, abstract, save_component
 from engine.weights.folder import TOKENIZERS, Model, save_folder
 from engine.weights.index import PARTS
+from engine.weights.kinds import KNOWN
 
 CAPTIONS = ["a red fox at night", "a blue car on grass", "a cat above a dog at sunset", "two green trees"]
 MAX_TOKENS = 16

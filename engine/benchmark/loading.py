@@ -15,9 +15,10 @@ from engine.benchmark import timing
 from engine.benchmark.report import Row
 from engine.loading import SHIPPED
 from engine.parallel import Devices
-from engine.weights.component import KNOWN, READERS, find_weights, read_headers
+from engine.weights.component import READERS, find_weights, read_headers
 from engine.weights.folder import load_folder
 from engine.weights.index import read_index
+from engine.weights.kinds import KNOWN
 
 PIECE = 2**24  # bytes
 

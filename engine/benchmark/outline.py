@@ -23,7 +23,7 @@ from engine.train import loop, objectives, optim
 from engine.train.dry_run import placed
 from engine.types import UserError
 from engine.way import Kind
-from engine.weights import quantized, upscaler
+from engine.weights import network, quantized, upscaler
 from engine.weights.component import Component, abstract
 from engine.weights.controlnet import config_for
 from engine.weights.folder import TOKENIZERS, Model, load_folder
@@ -150,10 +150,10 @@ def enlarging(model: Model, devices: Devices, side: int, batch: int) -> Program:
     They go one after another: compilers count one.
     """
     config, dtype = RRDBConfig(), jax.tree.leaves(model.unet.params)[0].dtype
-    graphdef, found = upscaler.abstract(config)
+    graphdef, found = network.abstract(upscaler.building(config))
     flat = {path: shape(*leaf.shape, dtype=dtype) for path, leaf in found.items()}
     params = traverse_util.unflatten_dict(flat)
-    made = Enlarging(upscaler.Upscaler(config, graphdef, params), Programs(model, devices, "the benchmark"))
+    made = Enlarging(network.Network(config, graphdef, params), Programs(model, devices, "the benchmark"))
     whole = batch * devices.count
     pictures = shape(whole, side, side, 3, dtype=jnp.uint8), shape(whole, dtype=jnp.bool)
     return Program(made.program, (placed(params, devices.shardings), split(pictures, devices)))

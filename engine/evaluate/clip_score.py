@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from engine.evaluate.clip_pixels import PixelsConfig, prepare, read_pixels_config
 from engine.models.clip_vision import CLIPConfig
 from engine.parallel import Devices, pad
 from engine.programs import module
 from engine.text.reading import cut
 from engine.text.tokenizer import Tokenizer
 from engine.types import UserError
+from engine.weights.clip_pixels import PixelsConfig, prepare, read_pixels_config
 from engine.weights.component import load_component
 
 Picture = UInt8[np.ndarray, "_ _ 3"]

@@ -27,7 +27,7 @@ from engine.types import UserError
 
 FIXED = {"architectures": (None, ["CLIPModel"]), "model_type": ("clip",), **FIXED_OF_ENCODERS}
 VISION_FIXED = {
-    "architectures": (None, ["CLIPVisionModel"]),
+    "architectures": (None, ["CLIPVisionModel"], ["CLIPVisionModelWithProjection"]),
     "model_type": ("clip_vision_model",),
     "num_channels": (3,),
     **FIXED_OF_ENCODERS,
@@ -170,6 +170,23 @@ class CLIPModel(nnx.Module):
         """The logits: exp(logit_scale) cos, of each picture with each text."""
         scale = jnp.exp(self.logit_scale[...].astype(jnp.float32))
         return scale * self.image_features(pixels) @ self.text_features(ids).T
+
+
+class CLIPVisionModelWithProjection(nnx.Module):
+    """The image encoder alone, with the way into the space that it shares with the texts."""
+
+    def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.vision_model = CLIPVisionTransformer(config, rngs)
+        self.visual_projection = linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
+
+    def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B P"]:
+        """The vectors of pictures, of any length; the pixels as CLIPModel takes them."""
+        return self.visual_projection(self.vision_model(pixels).pooled)
+
+    def patches(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
+        """What is said of the class token and of each patch before the last layer."""
+        return self.vision_model(pixels).hidden_states[-2]
 
 
 def _unit(x: Float[Array, "B P"]) -> Float[Array, "B P"]:

@@ -26,9 +26,10 @@ from engine.train.stage_data import SEEDS, StageData, stage_data
 from engine.train.step import Loss, cast
 from engine.train.workdir import check_same_pictures, check_same_run, remember
 from engine.types import Params, UserError
-from engine.weights.component import KINDS, Component, abstract
+from engine.weights.component import Component, abstract
 from engine.weights.files import new_folder
 from engine.weights.folder import Model, load_trainable, save_folder
+from engine.weights.kinds import KINDS
 
 Fit = Callable[..., Params | None]  # see loop.fit
 Parts = dict[str, Component]  # "vae", "text_encoder", "unet"

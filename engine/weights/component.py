@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,12 @@ from flax import nnx, traverse_util
 from jax.typing import DTypeLike
 
 from engine.config import to_json
-from engine.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from engine.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
-from engine.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from engine.models.clip_vision import CLIPConfig, CLIPModel
-from engine.models.controlnet import ControlNetConfig, ControlNetModel
 from engine.models.layers import outline
-from engine.models.unet import UNet2DConditionModel, UNetConfig
 from engine.types import Params, UserError
 from engine.weights import names
 from engine.weights.arrays import Scratch, cast
 from engine.weights.files import PICKLES, new_folder, read_json, write_json
+from engine.weights.kinds import KNOWN
 from engine.weights.safetensors_io import (
     DTYPES,
     Tensor,
@@ -44,64 +39,12 @@ from engine.weights.safetensors_io import (
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
 READERS = 8  # threads at most, each with a tensor of its own
-DIFFUSERS_VERSION = "0.35.0"  # whose layout is written
 
 # ("unet.down_blocks.0.resnets.0.conv1.kernel", array) -> the same on a device or on many
 Place = Callable[[str, np.ndarray], Any]
 Change = Callable[[str, np.ndarray], np.ndarray]  # the same, on the host: an array to take its place
 # file -> path of a parameter -> the key under which the file has it, and where
 Sources = dict[Path, dict[names.Path, tuple[str, Tensor]]]
-
-
-class Kind(NamedTuple):
-    """What stands in a component's folder: who wrote it, its class and config, the name of its weights."""
-
-    library: str
-    class_name: str
-    config: type
-    module: type[nnx.Module]
-    stem: str
-    others: tuple["Kind", ...] = ()  # classes that may stand there in its place
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Of all classes that may stand there, the usual one first."""
-        return self.class_name, *(other.class_name for other in self.others)
-
-    def named(self, class_name: str) -> "Kind":
-        """The class of that name, one of `class_names`."""
-        return next(kind for kind in (self, *self.others) if kind.class_name == class_name)
-
-    def of(self, config: Any) -> "Kind":
-        """The class whose config this is."""
-        return next(kind for kind in (self, *self.others) if isinstance(config, kind.config))
-
-    def notes(self) -> dict[str, Any]:
-        """What config.json says of its class, as the library that reads it expects."""
-        if self.library == "diffusers":
-            return {"_class_name": self.class_name, "_diffusers_version": DIFFUSERS_VERSION}
-        return {"architectures": [self.class_name], "model_type": MODEL_TYPES[self.class_name]}
-
-
-MODEL_TYPES = {  # as transformers calls them
-    "CLIPTextModel": "clip_text_model",
-    "CLIPTextModelWithProjection": "clip_text_model",
-    "CLIPModel": "clip",
-}
-_DIFFUSERS_STEM = "diffusion_pytorch_model"
-_TINY = Kind("diffusers", "AutoencoderTiny", AutoencoderTinyConfig, AutoencoderTiny, _DIFFUSERS_STEM)
-KINDS = {
-    "unet": Kind("diffusers", "UNet2DConditionModel", UNetConfig, UNet2DConditionModel, _DIFFUSERS_STEM),
-    "vae": Kind("diffusers", "AutoencoderKL", AutoencoderConfig, AutoencoderKL, _DIFFUSERS_STEM, (_TINY,)),
-    "text_encoder": Kind("transformers", "CLIPTextModel", CLIPTextConfig, CLIPTextModel, "model"),
-}
-_PROJECTED = "CLIPTextModelWithProjection"
-# Beside the parts of any folder that draws: that of SDXL, and what is a folder by itself.
-KNOWN = KINDS | {
-    "text_encoder_2": Kind("transformers", _PROJECTED, CLIPTextConfig, CLIPTextModelWithProjection, "model"),
-    "clip": Kind("transformers", "CLIPModel", CLIPConfig, CLIPModel, "model"),
-    "controlnet": Kind("diffusers", "ControlNetModel", ControlNetConfig, ControlNetModel, _DIFFUSERS_STEM),
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from engine.config import nearest
 from engine.types import UserError
-from engine.weights.component import DIFFUSERS_VERSION, KINDS, KNOWN
 from engine.weights.files import PICKLES, read_json, write_json
+from engine.weights.kinds import DIFFUSERS_VERSION, KINDS, KNOWN
 
 FILE = "model_index.json"
 WORDS, INPAINTS, FOLLOWS = "words", "inpaints", "follows"  # what a U-Net's channels are made for

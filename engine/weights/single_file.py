@@ -22,10 +22,11 @@ from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.types import UserError
 from engine.weights import names
 from engine.weights.arrays import cast
-from engine.weights.component import KNOWN, abstract, listed, write_config, write_weights
+from engine.weights.component import abstract, listed, write_config, write_weights
 from engine.weights.files import new_folder
 from engine.weights.folder import TOKENIZERS, write_rest
 from engine.weights.index import FILE, FOLLOWS, INPAINTS, ZEROS, channels, check_no_pickle
+from engine.weights.kinds import KNOWN
 from engine.weights.original_configs import SECOND, Family, Header, built, family_of, told_by_shapes
 from engine.weights.original_names import (
     AS_IN_TRANSFORMERS,

@@ -23,10 +23,11 @@ from engine.models.unet_config import UNetConfig
 from engine.types import UserError
 from engine.weights import names
 from engine.weights.arrays import cast
-from engine.weights.component import KNOWN, abstract, find_weights, listed, match, read_config, read_headers
+from engine.weights.component import abstract, find_weights, listed, match, read_config, read_headers
 from engine.weights.files import new_file
 from engine.weights.folder import read_scheduler
 from engine.weights.index import ZEROS, read_index
+from engine.weights.kinds import KNOWN
 from engine.weights.original_configs import Family, family_with, told_by_shapes
 from engine.weights.original_names import Slot
 from engine.weights.safetensors_io import DTYPES, Tensor, as_dtype, read_tensor, write

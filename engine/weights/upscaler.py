@@ -8,18 +8,10 @@ with `params_ema.` or `params.`.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
 
-import numpy as np
-from flax import nnx, traverse_util
-from jax.typing import DTypeLike
-
-from engine.models.layers import outline
 from engine.models.upscalers import CompactConfig, RRDBConfig, UpscalerConfig, module_of
-from engine.types import Params, UserError
-from engine.weights import names
-from engine.weights.component import Place, Sources, match, read_params
+from engine.types import UserError
+from engine.weights import names, network
 from engine.weights.files import find_weights
 from engine.weights.safetensors_io import Tensor, read_header
 
@@ -31,29 +23,12 @@ LAYER = re.compile(r"body\.(\d+)\.weight")
 KNOWN = "an ESRGAN or Real-ESRGAN (RRDBNet), or a compact one (SRVGGNetCompact)"
 
 
-class Upscaler(NamedTuple):
-    """`nnx.merge(graphdef, nnx.State(params))` is the module."""
-
-    config: UpscalerConfig
-    graphdef: nnx.GraphDef
-    params: Params
-
-
-class Found(NamedTuple):
-    """A network in a file, of which nothing but the header was read."""
-
-    config: UpscalerConfig
-    graphdef: nnx.GraphDef
-    shapes: Mapping[names.Path, Any]
-    sources: Sources
-
-
 def find(path: str | Path) -> Path:
     """The file at `path`; UserError where there is none, or one that is never opened."""
     return find_weights(path, "upscaler", KNOWN, "d.get('params_ema', d.get('params', d))")
 
 
-def look(path: str | Path) -> Found:
+def look(path: str | Path) -> network.Found:
     """The network that a file holds.
 
     Raises:
@@ -61,21 +36,12 @@ def look(path: str | Path) -> Found:
     """
     header = read_header(path := find(path))
     config = _config_of(header, path)
-    graphdef, shapes = abstract(config)
-    sources = match(KIND, shapes, {path: header}, f"{path} does not hold {KNOWN}")
-    return Found(config, graphdef, shapes, sources)
+    return network.found(KIND, path, header, config, building(config), f"{path} does not hold {KNOWN}")
 
 
-def abstract(config: UpscalerConfig) -> tuple[nnx.GraphDef, Mapping[names.Path, Any]]:
-    """A network without weights: the module's graph, and the shape of each parameter."""
-    graphdef, state = nnx.split(outline(lambda rngs: module_of(config)(config, rngs)), nnx.Param)
-    return graphdef, MappingProxyType(traverse_util.flatten_dict(nnx.to_pure_dict(state)))
-
-
-def load_upscaler(found: Found, dtype: DTypeLike = np.float32, place: Place | None = None) -> Upscaler:
-    """Reads a network; `dtype` and `place` as in `load_component`, the names begin with "upscaler."."""
-    params = read_params(KIND, found.shapes, found.sources, np.dtype(dtype), place)
-    return Upscaler(found.config, found.graphdef, params)
+def building(config: UpscalerConfig) -> network.Build:
+    """What makes the module."""
+    return lambda rngs: module_of(config)(config, rngs)
 
 
 def _config_of(header: Mapping[str, Tensor], path: Path) -> UpscalerConfig:

@@ -29,7 +29,8 @@ from engine.train import checkpoint, loop, optim, stages, step
 from engine.train.objectives import autoencoder_loss
 from engine.train.samples import Samples
 from engine.types import UserError
-from engine.weights.upscaler import load_upscaler, look
+from engine.weights.network import load
+from engine.weights.upscaler import look
 from tests.compiled import COMPILED
 from tests.tiny import REFINER, SHALLOW, XL, shallow, tiny_controlnet, tiny_folder, tiny_model, tiny_tokenizer
 from tests.train.tiny_run import get_config
@@ -287,7 +288,7 @@ def test_pictures_are_enlarged_where_they_were_drawn(folder, pipelines, tmp_path
 
     def enlarged(pipeline) -> tuple[np.ndarray, Watched]:
         devices = pipeline.devices
-        enlarging = Enlarging(load_upscaler(look(net), place=devices.place), pipeline.programs)
+        enlarging = Enlarging(load(look(net), place=devices.place), pipeline.programs)
         batch = devices.shard_batch((images, np.ones(len(images), bool)))
         return np.asarray(enlarging(*batch)[0]), devices
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from engine.evaluate.clip_pixels import PixelsConfig, prepare, read_pixels_config
 from engine.types import UserError
+from engine.weights.clip_pixels import PixelsConfig, prepare, read_pixels_config
 
 try:  # transformers 5 has two, of which the other one works with torchvision
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Original

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from engine.models.upscalers import CompactConfig, ResidualDenseBlock, RRDBConfig
 from engine.types import UserError
-from engine.weights.upscaler import load_upscaler, look
+from engine.weights.network import load
+from engine.weights.upscaler import look
 from tests.parity.common import nchw
 from tests.upscalers import Compact, RRDBNet, randomised
 
@@ -57,7 +58,7 @@ def prefixed(state: dict, *_) -> dict:
 
 
 def enlarged(file, x: np.ndarray) -> np.ndarray:
-    found = load_upscaler(look(file))
+    found = load(look(file))
     net = jax.jit(lambda params, x: nnx.merge(found.graphdef, nnx.State(params))(x))
     return np.asarray(net(found.params, x))
 

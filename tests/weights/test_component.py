@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from engine.types import UserError
 from engine.weights import names
-from engine.weights.component import KINDS, load_component, save_component
+from engine.weights.component import load_component, save_component
+from engine.weights.kinds import KINDS
 
 DTYPES = [np.float32, np.float16, jnp.bfloat16]
 FILES = {kind: f"{spec.stem}.safetensors" for kind, spec in KINDS.items()}

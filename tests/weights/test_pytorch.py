@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from engine.weights import names
-from engine.weights.component import KINDS, abstract, load_component
+from engine.weights.component import abstract, load_component
 from engine.weights.folder import load_folder, save_folder
+from engine.weights.kinds import KINDS
 from engine.weights.random_folder import ARCHITECTURES
 
 PARTS = tuple(KINDS)
