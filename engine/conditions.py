@@ -35,6 +35,7 @@ class Told(NamedTuple):
     numbers: Float[Array, "B N"] | None = None  # of SDXL, see above
     read: Read | None = None  # what the U-Net's layers make of the words; None: they have yet to read them
     nets: tuple[Read, ...] = ()  # what those of the ControlNets make of them, if there are any
+    tokens: tuple[Float[Array, "B T D"], ...] = ()  # of pictures, of each IP-Adapter; until they are read
 
 
 def params_of(model: Model) -> dict[str, Params]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from engine.config import check_control_count
+from engine.config import check_count
 from engine.models.controlnet import Control, ControlNetModel, State
 from engine.models.merging import merging
 from engine.models.watching import unwatched
@@ -34,7 +34,7 @@ def checked(given: Sequence[Given], count: int, settings: Settings) -> None:
     """UserError where there are not as many pictures as ControlNets, or one is of another size."""
     shape = settings.height, settings.width, 3
     for each in given:
-        check_control_count(len(each.control), count)
+        check_count("controlnet", len(each.control), count)
         for picture in each.control:
             if picture.shape != shape:
                 raise UserError(f"a control picture of shape {picture.shape}: it must be {shape}")

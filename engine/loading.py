@@ -18,6 +18,7 @@ from engine.parallel import Devices
 from engine.pipeline import Pipeline
 from engine.text.reading import Reading
 from engine.types import UserError
+from engine.weights import ip_adapter as ip_adapters
 from engine.weights import network, quantized
 from engine.weights import upscaler as upscalers
 from engine.weights.controlnet import kind_of, load_controlnet, look
@@ -45,6 +46,8 @@ def load(
     prompt_weights: bool = False,
     long_prompts: bool = False,
     upscaler: str | os.PathLike | None = None,
+    ip_adapter: Sequence[tuple[str | os.PathLike, float]] = (),
+    image_encoder: str | os.PathLike | None = None,
 ) -> Pipeline:
     """Loads a model onto the devices.
 
@@ -68,6 +71,10 @@ def load(
       prompt_weights: brackets in prompts are marks, and say how much words count (engine.text.reading).
       long_prompts: prompts longer than the text encoders read are read in parts (likewise), not cut.
       upscaler: the file of a network that enlarges every picture when it is drawn (engine.models.upscalers).
+      ip_adapter: files of IP-Adapters, plain, plus or full, each with a scale of what it adds: each reads a
+        picture beside the words (engine.models.ip_adapter). The refiner has none.
+      image_encoder: the folder of CLIP's image encoder, by which they read. None: image_encoder/ beside the
+        file, or where else the originals have it.
 
     Raises:
       UserError: the folder or an argument is wrong; the message says what to write instead.
@@ -84,6 +91,14 @@ def load(
     for path, _ in controlnet:
         look(path)  # before gigabytes are read
     enlarging = upscalers.look(upscaler) if upscaler else None
+    readers = [
+        (
+            found := ip_adapters.look(path),
+            ip_adapters.find_encoder(found, image_encoder, folder),
+            float(scale),
+        )
+        for path, scale in ip_adapter
+    ]
     loaded = load_folder(folder, jnp.dtype(dtype), None, place, lora, embeddings, clip_skip)
     edits.made_for(loaded, str(folder))
     second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None
@@ -93,6 +108,7 @@ def load(
         )
         for path, scale in controlnet
     ]
+    prompted = [ip_adapters.load_adapter(loaded, *each, jnp.dtype(dtype), devices.place) for each in readers]
     if decoder:
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
@@ -100,7 +116,7 @@ def load(
     check_tile(tile, loaded.vae.config.scale)
     reading = Reading(prompt_weights, long_prompts)
     name = SHIPPED_NAME if model is None else str(model)
-    return Pipeline(loaded, devices, name, dtype, folder, tile, second, nets, reading, larger)
+    return Pipeline(loaded, devices, name, dtype, folder, tile, second, nets, reading, larger, prompted)
 
 
 def use_compilation_cache() -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from engine import controls, edits
+from engine import adapters, controls, edits
 from engine.config import GenerateConfig
 from engine.diffusion import noise, samplers, schedules
 from engine.diffusion.scheduler_config import sampler_name
@@ -26,6 +26,7 @@ from engine.text.reading import PLAIN, Reading, words
 from engine.types import UserError
 from engine.ways import check_heat, check_refiner_start, grid_of, ways_of
 from engine.weights.folder import Model
+from engine.weights.ip_adapter import Adapter
 from engine.weights.network import Network
 
 MAX_SIDE = 16384
@@ -50,10 +51,11 @@ class Pipeline:
         nets: Sequence[controls.ControlNet] = (),
         reading: Reading = PLAIN,
         upscaler: Network | None = None,
+        prompted: Sequence[Adapter] = (),
     ):
         self.devices, self.name, self.dtype = devices, name, dtype
         self.folder = folder  # from which the model was loaded
-        self.programs = Programs(model, devices, name, tile, nets, reading)
+        self.programs = Programs(model, devices, name, tile, nets, reading, prompted)
         self.refiner = Programs(refiner, devices, "the refiner", tile, (), reading) if refiner else None
         self.enlarging = Enlarging(upscaler, self.programs) if upscaler else None
         self.made_for = self.programs.made_for
@@ -66,7 +68,7 @@ class Pipeline:
     @property
     def reading(self) -> Reading:
         """How prompts are read."""
-        return self.programs.reading
+        return self.programs.texts.reading
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -112,7 +114,8 @@ class Pipeline:
           latents: start noise of unit variance, in place of the seed's.
           batch_size: pictures a device draws at once; None: all of them.
           given: pictures beside the words, one `engine.requests.Given` for each prompt: to change, all with a
-            mask or all without (`engine.edits`); for ControlNets to see (`engine.controls`).
+            mask or all without (`engine.edits`); for ControlNets to see (`engine.controls`); as prompts for
+            IP-Adapters (`engine.adapters`).
           strength: 0 to 1, how much of a given picture is forgotten; None: 0.8, and 1 with a mask.
           image_guidance_scale: how strictly a model that changes pictures as it is told keeps to the given
             one, where guidance_scale is not 1.
@@ -237,14 +240,14 @@ class Pipeline:
         if not self.reading.long:
             return ()
         asked = prompt, negative_prompt, guidance_scale
-        return tuple(programs.length(*asked) for programs in (self.programs, self.refiner) if programs)
+        return tuple(programs.texts.length(*asked) for programs in (self.programs, self.refiner) if programs)
 
     def encode(self, prompts: Sequence[str], batch_size: int) -> dict[str, Context]:
         """The context of each distinct prompt, computed in batches of one size."""
         distinct = list(dict.fromkeys(prompts))
-        found = self.programs.encode(distinct, batch_size * self.devices.count)
+        found = self.programs.texts.encode(distinct, batch_size * self.devices.count)
         if self.refiner:
-            own = self.refiner.encode(distinct, batch_size * self.devices.count)
+            own = self.refiner.texts.encode(distinct, batch_size * self.devices.count)
             found = {prompt: context._replace(refiner=own[prompt]) for prompt, context in found.items()}
         return found
 
@@ -319,9 +322,10 @@ class Pipeline:
         return settings
 
     def check_given(self, given: Sequence[Given], settings: Settings) -> None:
-        """UserError where pictures beside the words are not what the model, or its ControlNets, need."""
+        """UserError where pictures beside the words are not what the model and what is beside it need."""
         edits.checked(given, self.made_for, settings)
         controls.checked(given, len(self.programs.nets), settings)
+        adapters.checked(given, len(self.programs.adapters))
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         """The words of a prompt, and which tokens each has; see engine.text.reading."""
@@ -352,8 +356,10 @@ class Pipeline:
         requests = [*requests, *[requests[-1]] * (size - len(requests))]
         keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
         beside = [r.given for r in requests]
-        given, shown = self.devices.shard_batch((edits.pixels(beside), controls.pixels(beside)))
-        batched = self.programs.batched(requests, contexts, settings, keys, given, shown)
+        prompts = adapters.pixels(beside, self.programs.adapters)
+        pixels = edits.pixels(beside), controls.pixels(beside), prompts
+        given, shown, prompts = self.devices.shard_batch(pixels)
+        batched = self.programs.batched(requests, contexts, settings, keys, given, shown, prompts)
         if latents is None:
             start = self.programs.noise(batched, self._latent_shape(settings))
         else:

@@ -1,11 +1,11 @@
 """The compiled programs of a model, each mapped over all devices.
 
-  text     ids -> what the text encoders say, once for each distinct prompt
+  text     ids -> what the text encoders say, once for each distinct prompt (`engine.texts`)
   sampler  noise -> latents, a scan over the steps, run in segments so that one can see how far it is
   decoder  latents -> uint8 pictures
 
 and, where there are pictures to change, one that makes latents of them and one that pastes (`engine.edits`);
-where there are ControlNets, one that looks at their pictures (`engine.controls`).
+where there are ControlNets or IP-Adapters, one that looks at their pictures (`engine.controls`, `.adapters`).
 Params, contexts, keys, guidance scale and sigmas are arguments: another prompt, seed or scale compiles
 nothing. Sizes, the number of steps and what `Kind` says are static.
 """
@@ -19,12 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float
 
-from engine import conditions, controls, edits
+from engine import adapters, conditions, controls, edits
 from engine.diffusion import caching, guidance, noise, samplers, schedules
-from engine.diffusion.parameterization import at_least_float32, denoiser
+from engine.diffusion.parameterization import denoiser
 from engine.diffusion.scheduler_config import for_sampler
 from engine.diffusion.segments import segment_length
 from engine.diffusion.steps import InitStep
@@ -34,21 +33,17 @@ from engine.models.kernels import kernels
 from engine.models.merging import merging
 from engine.models.tiles import decode_in_tiles
 from engine.models.watching import watching
-from engine.parallel import Devices, pad
+from engine.parallel import Devices
+from engine.parts import computed, module
 from engine.requests import Context, Request, Settings
 from engine.text.reading import PLAIN, Reading
+from engine.texts import Texts
 from engine.types import Latents, Sigma
 from engine.way import Kind, Way, watched
-from engine.weights import quantized
-from engine.weights.component import Component
 from engine.weights.folder import Model
+from engine.weights.ip_adapter import Adapter, layers_of
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-def module(part: Component, params: Any) -> nnx.Module:
-    """The module of a part of the model around (traced) params."""
-    return nnx.merge(part.graphdef, nnx.State(quantized.wide(params)))
 
 
 class Programs:
@@ -62,50 +57,25 @@ class Programs:
         tile: int = 0,
         nets: Sequence[controls.ControlNet] = (),
         reading: Reading = PLAIN,
+        prompted: Sequence[Adapter] = (),
     ):
         """tile: side in pixels, of the parts in which the decoder makes larger pictures; 0: none."""
         self.model, self.devices, self.tile, self.nets = model, devices, tile, tuple(nets)
-        self.reading = reading  # of prompts
+        self.texts = Texts(model, devices, reading)
+        self.adapters = tuple(prompted)
         self.distilled = model.unet.config.time_cond_proj_dim is not None  # it knows what guidance does
         self.made_for = edits.made_for(model, name)
-        self.text_program = devices.map(self._encode)
         self.decoder_program = devices.map(self._decode)
         self.look_program = devices.map(self._looked_at)
         self.show_program = devices.map(self._shown)
+        self.prompt_program = devices.map(self._prompted)
         self.paste_program = devices.map(lambda _, batched: edits.pasted(*batched))
         self.begin_program = functools.cache(self._build_begin)
         self.segment_program = functools.cache(self._build_segment)
         self.steering_program = functools.cache(self._build_steering)
         self._noise = functools.cache(self._build_noise)
-        self._count = functools.lru_cache(1024)(
-            lambda prompt: len(conditions.parts_of(self.model, prompt, self.reading))
-        )
 
     # ---- run
-
-    def encode(self, prompts: Sequence[str], size: int) -> dict[str, Context]:
-        """What the text encoders say of each of some prompts; what they read goes in batches of `size`."""
-        read = {prompt: conditions.parts_of(self.model, prompt, self.reading) for prompt in prompts}
-        parts = [part for each in read.values() for part in each]
-        parts += [conditions.empty(part) for part in parts if conditions.has_weights(part)]
-        contexts = self._said(list(dict.fromkeys(map(conditions.key_of, parts))), size)
-        return {prompt: conditions.joined(self.model, each, contexts) for prompt, each in read.items()}
-
-    def length(self, prompt: str, negative_prompt: str, guidance_scale: float) -> int:
-        """In how many parts the two are read, the longer one if both are."""
-        away = conditions.steered_away(self.model, guidance_scale)
-        return max(map(self._count, (prompt, negative_prompt) if away else (prompt,)))
-
-    def _said(self, keys: Sequence[conditions.Key], size: int) -> dict[conditions.Key, Context]:
-        """What the text encoders say of each of some different parts of prompts."""
-        ids, params = conditions.filled(self.model, keys), conditions.params_of(self.model)
-        found = {}
-        for first in range(0, len(keys), size):
-            rows = {kind: pad(each[first : first + size], size) for kind, each in ids.items()}
-            batch = self.devices.fetch(self.text_program(params, self.devices.shard_batch(rows)))
-            for i, key in enumerate(keys[first : first + size]):
-                found[key] = jax.tree.map(lambda array, i=i: array[i], batch)
-        return found
 
     def batched(
         self,
@@ -115,14 +85,16 @@ class Programs:
         keys: noise.Keys,
         given: Mapping[str, Any],
         shown: Sequence[Any] = (),
+        prompts: Sequence[Any] = (),
     ) -> dict[str, Any]:
         """What differs from picture to picture, spread over the devices.
 
         Args:
           given: pictures to change, by `edits.pixels`.
           shown: pictures for the ControlNets to see, by `controls.pixels`.
+          prompts: pictures for the IP-Adapters to read, by `adapters.pixels`.
         """
-        cond, uncond = conditions.told(self.model, requests, contexts, settings, self.reading)
+        cond, uncond = conditions.told(self.model, requests, contexts, settings, self.texts.reading)
         arrays = {
             "cond": cond,
             "uncond": uncond,
@@ -135,6 +107,10 @@ class Programs:
             found |= self.look_program(self.model.vae.params, given)
         if self.nets:
             found["shown"] = self.show_program(self._net_params, shown)
+        if self.adapters:
+            params = tuple((each.net.params, each.encoder.params) for each in self.adapters)
+            for side, tokens in self.prompt_program(params, prompts).items():
+                found[side] = found[side]._replace(tokens=tokens)
         return found
 
     def noise(self, batched: Mapping[str, Any], shape: tuple[int, ...]) -> jax.Array:
@@ -198,6 +174,9 @@ class Programs:
         if self.nets:
             small = small | {"net_scales": jnp.float32([net.scale for net in self.nets])}
             found["nets"] = self._net_params
+        if self.adapters:
+            small = small | {"adapter_scales": jnp.float32([each.scale for each in self.adapters])}
+            found["adapters"] = tuple(each.net.params for each in self.adapters)
         if way.control_within is not None:
             small = small | {"nets_within": jnp.float32(way.control_within)}
         return self.devices.share(small) | found
@@ -215,12 +194,8 @@ class Programs:
 
     # ---- the programs; (shared, batched) -> batched
 
-    def _encode(self, params: Any, ids: Any) -> Context:
-        params = self.devices.whole(self.computed(params))
-        return conditions.encoded(self.model.graphdefs, params, ids, self.model.clip_skip)
-
     def _decode(self, params: Any, latents: Any) -> Any:
-        params = self.devices.whole(self.computed(params))
+        params = self.devices.whole(self._in_type(params))
         config, decode = self.model.vae.config, module(self.model.vae, params).decode
         scaled = latents / config.scaling_factor
         with self._kernels():
@@ -231,12 +206,21 @@ class Programs:
 
     def _looked_at(self, params: Any, given: Any) -> Any:
         with self._kernels():
-            vae = module(self.model.vae, self.devices.whole(self.computed(params)))
+            vae = module(self.model.vae, self.devices.whole(self._in_type(params)))
             return edits.looked_at(vae, given, self.made_for)
 
     def _shown(self, params: Any, pictures: Any) -> Any:
-        nets = self._net_modules(map(self.computed, params))
+        nets = self._net_modules(map(self._in_type, params))
         return tuple(net.look(each / jnp.float32(255)) for net, each in zip(nets, pictures, strict=True))
+
+    def _prompted(self, params: Any, pictures: Any) -> Any:
+        seen = []
+        for adapter, own, batch in zip(self.adapters, params, pictures, strict=True):
+            whole = map(self._in_type, self.devices.whole(own))
+            net, encoder = map(module, (adapter.net, adapter.encoder), whole)
+            with self._kernels():
+                seen.append(adapters.seen(net, encoder, batch))
+        return {"cond": tuple(s.cond for s in seen), "uncond": tuple(s.uncond for s in seen)}
 
     def _net_modules(self, params: Iterable[Any], after: Any = None) -> list[Any]:
         return [
@@ -244,15 +228,12 @@ class Programs:
             for net, own in zip(self.nets, params, strict=True)
         ]
 
-    def computed(self, params: Any) -> Any:
-        """Params as the arithmetic takes them. CPUs have no fast convolution but in float32."""
-        if self.devices.platform != "cpu":
-            return params
-        return jax.tree.map(at_least_float32, quantized.wide(params))
+    def _in_type(self, params: Any) -> Any:
+        return computed(params, self.devices)
 
     def _computed(self, shared: Any) -> Any:
-        nets = tuple(map(self.computed, shared.get("nets", ())))
-        return shared | {"unet": self.computed(shared["unet"]), "nets": nets}
+        beside = {name: tuple(map(self._in_type, shared.get(name, ()))) for name in ("nets", "adapters")}
+        return shared | {"unet": self._in_type(shared["unet"])} | beside
 
     def _kernels(self) -> contextlib.AbstractContextManager:
         return kernels(self.devices.platform, self.devices.over_batch)
@@ -367,16 +348,30 @@ class Programs:
                 scales = shared["initial_scale"], shared["sigmas"][0], shared["anew"]
                 x = edits.started(x, batched, *scales)
             init, _ = self._sampler(kind, shared, batched)
-            unet = module(self.model.unet, self.devices.whole(self.computed(shared["unet"])))
-            nets = self._net_modules(map(self.computed, shared.get("nets", ())))
-            told = {side: batched[side] for side in (("cond", "uncond") if kind.guided else ("cond",))}
-            for side, each in told.items():
-                words = each.context.words
-                read = tuple(net.read(words) for net in nets)
-                told[side] = each._replace(read=unet.read(words), nets=read)
-            return init(x), told
+            return init(x), self._read(shared, batched, kind.guided)
 
         return self.devices.map(begin)
+
+    def _read(self, shared: Any, batched: Any, guided: bool) -> dict[str, conditions.Told]:
+        """What the networks make of words and pictures, for all steps."""
+        shared = self._computed(shared)
+        unet = module(self.model.unet, self.devices.whole(shared["unet"]))
+        nets = self._net_modules(shared["nets"])
+        parts = zip(self.adapters, self.devices.whole(shared["adapters"]), strict=True)
+        prompted = [module(each.net, own) for each, own in parts]
+        found = {}
+        for side in ("cond", "uncond") if guided else ("cond",):
+            told = batched[side]
+            words, read = told.context.words, unet.read(told.context.words)
+            if prompted:
+                read = adapters.joined(read, self._places, prompted, told.tokens, shared["adapter_scales"])
+            found[side] = told._replace(read=read, nets=tuple(net.read(words) for net in nets), tokens=())
+        return found
+
+    @functools.cached_property
+    def _places(self) -> list[str]:
+        """Of the layers to which IP-Adapters add something."""
+        return [place for place, _ in layers_of(self.model.unet.config)]
 
     def _build_segment(self, kind: Kind, steps: int, traced: bool) -> Callable:
         def segment(shared, batched):
@@ -390,6 +385,7 @@ class Programs:
     def _build_steering(self, kind: Kind) -> Callable:
         def steering(shared, batched):
             shared = self._computed(shared)
+            batched = batched | self._read(shared, batched, False)
 
             def seen(total, stage):
                 x, sigma = stage

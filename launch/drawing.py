@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 import engine
-from engine.config import GenerateConfig
+from engine.config import PICTURED, GenerateConfig
 from engine.jobs import pictures
 from engine.parallel import SPLIT, Devices
 from engine.pipeline import Pipeline
@@ -27,6 +27,9 @@ WHAT |= {
     "mask": "mask",
     "controlnet": "ControlNet",
     "control_image": "control picture",
+    "ip_adapter": "IP-Adapter",
+    "image_encoder": "image encoder",
+    "image_prompt": "image prompt",
 }
 
 
@@ -61,19 +64,23 @@ def make_config(given: dict[str, Any], like: str | None) -> GenerateConfig:
         )
     if given.get("controlnet") == "":  # without it, then
         options = {name: value for name, value in options.items() if not name.startswith("control_")}
+    if given.get("ip_adapter") == "":
+        options = {
+            name: value for name, value in options.items() if name not in ("image_prompt", "image_encoder")
+        }
     config = GenerateConfig(**options | given)
     if "model" not in given and not (is_shipped(config) or os.path.isdir(os.path.expanduser(config.model))):
         raise UserError(
             f"{like} was drawn by the model {config.model}, which is not here; write --model FOLDER"
         )
     files = {"lora": [file for file, _ in config.loras()], "embedding": config.embeddings()}
-    files |= {"controlnet": [folder for folder, _ in config.controlnets()]}
-    files |= {"control_image": config.control_images(config.control_image)}
+    for of, pictured in PICTURED.items():
+        files |= {of: [path for path, _ in config.networks(of)], pictured.picture: config.pictures_of(of)}
     files |= {name: [path] for name in WHAT if name not in files and (path := getattr(config, name))}
     for name, what in WHAT.items():
         for file in () if name in given else files.get(name, ()):
             if not os.path.exists(os.path.expanduser(file)):
-                kind = "FOLDER" if name in ("decoder", "refiner", "controlnet") else "FILE"
+                kind = "FOLDER" if name in ("decoder", "refiner", "controlnet", "image_encoder") else "FILE"
                 raise UserError(
                     f"{like} was drawn with the {what} {file}, which is not here; write --{name} {kind}"
                 )
@@ -95,7 +102,8 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
         files = config.loras(), config.embeddings(), config.decoder or None, config.tile
         options = config.refiner or None, config.quantize, config.clip_skip, config.controlnets()
         more = config.prompt_weights, config.long_prompts, config.upscaler or None
-        pipe = engine.load(model, config.dtype, parallel, *files, *options, *more)
+        readers = config.ip_adapters(), config.image_encoder or None
+        pipe = engine.load(model, config.dtype, parallel, *files, *options, *more, *readers)
     cli.stop_if_asked()
     return pipe
 

@@ -71,6 +71,22 @@ FLAGS: cli.Groups = {
         "control_start": ("S", "share of the steps before which it adds nothing; without it 0"),
         "control_end": ("S", "share of the steps behind which it adds nothing, and costs nothing"),
     },
+    "What an IP-Adapter reads (in a job: for the rows that have none of their own)": {
+        "ip_adapter": (
+            "FILE",
+            "an IP-Adapter of the model, plain, plus or full: a picture is a prompt beside the words.\n"
+            "FILE=SCALE multiplies what it adds; several with commas between them",
+        ),
+        "image_prompt": (
+            "FILE",
+            "that picture; its middle, a square, is read. With several IP-Adapters one for each, with\n"
+            "commas between them",
+        ),
+        "image_encoder": (
+            "FOLDER",
+            "CLIP's image encoder, by which it reads; without it image_encoder/ beside the file",
+        ),
+    },
     "How": {
         "model": ("FOLDER", "in the layout of PyTorch diffusers, or the one in the package"),
         "lora": (
@@ -191,8 +207,8 @@ FLAGS: cli.Groups = {
             ".txt (a prompt a line, those with # in front left out), .jsonl, .csv or .parquet\n"
             "(columns: prompt; and where a row has its own: id, negative_prompt, seed, index, steps,\n"
             "sampler, width, height, guidance_scale, image, mask, strength, image_guidance_scale,\n"
-            "control_image; all others are carried through), or - for standard input. Paths in it go\n"
-            "from its folder on, and do not lead out of it",
+            "control_image, image_prompt; all others are carried through), or - for standard input. Paths\n"
+            "in it go from its folder on, and do not lead out of it",
         ),
         "format": ("FORMAT", "of its shards: files, webdataset, arrayrecord or parquet"),
         "shard_size": ("N", "pictures of a shard; a shard is in memory until it is written"),

@@ -44,6 +44,9 @@ FLAGS: cli.Groups = {
         "controlnet": ("FOLDER[=SCALE]", "a ControlNet of the model; several with commas between them"),
         "control_image": ("FILE", "what it sees, for the rows that have none of their own"),
         "control_kind": ("KIND", "what of it: edges, grey, mosaic or none; without this what it has learned"),
+        "ip_adapter": ("FILE[=SCALE]", "an IP-Adapter of the model; several with commas between them"),
+        "image_prompt": ("FILE", "what it reads, for the rows that have none of their own"),
+        "image_encoder": ("FOLDER", "CLIP's image encoder, by which it reads"),
         "control_start": ("S", "share of the steps before which it adds nothing"),
         "control_end": ("S", "share of the steps behind which it adds nothing"),
         "grid": ("NAME", "how noise levels are spread"),
@@ -63,7 +66,7 @@ FLAGS: cli.Groups = {
 SHARED = ("model", "seed", "sampler", "steps", "guidance_scale", "batch_size")  # with the probe
 OWN = (
     *("negative_prompt", "lora", "embedding", "decoder", "refiner", "controlnet", "control_image"),
-    "control_kind",
+    *("control_kind", "ip_adapter", "image_prompt", "image_encoder"),
     *("upscaler", "prompt_weights", "long_prompts", "clip_skip", "height", "width"),
     *OF_THE_WAY,
     *("dtype", "parallel", "split_params", "quantize", "tile"),

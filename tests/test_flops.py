@@ -60,7 +60,7 @@ def test_remat_shows_its_second_forward_pass():
 
 def test_a_whole_unet_agrees_with_the_compiler():
     model = tiny_model()
-    from engine.programs import module
+    from engine.parts import module
 
     def apply(params, x, context):
         return module(model.unet, params)(x, jnp.ones(2), context)

@@ -14,8 +14,8 @@ from engine import loading, programs
 from engine.diffusion import noise, samplers
 from engine.diffusion.segments import segment_length
 from engine.finish import to_uint8
+from engine.parts import module
 from engine.pipeline import Pipeline
-from engine.programs import module
 from engine.types import UserError
 from tests.tiny import tiny_folder
 

@@ -141,7 +141,7 @@ def tiny_model(seed: int = 0, **overrides: Mapping[str, Any]) -> Model:
         for kind, own in overrides.items()
         if own is not None
     }
-    parts = dict.fromkeys(PARTS) | {kind: _component(kind, options[kind], seed) for kind in options}
+    parts = dict.fromkeys(PARTS) | {kind: component(kind, options[kind], seed) for kind in options}
     readers = {name: tokenizer if parts[kind] else None for kind, name in TOKENIZERS.items()}
     return Model(**parts, **readers, scheduler=scheduler, zeros=None not in parts.values())
 
@@ -158,19 +158,20 @@ def tiny_controlnet(path: str | os.PathLike, seed: int = 0, **unet: Any) -> path
     options = {name: value for name, value in {**UNET, **unet}.items() if name in known}
     options["mid_block_type"] = options.get("mid_block_type", "UNetMidBlock2DCrossAttn") or "UNetMidBlock2D"
     options |= {"in_channels": 4, "conditioning_embedding_out_channels": (4, 8)}
-    save_component(pathlib.Path(path), _component("controlnet", options, seed))
+    save_component(pathlib.Path(path), component("controlnet", options, seed))
     return pathlib.Path(path)
 
 
-def _component(kind: str, options: Mapping[str, Any], seed: int) -> Component:
+def component(kind: str, options: Mapping[str, Any], seed: int) -> Component:
+    """A part of a model with random weights."""
     spec = KNOWN[kind].named(options.get("_class_name", KNOWN[kind].class_name))
     config = spec.config.from_json(options, f"tiny {kind}")
     graphdef, shapes = abstract(kind, config)
-    flat = {path: jnp.asarray(_random(kind, path, leaf.shape, seed)) for path, leaf in shapes.items()}
+    flat = {path: jnp.asarray(random(kind, path, leaf.shape, seed)) for path, leaf in shapes.items()}
     return Component(kind, config, graphdef, traverse_util.unflatten_dict(flat))
 
 
-def _random(kind: str, path: tuple, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def random(kind: str, path: tuple, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Normal, such that activations keep their scale; each parameter from its own seed."""
     rng = np.random.default_rng([seed, zlib.crc32(".".join(map(str, (kind, *path))).encode())])
     values = rng.standard_normal(shape, np.float32)

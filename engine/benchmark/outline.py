@@ -137,7 +137,7 @@ def drawing(
     call = devices.map(lambda params, batched: made.bound(params, merge=merge)(*batched))
     step = made.segment_program(kind, SEGMENT, False)
     return {
-        "text": Program(made.text_program, (texts, split(ids, devices))),
+        "text": Program(made.texts.program, (texts, split(ids, devices))),
         "unet": Program(call, (params["unet"], split((latents, shape(whole), words), devices))),
         "sampler": Program(step, (shared | first, split({**batched, **read, "state": state}, devices))),
         "decoder": Program(made.decoder_program, (params["vae"], split(latents, devices))),

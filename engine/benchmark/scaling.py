@@ -14,6 +14,7 @@ from engine.benchmark.drawing import Asked, Case, Work, draw, work_for
 from engine.benchmark.report import Row
 from engine.diffusion import guidance, noise
 from engine.parallel import Devices
+from engine.parts import computed
 from engine.pipeline import Pipeline
 from engine.requests import Request
 from engine.types import UserError
@@ -77,7 +78,7 @@ def sampling(pipe: Pipeline, work: Work) -> tuple[Callable[[], Any], Callable[[]
         )
         return apply(batched["x"], jnp.full(len(batched["x"]), 500.0))
 
-    bare, params = pipe.devices.map(call), programs.computed(programs.model.unet.params)
+    bare, params = pipe.devices.map(call), computed(programs.model.unet.params, pipe.devices)
     ready = {**batched, "x": start}
 
     def sample() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from engine.config.reader import nearest
 from engine.errors import UserError
@@ -24,18 +25,33 @@ OF_THE_WAY = (
 )
 
 
-def check_control_count(found: int, count: int) -> None:
-    """UserError unless there are as many pictures for ControlNets as there are ControlNets."""
+class Pictured(NamedTuple):
+    """Networks of which each sees a picture of its own."""
+
+    one: str  # of them, in words
+    where: str  # FILE or FOLDER
+    picture: str  # the option that names what they see,
+    called: str  # and what it is called in words
+
+
+# By the option that names them
+PICTURED = {
+    "controlnet": Pictured("a ControlNet", "FOLDER", "control_image", "control picture"),
+    "ip_adapter": Pictured("an IP-Adapter", "FILE", "image_prompt", "image prompt"),
+}
+
+
+def check_count(of: str, found: int, count: int) -> None:
+    """UserError unless there are as many pictures for them as there are networks of this kind of PICTURED."""
     if found == count:
         return
+    one, where, option, called = PICTURED[of]
     if not count:
-        raise UserError("a picture for a ControlNet, and there is none: write --controlnet FOLDER, too")
+        raise UserError(f"a picture for {one}, and there is none: write --{of} {where}, too")
     if not found:
-        files = ",".join(["FILE"] * count)
-        raise UserError(f"a ControlNet without a picture to see: write --control_image {files}")
-    raise UserError(
-        f"{found} control pictures for {count} ControlNets: write one for each, with commas between them"
-    )
+        raise UserError(f"{one} without a picture to see: write --{option} {','.join(['FILE'] * count)}")
+    each = f"{found} {called}s for {count} {one.partition(' ')[2]}s"
+    raise UserError(f"{each}: write one for each, with commas between them")
 
 
 @dataclasses.dataclass
@@ -71,6 +87,9 @@ class GenerateConfig:
     control_kind: str = ""  # what of that picture it is shown, one of SIGHTS or "none"; "": as it has learned
     control_start: float | None = None  # share of the steps before which it adds nothing; None: 0
     control_end: float | None = None  # share of the steps behind which it adds nothing; None: 1
+    ip_adapter: str = ""  # FILE or FILE=SCALE, several with commas between them: see `ip_adapters`
+    image_prompt: str = ""  # what it reads; with several IP-Adapters one for each, with commas between them
+    image_encoder: str = ""  # FOLDER, by which it reads; "": the one that lies beside it
     image: str = ""  # a picture to change
     mask: str = ""  # a picture, as large: what is white is drawn anew, what is black stays
     strength: float | None = None  # how much of the picture is forgotten; None: 0.8, and 1 with a mask
@@ -104,7 +123,8 @@ class GenerateConfig:
             told = f"image_guidance_scale={self.image_guidance_scale}"
             raise UserError(f"{told} without a picture: write --image FILE, too")
         self.check_drawing()
-        check_control_count(len(self.control_images(self.control_image)), len(self.controlnets()))
+        for of in PICTURED:
+            check_count(of, len(self.pictures_of(of)), len(self.networks(of)))
         if self.first_index + (count := len(self.prompts) * self.num_images) > MAX_INDEX:
             raise UserError(
                 f"first_index={self.first_index}: {count} pictures would go beyond {MAX_INDEX - 1}, the last "
@@ -118,6 +138,14 @@ class GenerateConfig:
     def controlnets(self) -> tuple[tuple[str, float], ...]:
         """The folders and scales that `controlnet` names; UserError where it is no such list."""
         return self._scaled("controlnet", "FOLDER", "canny=0.8,depth")
+
+    def ip_adapters(self) -> tuple[tuple[str, float], ...]:
+        """The files and scales that `ip_adapter` names; UserError where it is no such list."""
+        return self._scaled("ip_adapter", "FILE", "a.safetensors=0.6,b.safetensors")
+
+    def networks(self, of: str) -> tuple[tuple[str, float], ...]:
+        """Those of a kind of PICTURED."""
+        return self.controlnets() if of == "controlnet" else self.ip_adapters()
 
     def _scaled(self, name: str, what: str, example: str) -> tuple[tuple[str, float], ...]:
         found, value = [], getattr(self, name)
@@ -137,21 +165,25 @@ class GenerateConfig:
             found.append((path, scale))
         return tuple(found)
 
-    def control_images(self, value: str) -> tuple[str, ...]:
-        """The files that a text such as `control_image` names, one for each ControlNet; none of an empty one.
+    def pictures_of(self, of: str, value: str | None = None) -> tuple[str, ...]:
+        """The files that each network of a kind of PICTURED sees; none where none are named.
 
-        Where there is one ControlNet, a comma is a letter like others.
+        Where there is one network, a comma is a letter like others.
+
+        Args:
+          value: names them. None: the option does.
 
         Raises:
-          UserError: there are not as many.
+          UserError: there are not as many as networks.
         """
-        count = len(self.controlnets())
+        option, count = PICTURED[of].picture, len(self.networks(of))
+        value = getattr(self, option) if value is None else value
         files = tuple(file.strip() for file in value.split(",")) if count > 1 else (value,)
         if not value:
             return ()
-        check_control_count(len(files), count)
+        check_count(of, len(files), count)
         if not all(files):
-            raise UserError(f"control_image={value!r}: there is no file between two commas")
+            raise UserError(f"{option}={value!r}: there is no file between two commas")
         return files
 
     def embeddings(self) -> tuple[str, ...]:
@@ -185,9 +217,13 @@ class GenerateConfig:
         for name in ("control_image", "control_kind", "control_start", "control_end"):
             if (value := getattr(self, name)) not in ("", None) and not self.controlnet:
                 raise UserError(f"{name}={value} without a ControlNet: write --controlnet FOLDER, too")
+        for name in ("image_prompt", "image_encoder"):
+            if (value := getattr(self, name)) and not self.ip_adapter:
+                raise UserError(f"{name}={value} without an IP-Adapter: write --ip_adapter FILE, too")
         self.loras()
         self.embeddings()
-        self.control_images(self.control_image)
+        for of in PICTURED:
+            self.pictures_of(of)
         shares = ("guidance_start", "guidance_end", "control_start", "control_end")
         self.check_ranges(dict.fromkeys(shares, (0, 1)) | {"merge_tokens": (0, 0.75)})
         if self.split_params and self.parallel != "jit":

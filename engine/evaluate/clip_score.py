@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, UInt8
 
 from engine.models.clip_vision import CLIPConfig
 from engine.parallel import Devices, pad
-from engine.programs import module
+from engine.parts import module
 from engine.text.reading import cut
 from engine.text.tokenizer import Tokenizer
 from engine.types import UserError

@@ -2,12 +2,13 @@
 
 import hashlib
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 
 from engine.config import GenerateConfig
 from engine.requests import Given
-from engine.weights import controlnet, decoder, embeddings, lora_files, upscaler
+from engine.weights import controlnet, decoder, embeddings, ip_adapter, lora_files, upscaler
 
 EDGE = 2**20  # bytes at either end of a file of weights that tell it from others
 
@@ -20,10 +21,9 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
     """
     found = {
         "weights": of_weights(folder),
-        "lora": ", ".join(
-            f"{path.name}={scale} ({_of(path)})"
-            for path, scale in ((lora_files.find(file), scale) for file, scale in config.loras())
-        ),
+        "lora": _scaled((lora_files.find(file), scale) for file, scale in config.loras()),
+        "ip_adapter": _scaled((ip_adapter.find(file), scale) for file, scale in config.ip_adapters()),
+        "image_encoder": _of_encoders(config, folder),
         # the name of a file may be the word that it holds
         "embedding": ", ".join(
             f"{path.name} ({_of(path)})" for path in map(embeddings.find, config.embeddings())
@@ -49,7 +49,20 @@ def of_given(given: Given) -> dict[str, str]:
     told = {name: of(pixels) for name, pixels in found.items() if pixels is not None}
     if given.control:
         told["control_image"] = ", ".join(map(of, given.control))
+    if given.image_prompt:
+        told["image_prompt"] = ", ".join(map(of, given.image_prompt))
     return told
+
+
+def _scaled(files: Iterable[tuple[pathlib.Path, float]]) -> str:
+    return ", ".join(f"{path.name}={scale} ({_of(path)})" for path, scale in files)
+
+
+def _of_encoders(config: GenerateConfig, folder: pathlib.Path) -> str:
+    """Of the image encoders that the IP-Adapters read."""
+    found = (ip_adapter.look(file) for file, _ in config.ip_adapters())
+    folders = (ip_adapter.find_encoder(each, config.image_encoder or None, folder) for each in found)
+    return ", ".join(of_weights(each)[:16] for each in folders)
 
 
 def _of(path: pathlib.Path) -> str:

@@ -1,4 +1,5 @@
-"""Pictures beside the words, read from their files: --image, --mask, --control_image, and columns of rows.
+"""Pictures beside the words, read from their files: --image, --mask, --control_image, --image_prompt, and
+columns of rows.
 
 A job looks at the files of all its rows before it begins: that they are there, what size they have, and what
 tells them from others, which is a few kilobytes of each. Their pixels are read when they are to be drawn.
@@ -16,8 +17,8 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from engine import edits, sights
-from engine.config import GenerateConfig, JobConfig
+from engine import adapters, edits, sights
+from engine.config import PICTURED, GenerateConfig, JobConfig
 from engine.finish import SETTINGS_KEY
 from engine.pipeline import Pipeline
 from engine.pixels import Crop, Unusable, read_header, read_pixels
@@ -26,6 +27,7 @@ from engine.text.row_files import PATHS, SHOWN
 from engine.text.row_paths import astray
 from engine.text.rows import Row
 from engine.types import Trouble, UserError
+from engine.weights.clip_pixels import PixelsConfig, fitted
 
 LATENTS = 8  # sides are multiples of so many, as most U-Nets halve them three times
 LARGEST = 2**28  # bytes of a file
@@ -42,15 +44,22 @@ class Paths(NamedTuple):
     image: str = ""  # to change
     mask: str = ""  # of it
     control: tuple[str, ...] = ()  # one for each ControlNet
+    prompts: tuple[str, ...] = ()  # one for each IP-Adapter
+
+    @property
+    def laid(self) -> list[str]:
+        """Those that lie over each other, and over the picture that is drawn."""
+        return [path for path in (self.image, self.mask, *self.control) if path]
 
     @property
     def each(self) -> list[str]:
         """All that there are."""
-        return [path for path in (self.image, self.mask, *self.control) if path]
+        return [*self.laid, *self.prompts]
 
     def told(self) -> dict[str, str]:
         """Under the names of GenerateConfig."""
-        return {"image": self.image, "mask": self.mask, "control_image": ",".join(self.control)}
+        files = {"control_image": ",".join(self.control), "image_prompt": ",".join(self.prompts)}
+        return {"image": self.image, "mask": self.mask, **files}
 
 
 class Look(NamedTuple):
@@ -64,18 +73,18 @@ class Look(NamedTuple):
 class Seen(NamedTuple):
     """The pictures of a row, by the looks of their files."""
 
-    height: int  # to draw at
-    width: int
+    height: int | None  # to draw at; None: they do not say
+    width: int | None
     masked: bool | None  # whether the picture to change has a mask; None: there is none to change
     mark: str
 
 
 def of_flags(config: GenerateConfig) -> Paths:
-    return Paths(config.image, config.mask, config.control_images(config.control_image))
+    return Paths(config.image, config.mask, *map(config.pictures_of, PICTURED))
 
 
 def check_flags(config: GenerateConfig) -> None:
-    """UserError where a file of --image, --mask or --control_image cannot be read, or they do not fit."""
+    """UserError where a file of --image, --mask, ... cannot be read, or they do not fit."""
     paths = of_flags(config)
     if config.image:
         looked(paths)
@@ -85,27 +94,28 @@ def check_flags(config: GenerateConfig) -> None:
             _of(paths.mask, _look)
 
 
-def stand_in(height: int, width: int, masked: bool | None, controls: int = 0) -> Given:
+def stand_in(height: int, width: int, masked: bool | None, controls: int = 0, prompts: int = 0) -> Given:
     """For pictures that are not read yet: of their shape, without their pixels.
 
     Args:
       masked: whether the picture to change has a mask; None: there is no picture.
-      controls: pictures for ControlNets.
+      controls: pictures for ControlNets; prompts: for IP-Adapters.
     """
     picture = np.broadcast_to(np.uint8(0), (height, width, 3))
     mask = np.broadcast_to(np.float32(0), (height, width))
-    return Given(None if masked is None else picture, mask if masked else None, (picture,) * controls)
+    image = None if masked is None else picture
+    return Given(image, mask if masked else None, (picture,) * controls, (picture,) * prompts)
 
 
 def looked(paths: Paths) -> Look | None:
-    """At all of them; returns the one that decides on the size.
+    """At all of them; returns the one that decides on the size, if there is any.
 
     Raises:
       UserError: a file cannot be read, or they are of different sizes.
     """
     looks = [_of(path, _look) for path in paths.each]
     _check_sizes(paths, looks)
-    return looks[0] if looks else None
+    return looks[0] if paths.laid else None
 
 
 def size(look: Look, pipe: Pipeline, height: int | None, width: int | None) -> tuple[int, int]:
@@ -126,40 +136,57 @@ def size(look: Look, pipe: Pipeline, height: int | None, width: int | None) -> t
     return height or rounded(look.height), width or rounded(look.width)
 
 
-def kinds_of(config: GenerateConfig, pipe: Pipeline) -> tuple[str, ...]:
-    """What each ControlNet is shown of its picture: what it has learned, unless the config says otherwise."""
+class Shown(NamedTuple):
+    """What the networks beside the model are shown of their pictures."""
+
+    kinds: tuple[str, ...] = ()  # to each ControlNet, see engine.sights
+    prepared: tuple[PixelsConfig, ...] = ()  # for each IP-Adapter
+
+
+def shown_by(config: GenerateConfig, pipe: Pipeline) -> Shown:
+    """To a ControlNet what it has learned to see, unless the config says otherwise."""
     asked = {"none": ""}.get(config.control_kind, config.control_kind)
-    return tuple(asked if config.control_kind else net.kind for net in pipe.programs.nets)
+    kinds = tuple(asked if config.control_kind else net.kind for net in pipe.programs.nets)
+    return Shown(kinds, tuple(map(adapters.prepared_for, pipe.programs.adapters)))
 
 
-def read(paths: Paths, height: int, width: int, kinds: Sequence[str] = ()) -> Given:
-    """The pictures, all that there are, scaled to fill height x width and cropped alike.
-
-    Args:
-      kinds: what each ControlNet is shown of its picture, see engine.sights.
+def read(paths: Paths, height: int, width: int, shown: Shown) -> Given:
+    """The pictures, all that there are; but for prompts, scaled to fill height x width and cropped alike.
 
     Raises:
       UserError: a file cannot be read.
     """
     try:
-        return _read(paths, height, width, kinds)
+        return _read(paths, height, width, shown)
     except OSError as error:
         raise UserError(f"{error.filename or paths.each[0]}: {error.strerror or error}") from None
 
 
-def _read(paths: Paths, height: int, width: int, kinds: Sequence[str]) -> Given:
+def _read(paths: Paths, height: int, width: int, shown: Shown) -> Given:
     """The same; what may pass, as a network that fails, is an OSError."""
 
     def pixels(file: BinaryIO, alpha: bool = True) -> np.ndarray:
         return read_pixels(io.BytesIO(file.read()), width, height, Crop(), alpha)  # trouble is no damage
 
-    def shown(path: str, kind: str) -> np.ndarray:
+    def control(path: str, kind: str) -> np.ndarray:
         # As in diffusers: where a map of edges or poses is transparent, its colours count all the same.
         return sights.seen(kind, _of(path, functools.partial(pixels, alpha=bool(kind)), passing=True))
 
+    def prompt(path: str, prepared: PixelsConfig) -> np.ndarray:
+        return fitted(_of(path, _whole, passing=True), prepared)
+
     image = _of(paths.image, pixels, passing=True) if paths.image else None
     mask = _of(paths.mask, pixels, passing=True).astype(np.float32).mean(-1) / 255 if paths.mask else None
-    return Given(image, mask, tuple(map(shown, paths.control, kinds)))
+    controls = tuple(map(control, paths.control, shown.kinds))
+    return Given(image, mask, controls, tuple(map(prompt, paths.prompts, shown.prepared)))
+
+
+def _whole(file: BinaryIO) -> np.ndarray:
+    """A picture of its own size."""
+    content = io.BytesIO(file.read())
+    header = read_header(content, SETTINGS_KEY)
+    content.seek(0)
+    return read_pixels(content, header.width, header.height, Crop())
 
 
 def _look(file: BinaryIO) -> Look:
@@ -174,8 +201,8 @@ def _look(file: BinaryIO) -> Look:
 
 def _check_sizes(paths: Paths, looks: Sequence[Look]) -> None:
     """UserError where the pictures, of which these are the looks, do not lie over each other."""
-    for path, look in list(zip(paths.each, looks, strict=True))[1:]:
-        first, (width, height) = paths.each[0], looks[0][:2]
+    for path, look in list(zip(paths.laid, looks, strict=False))[1:]:
+        first, (width, height) = paths.laid[0], looks[0][:2]
         sizes = f"{path} has {look.width} x {look.height} pixels, and the picture {first} {width} x {height}"
         if path == paths.mask and look[:2] != (width, height):
             raise UserError(f"{sizes}: a mask is as large as its picture, white where it is drawn anew")
@@ -233,7 +260,7 @@ class OfRows:
         of_stdin = config.prompts_file == "-"
         self._folder = "" if of_stdin else os.path.dirname(os.path.expanduser(config.prompts_file))
         self._base = os.path.realpath(self._folder)
-        self._kinds = kinds_of(config, pipe)
+        self._shown = shown_by(config, pipe)
         self._look = functools.lru_cache(LOOKS)(self._look_at)
         self._usual = {m: edits.default_strength(stand_in(1, 1, m), pipe.made_for) for m in (True, False)}
 
@@ -242,10 +269,14 @@ class OfRows:
         config = self._config
         image = config.image if row.image is None else self._path(row.image)
         mask = config.mask if row.mask is None else self._path(row.mask)
-        control = config.control_images(config.control_image)
-        if row.control_image is not None:
-            control = tuple(map(self._path, config.control_images(row.control_image)))
-        return Paths(image, mask if image else "", control)
+        return Paths(image, mask if image else "", *(self._pictures(row, of) for of in PICTURED))
+
+    def _pictures(self, row: Row, of: str) -> tuple[str, ...]:
+        """Those for the networks of a kind of PICTURED."""
+        own = getattr(row, PICTURED[of].picture)
+        if own is None:
+            return self._config.pictures_of(of)
+        return tuple(map(self._path, self._config.pictures_of(of, own)))
 
     def _path(self, own: str) -> str:
         # No home, whatever the name begins with
@@ -292,7 +323,9 @@ class OfRows:
             return str(error)
         asked = row.height or self._config.height, row.width or self._config.width
         masked = bool(paths.mask) if paths.image else None
-        return Seen(*size(looks[0], self._pipe, *asked), masked, "".join(look.mark for look in looks))
+        if paths.laid:
+            asked = size(looks[0], self._pipe, *asked)
+        return Seen(*asked, masked, "".join(look.mark for look in looks))
 
     def read(self, row: Row, height: int, width: int) -> Given:
         """The pixels of a row that has a picture.
@@ -303,7 +336,7 @@ class OfRows:
         """
         if why := self._astray(row, self._base):
             raise UserError(why)
-        return _read(self.paths(row), height, width, self._kinds)
+        return _read(self.paths(row), height, width, self._shown)
 
     def strength(self, row: Row, masked: bool) -> float:
         """How much of the row's picture is forgotten."""
@@ -324,18 +357,19 @@ class OfRows:
     def _wrong(self, row: Row) -> str:
         """Why the paths of a row are none, without a look at the disk; '' if they are."""
         try:
-            own = self._config.control_images(row.control_image or "")
+            own = [self._pictures(row, of) for of, each in PICTURED.items() if getattr(row, each.picture)]
         except UserError as error:
             return str(error)
-        if len(own) > 1 and "," in self._folder:
-            return f"{self._folder} has a comma in its name, which parts control pictures: rename it"
+        if any(len(files) > 1 for files in own) and "," in self._folder:
+            return f"{self._folder} has a comma in its name, which parts pictures: rename it"
         return self._astray(row, None)
 
     def _astray(self, row: Row, base: str | None) -> str:
         """Why a path in a row is none below its folder; base: as `astray` has it."""
         for name in PATHS:
             own = getattr(row, name) or ""
-            for path in self._config.control_images(own) if name == "control_image" else (own,):
+            of = next((of for of, each in PICTURED.items() if each.picture == name), None)
+            for path in self._config.pictures_of(of, own) if of else (own,):
                 if path and (why := astray(path, base)):
                     return f"{name}={path[:SHOWN]!r} {why}"
         return ""

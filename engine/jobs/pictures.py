@@ -31,6 +31,7 @@ REMEMBERED = (
 # Remembered where there are any.
 ADDED = (
     *("lora", "embedding", "decoder", "refiner", "upscaler", "controlnet"),
+    *("ip_adapter", "image_encoder", "image_prompt"),
     *OF_THE_WAY,
     *("prompt_weights", "long_prompts", "clip_skip", "tile", "quantize"),
     *("image", "mask", "control_image", "control_kind"),
@@ -76,7 +77,7 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
         height, width = given.size(first, pipe, height, width)
     options = (config.steps, config.sampler, config.guidance_scale, height, width)
     settings = pipe.settings(*options, **config.of_the_way())
-    beside = given.read(paths, settings.height, settings.width, given.kinds_of(config, pipe))
+    beside = given.read(paths, settings.height, settings.width, given.shown_by(config, pipe))
     strength = edits.default_strength(beside, pipe.made_for) if config.strength is None else config.strength
     runs = pipe.runs(prompts, [config.negative_prompt] * len(prompts), settings.guidance_scale)
     longest = max(map(len, runs))

@@ -2,9 +2,9 @@
 
 A job is a pure function from row and number to picture, so every worker finds the same plan by itself. Rows
 that share a compiled program (size, steps, sampler, guidance or none; a picture to change, a mask, the part
-of the steps that is taken; pictures for ControlNets; how many parts words make) form a group; the pictures of
-a group, in the order of the file, are cut into shards of one size. Rows that cannot be drawn form a last
-group, whose shards hold no pictures but their reasons.
+of the steps that is taken; pictures for ControlNets and IP-Adapters; how many parts words make) form a group;
+the pictures of a group, in the order of the file, are cut into shards of one size. Rows that cannot be drawn
+form a last group, whose shards hold no pictures but their reasons.
 
 Memory: 12 bytes a row. The rows themselves stay on the disk (engine/text/rows.py), and so do pictures that
 they name (engine/jobs/given.py).
@@ -46,13 +46,14 @@ class Program(NamedTuple):
     settings: Settings  # its guidance scale and strength stand for all that make the same program
     image: bool = False  # whether there is a picture to change,
     mask: bool = False  # and a mask
-    control: bool = False  # whether there are pictures for ControlNets to see
+    control: bool = False  # whether there are pictures for ControlNets to see,
+    prompted: bool = False  # or for IP-Adapters to read
     length: tuple[int, ...] = ()  # of its words, see `Pipeline.length`
 
     @property
     def beside(self) -> bool:
         """Whether there are pictures beside the words."""
-        return self.image or self.control
+        return self.image or self.control or self.prompted
 
 
 class Wanted(NamedTuple):
@@ -216,12 +217,13 @@ class Settle:
             ),
         )
         masked = None if picture is None else picture.masked
-        controls = 0 if picture is None else len(self.pictures.paths(row).control)
+        paths = given.Paths() if picture is None else self.pictures.paths(row)
+        counts = len(paths.control), len(paths.prompts)
         strength = 1.0 if masked is None else self.pictures.strength(row, masked)
         if self._pipe.made_for != edits.FOLLOWS:  # to which any but 1 is a mistake
             strength = _of_equal_share(strength, options[0])
         negative = _or(row.negative_prompt, config.negative_prompt)
-        key = (*options, strength, masked, controls, self._pipe.length(row.prompt, negative, scale))
+        key = (*options, strength, masked, counts, self._pipe.length(row.prompt, negative, scale))
         if key not in self._known:
             self._known[key] = _program(config, self._pipe, *key)
         return self._known[key], mark
@@ -252,16 +254,16 @@ def _of_equal_share(strength: float, steps: int) -> float:
 
 
 def _program(config: JobConfig, pipe: Pipeline, *options: Any) -> Program | str:
-    *how, strength, masked, controls, length = options
+    *how, strength, masked, counts, length = options
     try:
         settings = pipe.settings(*how, strength=strength, **config.of_the_way())
         shape = settings.height, settings.width
-        pipe.check_given([given.stand_in(*shape, masked, controls)], settings)
+        pipe.check_given([given.stand_in(*shape, masked, *counts)], settings)
     except UserError as error:
         return str(error)
     batch_size = config.batch_size or pipe.batch_size_for(config.shard_size, *shape)
     settings = dataclasses.replace(settings, batch_size=batch_size)
-    return Program(settings, masked is not None, bool(masked), controls > 0, length)
+    return Program(settings, masked is not None, bool(masked), *map(bool, counts), length)
 
 
 def _told(program: Program) -> dict[str, Any]:
@@ -273,6 +275,8 @@ def _told(program: Program) -> dict[str, Any]:
         found |= {"image": True, "mask": program.mask, "intervals": settings.intervals}
     if program.control:
         found["control_image"] = True
+    if program.prompted:
+        found["image_prompt"] = True
     if program.length:
         found["parts"] = max(program.length)
     return found
@@ -355,7 +359,7 @@ def _or(value: Any, default: Any) -> Any:
 OTHERS = {
     "rows": "other rows",
     "weights": "other weights",
-    "given": "other pictures to change, or for ControlNets to see",
+    "given": "other pictures to change, or for networks to see",
 }
 
 

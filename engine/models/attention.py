@@ -16,8 +16,9 @@ CPU_SCORES = 2**21
 QUERY_BLOCK = 512
 
 # What the layers that attend to the words make of them, keys and values (B, S, D), by the layer's place in
-# the network. It is the same at every step.
-Read = dict[str, tuple[Array, Array]]
+# the network. It is the same at every step. Behind them may be pairs of what else they attend to, which adds
+# to what they find in the words (engine.models.ip_adapter).
+Read = dict[str, tuple[Array, ...]]
 
 
 def _attend(q, k, v, mask=None):
@@ -117,10 +118,12 @@ class Attention(nnx.Module):
             read = context[self.place]
         else:
             read = self.read(x if context is None else context)
-        q, k, v = map(split_heads, (self.to_q(x), *read))
+        q, k, v, *more = map(split_heads, (self.to_q(x), *read))
         if context is not None:
             watching.see(q, k)
         out = attend(q, k, v)
+        for further_k, further_v in zip(more[::2], more[1::2], strict=True):
+            out = out + attend(q, further_k, further_v)
         return self.to_out[0](out.reshape(x.shape))
 
 

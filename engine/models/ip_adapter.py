@@ -132,11 +132,17 @@ class IPAdapter(nnx.Module):
     """The whole; attributes are the keys of its checkpoints, where every other layer attends to words."""
 
     def __init__(self, config: IPAdapterConfig, rngs: nnx.Rngs):
+        self.config = config
         self.image_proj = WAYS[config.way](config, rngs)
         layers: list[nnx.Module] = []
         for width in config.widths:
             layers += [Identity(), KeysAndValues(config.context, width, rngs)]
         self.ip_adapter = nnx.List(layers)
+
+    @property
+    def dtype(self):
+        """Of the params, in which it computes."""
+        return self.ip_adapter[1].to_k_ip.kernel[...].dtype
 
     def tokens(self, seen: Float[Array, "B *P E"]) -> Float[Array, "B T D"]:
         """What the U-Net attends to, from what the image encoder says."""
@@ -147,4 +153,6 @@ class IPAdapter(nnx.Module):
     ) -> list[tuple[Float[Array, "B T _"], Float[Array, "B T _"]]]:
         """Keys and scaled values of each layer, in the adapter's order."""
         layers = self.ip_adapter[1::2]
-        return [(layer.to_k_ip(tokens), layer.to_v_ip(tokens) * scale) for layer in layers]
+        return [
+            (layer.to_k_ip(tokens), layer.to_v_ip(tokens) * scale.astype(tokens.dtype)) for layer in layers
+        ]

@@ -21,7 +21,7 @@ from engine.errors import UserError
 
 TEXTS = ("prompt", "id", "negative_prompt", "sampler")
 NUMBERS = ("seed", "index", "steps", "guidance_scale", "height", "width", "strength", "image_guidance_scale")
-PATHS = ("image", "mask", "control_image")  # of pictures, from the folder of the file on
+PATHS = ("image", "mask", "control_image", "image_prompt")  # of pictures, from the folder of the file on
 FOREIGN = ("init_image",)  # of pictures, too, in other programs; not read
 PICTURES = PATHS + FOREIGN
 # What other programs call our columns, where the word is too far from ours to be found by its letters.

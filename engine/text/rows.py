@@ -74,7 +74,8 @@ class Row(NamedTuple):
     mask: str | None = None  # likewise
     strength: float | None = None
     image_guidance_scale: float | None = None
-    control_image: str | None = None  # paths as in the option of that name
+    control_image: str | None = None  # paths as in the option of that name,
+    image_prompt: str | None = None  # and in this
 
 
 class Rejected(NamedTuple):

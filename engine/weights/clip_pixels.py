@@ -110,6 +110,17 @@ def read_pixels_config(folder: Path) -> PixelsConfig:
 
 def prepare(picture: UInt8[np.ndarray, "H W 3"], config: PixelsConfig) -> Float[np.ndarray, "h w 3"]:
     """One picture for the image encoder, float32; equal to transformers' CLIPImageProcessorPil bit by bit."""
+    picture = fitted(picture, config)
+    # The roundings of the original: a product in float64, the rest in float32.
+    x = (picture * config.rescale_factor).astype(np.float32) if config.do_rescale else picture
+    x = x.astype(np.float32)
+    if config.do_normalize:
+        x = (x - np.array(config.image_mean, np.float32)) / np.array(config.image_std, np.float32)
+    return x
+
+
+def fitted(picture: UInt8[np.ndarray, "H W 3"], config: PixelsConfig) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture as large as the encoder takes it. Of one that is, the same."""
     if config.do_resize:
         height, width = _resized(*picture.shape[:2], config.size)
         filtered = Image.fromarray(picture).resize((width, height), Image.Resampling(config.resample))
@@ -117,12 +128,7 @@ def prepare(picture: UInt8[np.ndarray, "H W 3"], config: PixelsConfig) -> Float[
     if config.do_center_crop:
         for axis, length in enumerate(config.crop_size):
             picture = _centered(picture, axis, length)
-    # The roundings of the original: a product in float64, the rest in float32.
-    x = (picture * config.rescale_factor).astype(np.float32) if config.do_rescale else picture
-    x = x.astype(np.float32)
-    if config.do_normalize:
-        x = (x - np.array(config.image_mean, np.float32)) / np.array(config.image_std, np.float32)
-    return x
+    return picture
 
 
 def _resized(height: int, width: int, size: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -211,7 +211,7 @@ def test_a_job_knows_its_controlnet_and_pictures(job, nets, files, wide, tmp_pat
     for change, difference in (
         (flags(nets[1:], files), "controlnet"),
         (flags([f"{nets[0]}=0.5"], files), "controlnet"),
-        (flags(nets, files[1:]), "other pictures to change, or for ControlNets to see"),
+        (flags(nets, files[1:]), "other pictures to change, or for networks to see"),
         (flags(nets, files, "--control_start", 0.5), "control_start None there and 0.5 here"),
         (flags(nets, files, "--control_kind", "grey"), "control_kind None there and 'grey' here"),
     ):
@@ -268,7 +268,7 @@ def test_a_comma_in_the_folder_would_part_control_pictures(draw, nets, files, tm
     outcome = draw("--prompts_file", folder / "rows.jsonl", "--controlnet", f"{nets[0]},{nets[1]}")
     assert outcome.code == cli.FAILED
     (failure,) = failures(tmp_path / "out").values()
-    assert "has a comma in its name, which parts control pictures: rename it" in failure["reason"]
+    assert "has a comma in its name, which parts pictures: rename it" in failure["reason"]
     save(folder / "a,b.png", noise(2))  # of one ControlNet it parts nothing, in a file's name neither
     (folder / "rows.jsonl").write_text(json.dumps({"prompt": "a fox", "control_image": "a,b.png"}))
     out = tmp_path / "one"

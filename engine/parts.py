@@ -1,0 +1,24 @@
+"""Parts of a model inside of compiled programs."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from engine.diffusion.parameterization import at_least_float32
+from engine.parallel import Devices
+from engine.weights import quantized
+from engine.weights.component import Component
+from engine.weights.network import Network
+
+
+def module(part: Component | Network, params: Any) -> nnx.Module:
+    """The module of a part around (traced) params."""
+    return nnx.merge(part.graphdef, nnx.State(quantized.wide(params)))
+
+
+def computed(params: Any, devices: Devices) -> Any:
+    """Params as the arithmetic takes them. CPUs have no fast convolution but in float32."""
+    if devices.platform != "cpu":
+        return params
+    return jax.tree.map(at_least_float32, quantized.wide(params))

@@ -1,0 +1,159 @@
+"""An IP-Adapter that is to go with a model, and the image encoder that it reads: a file, and a folder.
+
+The file has the keys of the original (`image_proj.proj.weight`, `ip_adapter.1.to_k_ip.weight`, ...).
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from engine.models.clip_vision import CLIPVisionConfig
+from engine.models.ip_adapter import HEAD, IPAdapter, IPAdapterConfig
+from engine.models.unet_config import UNetConfig
+from engine.types import UserError
+from engine.weights import network
+from engine.weights.component import Component, Place, abstract, load_component, read_config
+from engine.weights.files import find_weights
+from engine.weights.folder import Model
+from engine.weights.safetensors_io import read_header
+
+KIND, ENCODER = "ip_adapter", "image_encoder"
+KNOWN = "an IP-Adapter, plain, plus or full"
+UNWRAP = "{f'{a}.{k}': v for a, part in d.items() for k, v in part.items()}"  # of the original's pickles
+LAYER = re.compile(r"ip_adapter\.(\d+)\.to_k_ip\.weight")
+BLOCK = re.compile(r"image_proj\.layers\.(\d+)\.0\.to_q\.weight")
+WAY = ("down_blocks", "up_blocks", "mid_block")  # the order in which adapters count the layers of a U-Net
+
+
+class Adapter(NamedTuple):
+    """One, with what it reads."""
+
+    net: network.Network
+    encoder: Component
+    scale: float  # of what it adds; 1 is as trained
+
+
+def find(path: str | Path) -> Path:
+    """The file at `path`; UserError where there is none, or one that is never opened."""
+    return find_weights(path, "IP-Adapter", "such as ip-adapter_sd15.safetensors", UNWRAP)
+
+
+def look(path: str | Path) -> network.Found:
+    """The adapter that a file holds.
+
+    Raises:
+      UserError: no such file, a pickle, a broken file, or something else; all wrong keys in one line.
+    """
+    header = read_header(path := find(path))
+    config = _config_of({key: tensor.shape for key, tensor in header.items()}, path)
+    build = lambda rngs: IPAdapter(config, rngs)  # noqa: E731
+    return network.found(KIND, path, header, config, build, f"{path} does not hold {KNOWN}")
+
+
+def find_encoder(found: network.Found, told: str | Path | None, model: Path) -> Path:
+    """The folder of the image encoder that an adapter reads.
+
+    Args:
+      told: the folder. None: the first that fits of image_encoder beside the file, of the place where the
+        originals have it, and of the model's folder.
+
+    Raises:
+      UserError: there is none, or one of another size.
+    """
+    beside = found.file.resolve().parent
+    usual = (beside / ENCODER, beside.parent / "models" / ENCODER, model / ENCODER)
+    folders = usual if told is None else (Path(os.path.expanduser(told)),)
+    there = [folder for folder in folders if (folder / "config.json").is_file()]
+    wanted = f"an image encoder that says {found.config.seen} numbers of {_of_what(found.config)}"
+    for folder in there:
+        if _says(read_config(folder / "config.json", ENCODER), found.config) == found.config.seen:
+            return folder
+    if there:
+        says = _says(read_config(there[0] / "config.json", ENCODER), found.config)
+        raise UserError(
+            f"the image encoder {there[0]} says {says}, and the IP-Adapter {found.file} reads {wanted}: "
+            "write --image_encoder FOLDER"
+        )
+    where = f"{told} has no config.json" if told else f"no folder {ENCODER} beside {found.file}"
+    raise UserError(f"{where}: it reads {wanted}; write --image_encoder FOLDER")
+
+
+def load_adapter(
+    model: Model,
+    found: network.Found,
+    encoder: Path,
+    scale: float,
+    dtype: DTypeLike = jnp.float32,
+    place: Place | None = None,
+) -> Adapter:
+    """Reads an adapter and its image encoder, by `look` and `find_encoder`; the rest as in `load_component`.
+
+    Raises:
+      UserError: it was made for another model, or the encoder is broken.
+    """
+    widths = [width for _, width in layers_of(model.unet.config)]
+    if list(found.config.widths) != widths:
+        theirs, ours = map(_counted, (found.config.widths, widths))
+        raise UserError(
+            f"the IP-Adapter {found.file} was made for another model: it adds to {theirs}, and here are "
+            f"{ours}; write one that was made for this model"
+        )
+    return Adapter(
+        network.load(found, dtype, place), load_component(encoder, ENCODER, dtype, place=place), scale
+    )
+
+
+def layers_of(config: UNetConfig) -> list[tuple[str, int]]:
+    """The places of the layers that attend to words, and their channels, in the order of adapters."""
+    _, shapes = abstract("unet", config)
+    found = {path[:-2]: shape.shape[-1] for path, shape in shapes.items() if path[-3:-1] == ("attn2", "to_k")}
+
+    def order(path: tuple[Any, ...]) -> tuple[int, list[int]]:
+        return WAY.index(path[0]), [part for part in path if isinstance(part, int)]
+
+    return [(".".join(map(str, path)), found[path]) for path in sorted(found, key=order)]
+
+
+def _says(encoder: CLIPVisionConfig, adapter: IPAdapterConfig) -> int:
+    """How many numbers the encoder says of what the adapter reads."""
+    return encoder.hidden_size if adapter.of_patches else encoder.projection_dim
+
+
+def _of_what(adapter: IPAdapterConfig) -> str:
+    return "each patch" if adapter.of_patches else "a picture"
+
+
+def _counted(widths: Iterable[int]) -> str:
+    widths = list(widths)
+    return f"{len(widths)} layers of {min(widths, default=0)} to {max(widths, default=0)} channels"
+
+
+def _config_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> IPAdapterConfig:
+    own = {key.removeprefix("image_proj."): shape for key, shape in shapes.items() if "image_proj." in key}
+    if ("norm.weight" in own and "proj.0.weight" in own) or "perceiver_resampler.proj_in.weight" in own:
+        raise UserError(f"{path} reads what a recogniser says of faces (FaceID), and there is none here")
+    places = {int(found[1]): shapes[key][0] for key in shapes if (found := LAYER.fullmatch(key))}
+    widths = tuple(places[number] for number in sorted(places))
+    try:
+        return _of_way(own, widths)
+    except (KeyError, ValueError, ZeroDivisionError, IndexError):
+        raise UserError(f"{path} does not hold {KNOWN}") from None
+
+
+def _of_way(own: Mapping[str, tuple[int, ...]], widths: tuple[int, ...]) -> IPAdapterConfig:
+    if "proj.weight" in own:
+        (rows, seen), (context,) = own["proj.weight"], own["norm.weight"]
+        return IPAdapterConfig(seen, context, widths, rows // context)
+    if "proj.3.weight" in own:
+        return IPAdapterConfig(own["proj.0.weight"][1], own["proj.2.weight"][0], widths, 0, "full")
+    (_, tokens, hidden), (context,) = own["latents"], own["norm_out.weight"]
+    inner, depth = own["layers.0.0.to_q.weight"][0], sum(key.endswith(".0.to_q.weight") for key in own)
+    if inner % HEAD:
+        raise ValueError(inner)
+    seen, wide = own["proj_in.weight"][1], own["layers.0.1.1.weight"][0]
+    return IPAdapterConfig(seen, context, widths, tokens, "plus", hidden, depth, inner, wide)
