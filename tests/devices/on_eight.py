@@ -31,8 +31,19 @@ from engine.train.samples import Samples
 from engine.types import UserError
 from engine.weights.network import load
 from engine.weights.upscaler import look
+from tests.adapters import tiny_adapter, tiny_encoder
 from tests.compiled import COMPILED
-from tests.tiny import REFINER, SHALLOW, XL, shallow, tiny_controlnet, tiny_folder, tiny_model, tiny_tokenizer
+from tests.tiny import (
+    REFINER,
+    SHALLOW,
+    UNET,
+    XL,
+    shallow,
+    tiny_controlnet,
+    tiny_folder,
+    tiny_model,
+    tiny_tokenizer,
+)
 from tests.train.tiny_run import get_config
 from tests.upscalers import tiny_upscaler
 
@@ -257,21 +268,24 @@ def test_a_split_xl_and_its_refiner_draw_the_same_picture(tmp_path, monkeypatch)
         assert moved < sum(leaf.nbytes for leaf in jax.tree.leaves(call.arguments[0])), stage
 
 
-def test_a_controlnet_draws_the_same_picture_in_every_mode_and_split(folder, tmp_path):
+def test_networks_beside_it_draw_the_same_picture_in_every_mode_and_split(folder, tmp_path):
     net = tiny_controlnet(tmp_path / "net", **SHALLOW["unet"])
+    tiny_encoder(tmp_path / "image_encoder")
+    adapter = tiny_adapter(tmp_path / "a.safetensors", {1: 16}, UNET["cross_attention_dim"], "plus")
+    beside = {"controlnet": [(net, 1.0)], "ip_adapter": [(adapter, 1.0)]}
     seen = np.random.default_rng(0).integers(0, 256, (len(PROMPTS), 16, 16, 3), np.uint8)
     part = {"control_end": 0.5, "cache_interval": 2}
-    options = {"given": [Given(control=(one,)) for one in seen], **part}
+    options = {"given": [Given(control=(one,), image_prompt=(one,)) for one in seen], **part}
 
     def drawn(devices: Devices) -> np.ndarray:
-        return draw(engine.load(folder, parallel=devices, controlnet=[(net, 1.0)]), **options)
+        return draw(engine.load(folder, parallel=devices, **beside), **options)
 
     watched = {mode: Watched(mode) for mode in MODES}
     images = {mode: drawn(devices) for mode, devices in watched.items()}
     for mode, devices in watched.items():
         np.testing.assert_array_equal(images[mode], images["shard_map"], err_msg=mode)
-        program = devices.calls["segment"].compiled().as_text()
-        assert COLLECTIVES.findall(program) == [], mode
+        for stage in ("_prompted", "begin", "segment"):
+            assert COLLECTIVES.findall(devices.calls[stage].compiled().as_text()) == [], (mode, stage)
     one = Devices(devices=jax.devices()[:1])
     np.testing.assert_array_equal(drawn(one), images["shard_map"])
     split = Watched("jit", rules=SPLIT)
