@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from launch import generate
-from tests.tiny import REFINER, XL, tiny_controlnet, tiny_folder
+from tests.adapters import tiny_adapter, tiny_encoder
+from tests.tiny import REFINER, UNET, XL, tiny_controlnet, tiny_folder
 from tests.upscalers import tiny_upscaler
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -54,7 +55,11 @@ def test_commands_that_draw(tmp_path, monkeypatch, capsys):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         tiny_folder(tmp_path / path, **overrides)
     tiny_controlnet(tmp_path / "path/to/sd-controlnet-canny")
-    Image.new("RGB", (16, 16), "white").save(tmp_path / "path/to/edges.png")
+    for name in ("edges", "painting"):
+        Image.new("RGB", (16, 16), "white").save(tmp_path / f"path/to/{name}.png")
+    tiny_encoder(tmp_path / "path/to/image_encoder")
+    adapter, words = tmp_path / "path/to/ip-adapter-plus_sd15.safetensors", UNET["cross_attention_dim"]
+    tiny_adapter(adapter, {1: 16, 3: 16, 5: 16, 7: 32}, words, "plus")
     tiny_upscaler(tmp_path / "path/to/RealESRGAN_x4plus.safetensors")
     (csv,) = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
     (tmp_path / "prompts.csv").write_text(csv)
