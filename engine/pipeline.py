@@ -97,6 +97,7 @@ class Pipeline:
         grid: str | None = None,
         guidance_start: float | None = None,
         guidance_end: float | None = None,
+        guidance_rescale: float | None = None,
         cache_interval: int | None = None,
         merge_tokens: float | None = None,
         control_start: float | None = None,
@@ -123,6 +124,8 @@ class Pipeline:
           grid: how noise levels are spread, one of schedules.GRIDS; None: as the model's folder says.
           guidance_start, guidance_end: shares of the steps between which there is guidance, 0 to 1; outside,
             a step costs half. None: 0 and 1.
+          guidance_rescale: share of the contrast that guidance adds which is taken away again, 0 to 1; models
+            that begin at pure noise want 0.7 (engine.diffusion.guidance). None: 0.
           cache_interval: steps from one that computes all of the U-Net to the next; those between compute its
             first level alone (engine.diffusion.caching). None: 1.
           merge_tokens: share of the tokens of the finest level, 0 to 0.75, that join others like them where
@@ -142,7 +145,8 @@ class Pipeline:
             strength = edits.default_strength(given[0] if given else Given(), self.made_for)
         settings = self.settings(
             *(steps, sampler, guidance_scale, height, width, batch_size, strength, refiner_start, grid),
-            *(guidance_start, guidance_end, cache_interval, merge_tokens, control_start, control_end),
+            *(guidance_start, guidance_end, guidance_rescale, cache_interval, merge_tokens),
+            *(control_start, control_end),
         )
         seed = noise.fresh_seed() if seed is None else seed
         images = []
@@ -282,6 +286,7 @@ class Pipeline:
         grid: str | None = None,
         guidance_start: float | None = None,
         guidance_end: float | None = None,
+        guidance_rescale: float | None = None,
         cache_interval: int | None = None,
         merge_tokens: float | None = None,
         control_start: float | None = None,
@@ -301,6 +306,7 @@ class Pipeline:
             check_refiner_start(refiner_start, self.refiner is not None),
             guidance_start,
             guidance_end,
+            guidance_rescale,
             cache_interval,
             merge_tokens,
             control_start,

@@ -137,6 +137,8 @@ class Programs:
         }
         if way.kind.in_part:
             small["within"] = jnp.float32(way.within)
+        if way.kind.rescaled:
+            small["rescale"] = jnp.float32(way.rescale)
         if way.fresh is not None:
             small["fresh"] = jnp.asarray(way.fresh)
         shared = self._shared(way, small)
@@ -291,7 +293,8 @@ class Programs:
             w_picture = batched["image_guidance_scale"]
             apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture)
         else:
-            apply = guidance.guided(edits.seeing(unet, batched), *words, w, run_uncond=guided)
+            rescale = shared["rescale"] if kind.rescaled else 0.0
+            apply = guidance.guided(edits.seeing(unet, batched), *words, w, rescale, run_uncond=guided)
         denoise = denoiser(apply, config.prediction_type, schedules.schedule_for(config))
         return edits.keeping(denoise, batched)(x, sigma)
 

@@ -30,6 +30,7 @@ class Settings:
     refiner_start: float | None = None  # share of the way that the model goes before its refiner
     guidance_start: float | None = None  # share of the steps before which there is no guidance; None: 0
     guidance_end: float | None = None  # share of the steps behind which there is none; None: 1
+    guidance_rescale: float | None = None  # share of its contrast that guidance gives back; None: 0
     cache_interval: int | None = None  # steps from one that computes all of the U-Net to the next; None: 1
     merge_tokens: float | None = None  # share of the finest tokens that attend together with others; None: 0
     control_start: float | None = None  # share of the steps before which ControlNets add nothing; None: 0

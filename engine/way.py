@@ -20,6 +20,7 @@ class Way(NamedTuple):
     initial_scale: float = 1.0  # of the noise
     anew: bool = True  # nothing of a given picture is left at its beginning
     within: tuple[float, float] | None = None  # (low, high): noise levels with guidance; None: all
+    rescale: float = 0.0  # share of its contrast that guidance gives back
     merge: float = 0.0  # share of the tokens that attend together with others
     fresh: np.ndarray | None = None  # steps that compute the deep part of the U-Net; None: all
     control_within: tuple[float, float] | None = None  # noise levels at which ControlNets act; None: all
@@ -29,7 +30,8 @@ class Way(NamedTuple):
         """What its programs are compiled for."""
         in_part = self.guided and self.within is not None
         cached, control_in_part = self.fresh is not None, self.control_within is not None
-        return Kind(self.sampler, self.guided, in_part, cached, self.merge, control_in_part)
+        rescaled = self.guided and self.rescale != 0
+        return Kind(self.sampler, self.guided, in_part, cached, self.merge, control_in_part, rescaled)
 
 
 class Kind(NamedTuple):
@@ -41,6 +43,7 @@ class Kind(NamedTuple):
     cached: bool = False  # deep features are kept over some steps
     merge: float = 0.0
     control_in_part: bool = False  # ControlNets act at some noise levels only
+    rescaled: bool = False  # guidance gives some of its contrast back
 
 
 def watched(way: Way) -> list[int]:

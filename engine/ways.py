@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from engine import edits
 from engine.conditions import steered_away
 from engine.diffusion import samplers, schedules
 from engine.diffusion.samplers import Sampler
@@ -43,6 +44,7 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
         initial_scale=schedules.initial_scale(config, whole),
         anew=settings.strength == 1,
         within=_within(settings, whole, programs.distilled),
+        rescale=_rescale(settings, programs),
         merge=_merge(settings),
         control_within=_control_within(settings, whole, bool(programs.nets)),
     )
@@ -68,6 +70,7 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
         steered_away(refiner.model, settings.guidance_scale),
         from_noise=False,
         within=_within(settings, whole, refiner.distilled),
+        rescale=_rescale(settings, refiner),
         merge=_merge(settings),
     )
     ways = [way._replace(steps=sampler.steps_before(own)), rest]
@@ -130,6 +133,20 @@ def _levels(
             f"{len(among)} steps between them: write shares further apart, or {instead}"
         )
     return None if steps == among else schedules.levels(sigmas, steps)
+
+
+def _rescale(settings: Settings, programs: Programs) -> float:
+    """Share of the contrast."""
+    share = settings.guidance_rescale
+    if share is None:
+        return 0.0
+    if not 0 <= share <= 1:
+        raise UserError(f"guidance_rescale={share}: write a share of the contrast, from 0 to 1")
+    if programs.distilled:
+        raise UserError(f"guidance_rescale={share}: this model learned guidance, which adds no contrast")
+    if programs.made_for == edits.FOLLOWS:
+        raise UserError(f"guidance_rescale={share}: a model that changes pictures as it is told takes none")
+    return share
 
 
 def _merge(settings: Settings) -> float:

@@ -144,6 +144,11 @@ FLAGS: cli.Groups = {
         ),
         "guidance_start": ("S", "share of the steps before which there is no guidance; without it 0"),
         "guidance_end": ("S", "share of the steps behind which there is none, so that they cost half"),
+        "guidance_rescale": (
+            "S",
+            "share, 0 to 1, of the contrast that guidance adds which is taken away again; 0.7 suits models\n"
+            "that begin at pure noise (rescale_betas_zero_snr), whose pictures burn out without it",
+        ),
         "cache_interval": (
             "N",
             "compute all of the U-Net at every Nth step, and between them only its first level:\n"

@@ -52,6 +52,7 @@ FLAGS: cli.Groups = {
         "grid": ("NAME", "how noise levels are spread"),
         "guidance_start": ("S", "share of the steps before which there is no guidance"),
         "guidance_end": ("S", "share of the steps behind which there is none"),
+        "guidance_rescale": ("S", "share of the contrast that guidance adds which is taken away again"),
         "cache_interval": ("N", "compute all of the U-Net at every Nth step"),
         "merge_tokens": ("S", "share of the tokens that join others like them"),
         "height": ("PIXELS", "without it the size that the model was trained for"),

@@ -287,6 +287,7 @@ def test_nan_is_told_of_the_picture_that_it_struck(pipe):
         ({"guidance_end": 1.5}, "guidance_end=1.5: write a share"),
         ({"guidance_end": float("nan")}, "guidance_end=nan: write a share"),
         ({"guidance_end": 0.1}, "guidance_start=0.0 and guidance_end=0.1 leave none of 3 steps between"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale=1.5: write a share of the contrast, from 0 to 1"),
         ({"cache_interval": 0}, "cache_interval=0: write a number of steps, from 1"),
         ({"merge_tokens": 0.8}, "merge_tokens=0.8: write a share of the tokens, from 0 to 0.75"),
         ({"refiner_start": 0.5}, "refiner_start=0.5 without a refiner: write --refiner FOLDER"),

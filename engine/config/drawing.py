@@ -20,8 +20,8 @@ SIGHTS = ("edges", "grey", "mosaic")  # what a ControlNet may be shown of a pict
 
 # Options of `Pipeline.settings` that say what is special on the way from noise to picture; None: nothing.
 OF_THE_WAY = (
-    *("refiner_start", "grid", "guidance_start", "guidance_end", "cache_interval", "merge_tokens"),
-    *("control_start", "control_end"),
+    *("refiner_start", "grid", "guidance_start", "guidance_end", "guidance_rescale"),
+    *("cache_interval", "merge_tokens", "control_start", "control_end"),
 )
 
 
@@ -80,6 +80,7 @@ class GenerateConfig:
     guidance_scale: float = 5.0
     guidance_start: float | None = None  # share of the steps before which there is no guidance; None: 0
     guidance_end: float | None = None  # share of the steps behind which there is none; None: 1
+    guidance_rescale: float | None = None  # share of its contrast that guidance gives back; None: 0
     cache_interval: int | None = None  # steps from one that computes all of the U-Net to the next; None: 1
     merge_tokens: float | None = None  # share of the finest tokens that attend together with others; None: 0
     controlnet: str = ""  # FOLDER or FOLDER=SCALE, several with commas between them: see `controlnets`
@@ -224,7 +225,7 @@ class GenerateConfig:
         self.embeddings()
         for of in PICTURED:
             self.pictures_of(of)
-        shares = ("guidance_start", "guidance_end", "control_start", "control_end")
+        shares = ("guidance_start", "guidance_end", "guidance_rescale", "control_start", "control_end")
         self.check_ranges(dict.fromkeys(shares, (0, 1)) | {"merge_tokens": (0, 0.75)})
         if self.split_params and self.parallel != "jit":
             raise UserError(f"split_params with parallel={self.parallel!r}: write --parallel jit")

@@ -66,6 +66,7 @@ class How(NamedTuple):
     size: tuple[int, int] = (16, 16)
     tile: int = 0
     guidance_end: float | None = None
+    guidance_rescale: float | None = None
     cache_interval: int | None = None
     merge_tokens: float | None = None
     clip_skip: int = 0
@@ -107,6 +108,7 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         strength=how.strength,
         refiner_start=how.start if how.refiner else None,
         guidance_end=how.guidance_end,
+        guidance_rescale=how.guidance_rescale,
         cache_interval=how.cache_interval,
         merge_tokens=how.merge_tokens,
         control_start=how.control_start,
@@ -213,6 +215,8 @@ def drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.nda
     options: dict[str, Any] = {"output_type": "np"}
     if how.merge_tokens is not None:
         tomesd.apply_patch(pipeline, how.merge_tokens, use_rand=False)
+    if how.guidance_rescale is not None:
+        options["guidance_rescale"] = how.guidance_rescale
     if how.guidance_end is not None:
         options["callback_on_step_end"] = _unguided_after(round(how.guidance_end * how.steps))
         options["callback_on_step_end_tensor_inputs"] = ["prompt_embeds"]

@@ -75,6 +75,7 @@ ROWS = {
     "SD, words": (SD, "euler", WORDS),
     "SD, guidance in the first steps": (LEAST, "euler", How(guidance_end=0.6)),
     "SD, guidance in the first steps of pndm": (LEAST, "pndm", How(guidance_end=0.6)),
+    "SD, guidance that gives contrast back": (LEAST, "ddim, v", How(scale=7.5, guidance_rescale=0.7)),
     "SD, features kept": (SD, "euler", How(cache_interval=3)),
     "SD, features kept by heun": (SD, "heun", How(cache_interval=2)),
     "SD, features kept, guidance in the first steps": (
