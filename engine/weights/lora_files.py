@@ -135,7 +135,7 @@ def read(path: str | Path, configs: Mapping[str, Any]) -> Lora:
     path = find(path)
     every = layers_of(configs)
     matrices, numbers = _sorted_out(path, *once(read_header(path), every, configs), every)
-    layers, alphas, notes = {}, {}, _read_notes(path)
+    layers, alphas, notes = {}, {}, read_notes(path)
     with open(path, "rb") as file:
         for name, sides in matrices.items():
             arrays = {side: read_tensor(file, *stored) for side, stored in sides.items()}
@@ -144,7 +144,7 @@ def read(path: str | Path, configs: Mapping[str, Any]) -> Lora:
             for side, array in arrays.items():
                 array = array.reshape(names.torch_shape(every[name].path, shapes[side]))
                 layers[name][side] = array.transpose(names.TO_FLAX[array.ndim])
-            alphas[name] = _alpha(path, notes, name, layers[name]["a"].shape[-1])
+            alphas[name] = alpha_of(path, notes, name, layers[name]["a"].shape[-1])
         for name in numbers.keys() & layers.keys():
             alphas[name] = float(read_tensor(file, *numbers[name]).reshape(()))
     if strange := [name for name, alpha in alphas.items() if not math.isfinite(alpha)]:
@@ -271,7 +271,7 @@ def _misshapen(matrices: Mapping[str, dict[str, Stored]], layers: Mapping[str, L
     return faults
 
 
-def _read_notes(path: Path) -> dict[str, Any]:
+def read_notes(path: Path) -> dict[str, Any]:
     """What the file says of itself, as PEFT's LoraConfig."""
     try:
         notes = json.loads(read_metadata(path).get(METADATA, "{}"))
@@ -282,7 +282,7 @@ def _read_notes(path: Path) -> dict[str, Any]:
     return notes
 
 
-def _alpha(path: Path, notes: Mapping[str, Any], name: str, rank: int) -> float:
+def alpha_of(path: Path, notes: Mapping[str, Any], name: str, rank: int) -> float:
     """A layer's alpha, as PEFT finds it in a LoraConfig: by pattern, else the one for all, else the rank."""
     kind, _, layer = name.partition(".")
     try:

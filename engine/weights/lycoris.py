@@ -1,4 +1,4 @@
-"""LoRAs of other shapes, as LyCORIS trains them, under the names that kohya's scripts give to layers.
+"""LoRAs of other shapes, as LyCORIS and PEFT train them, under the names of kohya's scripts or of diffusers.
 
 For a kernel W of O outputs and I inputs (and of a window K x K, in a convolution), with scale = alpha / rank:
 
@@ -8,6 +8,10 @@ For a kernel W of O outputs and I inputs (and of a window K x K, in a convolutio
                                                two thin ones; if both are whole, scale is 1
                                                (Edalati et al. 2022, "KronA")
   LoCon  W + scale (up mid down)               a convolution of K x K between two of 1 x 1
+
+Any of them, and the plain LoRA, may be a DoRA (Liu et al. 2024, equation 5), which says how long each row of
+the changed kernel is, or each of its columns: W + scale (m (W + D) / |W + D| - W), where D is what is added
+to W above; a scale of 1 is as it was trained.
 
 Thin parts of a convolution may have a core t of rank x rank x K x K between them (Hyeon-Woo et al.,
 proposition 3). A file may have layers of several kinds, plain ones included. They are read, and never made.
@@ -25,7 +29,7 @@ from jaxtyping import Float
 from engine.types import UserError
 from engine.weights import lora_files, names
 from engine.weights.component import Change, listed
-from engine.weights.lora import Layer, layers_of, merging
+from engine.weights.lora import XL_KINDS, Layer, layers_of, merging
 from engine.weights.safetensors_io import DTYPES, NUMBERS, Tensor, read_header, read_tensor
 
 Parts = dict[str, np.ndarray]  # what a file has of a layer, by the ends of its keys, in PyTorch's layout
@@ -34,11 +38,14 @@ Kernel = Float[np.ndarray, "O I *K"]
 UP, DOWN, MID = "lora_up.weight", "lora_down.weight", "lora_mid.weight"
 HADA = tuple(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
 KRON = tuple(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
-ALPHA = "alpha"
-OWN = (*HADA, *KRON, MID)  # by which such a file is known
-KNOWN = (*OWN, UP, DOWN, ALPHA)
+ALPHA, DORA = "alpha", "dora_scale"
+KNOWN = (*HADA, *KRON, MID, UP, DOWN, ALPHA, DORA)
+MAGNITUDE = ("lora_magnitude_vector", "lora_magnitude_vector.weight")  # the same of PEFT, always of rows
+OWN = (*HADA, *KRON, MID, DORA, *MAGNITUDE)  # by which such a file is known
+PEFT = {f"{end}.weight": DOWN if side == "a" else UP for end, side in lora_files.SIDES.items()}
+PEFT |= {ALPHA: ALPHA} | dict.fromkeys(MAGNITUDE, DORA)
 SIDES = (("w", "_a"), ("w", "_b"), ("t", ""))  # of a product: hada_w1_a, hada_w1_b, hada_t1
-UNSUPPORTED = ("dora_scale", "diff")
+UNSUPPORTED = "diff"
 PREFIX = r"^lycoris_(?=(down|mid|up)_block|conv_|time_|add_)"  # of LyCORIS' own wrapper, for the U-Net
 
 
@@ -69,10 +76,20 @@ def _change(path: Path, scale: float, configs: Mapping[str, Any]) -> Change:
         if leaf != "kernel" or layer not in found:
             return array
         path, shape = every[layer].path, every[layer].shape
-        added = delta(found[layer], names.torch_shape(path, shape))
-        return array.astype(np.float32) + np.float32(scale) * names.to_flax(path, added, array.ndim)
+        W = array.astype(np.float32)
+        added = names.to_flax(path, delta(found[layer], names.torch_shape(path, shape)), array.ndim)
+        if DORA in found[layer]:
+            lengths = names.to_flax(path, found[layer][DORA], array.ndim)
+            added = of_lengths(W + added, lengths) - W
+        return W + np.float32(scale) * added
 
     return change
+
+
+def of_lengths(W: Float[np.ndarray, "*K I O"], lengths: Float[np.ndarray, "*L A B"]) -> np.ndarray:
+    """W, with these lengths along the axis that they have."""
+    axes = tuple(axis for axis, size in enumerate(lengths.shape) if size == 1)
+    return W * (lengths / (np.sqrt(np.square(W).sum(axes, keepdims=True)) + np.finfo(np.float32).eps))
 
 
 def read(path: str | Path, configs: Mapping[str, Any]) -> dict[str, Parts]:
@@ -88,12 +105,19 @@ def read(path: str | Path, configs: Mapping[str, Any]) -> dict[str, Parts]:
     faults: dict[str, list[str]] = {}
     with open(path, "rb") as file:
         for key, tensor in header.items():
-            layer, _, part = key.partition(".")
-            name = underscored.get(re.sub(PREFIX, "lora_unet_", layer))
+            name, part = _parsed(key, every, underscored)
             if fault := _fault(name, part, tensor, found):
                 faults.setdefault(fault, []).append(key)
             else:
-                found.setdefault(name, {})[part] = read_tensor(file, key, tensor).astype(np.float32)
+                array = read_tensor(file, key, tensor).astype(np.float32)
+                turned = part == DORA and key.endswith(MAGNITUDE)  # (1, O, 1, 1) of a convolution
+                found.setdefault(name, {})[part] = array.reshape(-1) if turned else array
+    notes = lora_files.read_notes(path)
+    for name, parts in found.items():
+        if DOWN in parts and ALPHA not in parts:
+            parts[ALPHA] = np.float32(lora_files.alpha_of(path, notes, name, len(parts[DOWN])))
+        if DORA in parts:
+            parts[DORA] = _lengths(parts[DORA], every[name])
     found = {name: parts for name, parts in found.items() if parts.keys() != {ALPHA}}  # which change nothing
     if not faults and (misfits := [name for name, parts in found.items() if not _fits(parts, every[name])]):
         faults["wrong shape, or parts that are missing"] = misfits
@@ -103,10 +127,32 @@ def read(path: str | Path, configs: Mapping[str, Any]) -> dict[str, Parts]:
     return found
 
 
+def _parsed(key: str, every: Mapping[str, Layer], underscored: Mapping[str, str]) -> tuple[str | None, str]:
+    """The layer of a key, None where the model has none, and which of its parts that is."""
+    kind, _, rest = key.partition(".")
+    if kind not in XL_KINDS:
+        return underscored.get(re.sub(PREFIX, "lora_unet_", kind)), rest
+    layer, end = next(
+        ((rest.removesuffix(f".{end}"), end) for end in PEFT if rest.endswith(f".{end}")), (rest, "")
+    )
+    name = f"{kind}.{names.canonical(kind, layer)}"
+    return name if name in every else None, PEFT.get(end, rest)
+
+
+def _lengths(lengths: np.ndarray, layer: Layer) -> np.ndarray:
+    """Of a DoRA, (O, 1, ...) of rows or (1, I, ...) of columns; as it is where it is neither."""
+    outputs, inputs, *window = names.torch_shape(layer.path, layer.shape)
+    if lengths.shape[:1] == (outputs,) and lengths.size == outputs:
+        return lengths.reshape(outputs, 1, *[1] * len(window))
+    if lengths.shape[:2] == (1, inputs) and lengths.size == inputs:
+        return lengths.reshape(1, inputs, *[1] * len(window))
+    return lengths
+
+
 def _fault(name: str | None, part: str, tensor: Tensor, found: Mapping[str, Parts]) -> str:
     """Why a part of the layer `name` cannot be taken in; "" where it can."""
     if part.startswith(UNSUPPORTED):
-        return "DoRA and whole differences, which are not read"
+        return "whole differences, which are not read"
     if part not in KNOWN:
         return "unknown keys"
     if name is None:
@@ -124,6 +170,9 @@ def _fits(parts: Parts, layer: Layer) -> bool:
     if len(kinds) != 1 or not all(array.size and np.isfinite(array).all() for array in parts.values()):
         return False
     if ALPHA in parts and parts[ALPHA].size != 1:
+        return False
+    rows = (outputs, 1, *[1] * len(window)), (1, inputs, *[1] * len(window))
+    if DORA in parts and parts[DORA].shape not in rows:
         return False
     try:
         if kinds[0] == KRON:

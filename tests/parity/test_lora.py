@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import load_file, save_file
 
 import engine
-from engine.weights import lora, lora_files, names
+from engine.weights import lora, lora_files, lycoris, names
 from engine.weights.folder import load_folder
 from engine.weights.safetensors_io import read_header
 from tests.kohya import as_kohya
@@ -85,9 +85,7 @@ def assert_same_weights(folder, file, pipeline) -> None:
             found = names.to_torch(path, np.asarray(array))
             np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max(), err_msg=path)
             moved += not np.array_equal(array, before[path])
-    assert moved == len(
-        lora_files.read(file, {kind: getattr(model, kind).config for kind in lora.KINDS}).layers
-    )
+    assert moved == len(lycoris.read(file, {kind: getattr(model, kind).config for kind in lora.KINDS}))
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, ATTENTION + TEXT + OTHERS], ids=["attention", "all"])
@@ -167,13 +165,14 @@ def write_as_diffusers(pipeline, folder, notes=True, convert=lambda weights: wei
     [
         {"lora_alpha": 6},
         {"lora_alpha": 6, "use_rslora": True},
+        {"lora_alpha": 6, "use_dora": True},
         {
             "lora_alpha": 6,
             "rank_pattern": {"to_k": 2, "v_proj": 3},
             "alpha_pattern": {"attn1.to_q": 3, "q_proj": 1},
         },
     ],
-    ids=["alpha", "rslora", "patterns"],
+    ids=["alpha", "rslora", "DoRA", "patterns"],
 )
 def test_a_file_that_diffusers_wrote_means_the_same_here(folder, tmp_path, options):
     pipeline = adapted_by_peft(folder, **options)

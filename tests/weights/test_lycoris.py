@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 import engine
 from engine.types import UserError
 from engine.weights.folder import load_folder
-from engine.weights.names import to_flax
+from engine.weights.names import to_flax, to_torch
 from tests.tiny import XL, shallow, tiny_folder
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"  # 16 -> 16
@@ -159,6 +159,28 @@ def test_as_in_pytorch(folder, plain, tmp_path, case, scale):
     assert changed == {(*PATHS[name], "kernel") for name in ({layer: 0} | marker)}
 
 
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "columns"])
+@pytest.mark.parametrize("case", ["LoRA", "LoCon", "LoHa", "LoKr with a core"])
+def test_a_dora_says_how_long_rows_or_columns_are(folder, plain, tmp_path, case, rows):
+    """The changed kernel, in PyTorch, its rows or columns of these lengths; a scale goes part of the way."""
+    layer, parts = CASES[case]
+    path = (*PATHS[layer], "kernel")
+    W = torch.from_numpy(np.array(to_torch(path, np.asarray(plain[path]))))
+    lengths = torch.from_numpy(np.abs(drawn(16, seed=9)) + 0.1)
+    axis = 0 if rows else 1
+    shape = [16 if i == axis else 1 for i in range(W.ndim)]
+    whole = W + torch.from_numpy(expected(parts, layer))
+    norms = whole.transpose(0, axis).reshape(16, -1).norm(dim=1).reshape(shape)
+    wanted = whole * lengths.reshape(shape) / norms
+    file = written(
+        tmp_path / "a.safetensors", {layer: parts | {"dora_scale": lengths.reshape(shape).numpy()}}
+    )
+    for scale in (1.0, 0.4, 0.0):
+        found = to_torch(path, np.asarray(params_of(folder, (file, scale))[path]))
+        np.testing.assert_allclose(found, W + scale * (wanted - W), atol=2e-6)
+    assert (wanted - W).abs().max() > 0.05
+
+
 def test_without_alpha_the_scale_is_one(folder, plain, tmp_path):
     file = written(tmp_path / "file.safetensors", {LINEAR: loha(LINEAR)}, alpha=None)
     path = (*PATHS[LINEAR], "kernel")
@@ -233,13 +255,11 @@ def without(parts, name):
 @pytest.mark.parametrize(
     ("layers", "fault"),
     [
-        (
-            {LINEAR: loha(LINEAR) | {"dora_scale": drawn(16, 1)}},
-            r"DoRA and whole differences, which are not read: \(1\) .*to_q\.dora_scale$",
-        ),
+        ({LINEAR: loha(LINEAR) | {"dora_scale": drawn(15, 1)}}, "wrong shape, or parts that are missing"),
+        ({LINEAR: {"dora_scale": drawn(16, 1)}}, "wrong shape, or parts that are missing"),
         (
             {LINEAR: loha(LINEAR), CONV: {"diff": drawn(16, 16, 3, 3)}},
-            "DoRA and whole differences, which are not",
+            r"whole differences, which are not read: \(1\) .*conv1\.diff$",
         ),
         ({LINEAR: loha(LINEAR) | {"scalar": drawn(1)}}, r"unknown keys: \(1\) .*to_q\.scalar$"),
         ({LINEAR: loha(LINEAR) | locon(LINEAR)}, "wrong shape, or parts that are missing"),  # of two kinds
