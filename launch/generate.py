@@ -55,8 +55,8 @@ FLAGS: cli.Groups = {
     "What a ControlNet sees (in a job: for the rows that have none of their own)": {
         "controlnet": (
             "FOLDER",
-            "a ControlNet of the model, in the format of PyTorch diffusers. FOLDER=SCALE multiplies\n"
-            "what it adds; several with commas between them",
+            "a ControlNet of the model, in the format of PyTorch diffusers, or a single .safetensors of\n"
+            "one. FOLDER=SCALE multiplies what it adds; several with commas between them",
         ),
         "control_image": (
             "FILE",
@@ -146,8 +146,8 @@ FLAGS: cli.Groups = {
         "guidance_end": ("S", "share of the steps behind which there is none, so that they cost half"),
         "guidance_rescale": (
             "S",
-            "share, 0 to 1, of the contrast that guidance adds which is taken away again; 0.7 suits models\n"
-            "that begin at pure noise (rescale_betas_zero_snr), whose pictures burn out without it",
+            "share, 0 to 1, of the contrast that guidance adds which is taken away again; 0.7 suits\n"
+            "models that begin at pure noise (rescale_betas_zero_snr), whose pictures burn out without it",
         ),
         "cache_interval": (
             "N",

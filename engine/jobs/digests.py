@@ -29,7 +29,7 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
             f"{path.name} ({_of(path)})" for path in map(embeddings.find, config.embeddings())
         ),
         "controlnet": ", ".join(
-            f"{path.name}={scale} ({of_weights(path)[:16]})"
+            f"{path.name}={scale} ({of_weights(path)[:16] if path.is_dir() else _of(path)})"
             for path, scale in ((controlnet.find(each), scale) for each, scale in config.controlnets())
         ),
         "decoder": of_weights(decoder.find(config.decoder)) if config.decoder else "",

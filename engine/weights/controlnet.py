@@ -1,22 +1,48 @@
-"""A ControlNet that is to go with a model: a folder of its own."""
+"""A ControlNet that is to go with a model: a folder of its own, or a single file.
+
+A file does not say what it was built like, but for the shapes of its weights: it is taken for the way down
+and the middle of the U-Net that it is to go with, under the names of diffusers or of its original. It may not
+be one whose answer is the mean of all places ("shuffle"), which only a folder tells.
+"""
 
 import dataclasses
+import itertools
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from engine.config import SIGHTS
 from engine.models.controlnet import ControlNetConfig
 from engine.models.unet_config import EncoderConfig
 from engine.types import UserError
-from engine.weights import index
-from engine.weights.component import Component, Place, load_component, read_config, write_component
-from engine.weights.files import new_folder, read_json, write_json
+from engine.weights import index, names
+from engine.weights.component import (
+    Component,
+    Place,
+    abstract,
+    load_component,
+    match,
+    read_config,
+    read_params,
+    write_component,
+)
+from engine.weights.files import PICKLES, find_weights, new_folder, read_json, write_json
 from engine.weights.folder import Model
+from engine.weights.original_names import CONTROLNET, slots
+from engine.weights.safetensors_io import Tensor, as_dtype, read_header
 
+# The first convolution that sees the picture -> where those behind it are, counted from 0.
+HINTS: Mapping[str, Callable[[int], str]] = {
+    "controlnet_cond_embedding.conv_in.weight": "controlnet_cond_embedding.blocks.{}.weight".format,
+    f"{CONTROLNET}input_hint_block.0.weight": lambda i: f"{CONTROLNET}input_hint_block.{2 * i + 2}.weight",
+    "input_hint_block.0.weight": lambda i: f"input_hint_block.{2 * i + 2}.weight",
+}
+OTHERS = {"difference": "what is to be added to a model's weights", "task_embedding": "a ControlNet union"}
 KIND = "_control_kind"  # in config.json, a note of ours, which others leave alone
 
 
@@ -26,23 +52,61 @@ def load_controlnet(
     """Reads a ControlNet of a model; `dtype` and `place` as in `load_component`.
 
     Args:
-      path: a folder with config.json and safetensors.
+      path: a folder with config.json and safetensors, or a file.
 
     Raises:
       UserError: there is none, it is broken, or it was made for another model.
     """
-    _check_fits(look(path), model, folder := find(path))
+    config = look(path)
+    if index.channels(model.unet.config, model.vae.config) == index.FOLLOWS:
+        raise UserError("this model changes pictures as it is told, and takes no ControlNet: leave it out")
+    if config is None:
+        return _from_file(model, find(path), as_dtype(dtype), place)
+    _check_fits(config, model, folder := find(path))
     return load_component(folder, "controlnet", dtype, place=place)
 
 
-def look(path: str | Path) -> ControlNetConfig:
-    """The config of the one in a folder; UserError as above, but for what the model has to say."""
-    return read_config(find(path) / "config.json", "controlnet")
+def look(path: str | Path) -> ControlNetConfig | None:
+    """The config of the one in a folder, None of a file; UserError as above, but for what the model says."""
+    if (found := find(path)).is_dir():
+        return read_config(found / "config.json", "controlnet")
+    _hints(read_header(found), found)
+    return None
+
+
+def _from_file(model: Model, file: Path, dtype: np.dtype, place: Place | None) -> Component:
+    header = read_header(file)
+    config = dataclasses.replace(config_for(model), conditioning_embedding_out_channels=_hints(header, file))
+    graphdef, shapes = abstract("controlnet", config)
+    prefix = CONTROLNET if any(key.startswith(CONTROLNET) for key in header) else ""
+    ours = {slot.key: key for key, slot in slots("controlnet", config, names.keys(shapes), prefix).items()}
+    header = {ours.get(key, key): tensor for key, tensor in header.items()}
+    sources = match("controlnet", shapes, {file: header}, f"{file} is no ControlNet of this model")
+    params = read_params("controlnet", shapes, sources, dtype, place)
+    return Component("controlnet", config, graphdef, params)
+
+
+def _hints(header: Mapping[str, Tensor], file: Path) -> tuple[int, ...]:
+    """Channels by which the one in a file sees its picture; UserError where it holds none that is read."""
+    for end, what in OTHERS.items():
+        if any(key.endswith(end) for key in header):
+            raise UserError(f"{file} is {what}, which is not read: write a ControlNet that stands by itself")
+    first = next((first for first in HINTS if header.get(first) and header[first].shape), None)
+    if first is None:
+        raise UserError(f"{file} holds no ControlNet: it has none of {', '.join(HINTS)}")
+    widths = [header[first].shape[0]]
+    for i in itertools.count(1, 2):  # of each pair of convolutions the second is wider
+        tensor = header.get(HINTS[first](i))
+        if tensor is None or not tensor.shape:
+            return tuple(widths)
+        widths.append(tensor.shape[0])
 
 
 def kind_of(path: str | Path) -> str:
     """What the one in a folder learned to be shown of pictures, one of SIGHTS; "" where it does not say."""
-    kind = read_json(find(path) / "config.json").get(KIND)
+    if not (found := find(path)).is_dir():
+        return ""
+    kind = read_json(found / "config.json").get(KIND)
     return kind if kind in SIGHTS else ""
 
 
@@ -59,8 +123,10 @@ def save_controlnet(folder: str | Path, part: Component, kind: str, overwrite: b
 
 
 def find(path: str | Path) -> Path:
-    """The folder; UserError where there is none."""
+    """The folder or the file; UserError where there is none."""
     folder = Path(os.path.expanduser(path))
+    if folder.is_file() or folder.name.endswith((*PICKLES, ".safetensors")):
+        return find_weights(folder, "ControlNet", "or the folder of one")
     if not (folder / "config.json").is_file():
         if (folder / index.FILE).is_file():
             raise UserError(f"{path} is a model, no ControlNet: write the folder of one")
@@ -97,8 +163,6 @@ SAME = {
 def _check_fits(config: ControlNetConfig, model: Model, where: Path) -> None:
     """UserError where what it adds does not fit to the U-Net, or what it sees not to the model."""
     unet, vae = model.unet.config, model.vae.config
-    if index.channels(unet, vae) == index.FOLLOWS:
-        raise UserError("this model changes pictures as it is told, and takes no ControlNet: leave it out")
     ours: dict[str, Any] = {"in_channels": vae.latent_channels, "scale": vae.scale}
     for name, told in SAME.items():
         theirs, wanted = _value(config, name), ours[name] if name in ours else _value(unet, name)

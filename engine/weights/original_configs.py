@@ -69,7 +69,7 @@ FAMILIES = (FIRST, SECOND, XL, REFINER)
 STRANGERS = {
     r"lora_|.*[._]lora[._]|.*\.(hada_|lokr_|oft_)": "it is a LoRA: give it to --lora",
     r"emb_params$|string_to_param": "it is a word of textual inversion: give it to --embedding",
-    r"control_model\.|controlnet_|input_hint_block\.": "it is a ControlNet, which is not read yet",
+    r"control_model\.|controlnet_|input_hint_block\.": "it is a ControlNet: give it to --controlnet",
     r"(model\.diffusion_model\.)?(joint_blocks|double_blocks|single_blocks|double_layers)\.": (
         "it is of Stable Diffusion 3, Flux or another newer family, which are not read"
     ),

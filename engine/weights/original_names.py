@@ -7,6 +7,7 @@
     conditioner.embedders.0.transformer.*                   text_encoder of XL, as that of 1
     conditioner.embedders.1.model.*                         text_encoder_2 of XL, as that of 2
     conditioner.embedders.0.model.*                         text_encoder_2 of its refiner
+    control_model.*, or without that in front               a ControlNet, its blocks as those of the U-Net
 
 The original U-Net counts its blocks through (github.com/CompVis/latent-diffusion, openaimodel.py): each
 residual block with its attention, and each change of size on the way down, has a number. Which number that is
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 
 from engine.models.autoencoder import AutoencoderConfig
 from engine.models.clip import CLIPTextConfig
-from engine.models.unet_config import UNetConfig
+from engine.models.controlnet import ControlNetConfig
+from engine.models.unet_config import EncoderConfig, UNetConfig
 from engine.types import UserError
 from engine.weights import names
 
@@ -26,6 +28,7 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 XL_CLIP, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 REFINER_OPEN_CLIP = "conditioner.embedders.0.model."
+CONTROLNET = "control_model."
 AS_IN_TRANSFORMERS = (CLIP, XL_CLIP)  # the text encoders whose keys are ours
 CLIP_ACT = "quick_gelu"  # OpenAI's CLIP, and none else
 
@@ -65,16 +68,16 @@ def slots(kind: str, config: Any, keys: Iterable[str], prefix: str) -> dict[str,
     """Each key of a model in the diffusers layout -> where the original layout has it.
 
     Args:
-      kind: "unet", "vae", "text_encoder" or "text_encoder_2".
+      kind: "unet", "vae", "text_encoder", "text_encoder_2" or "controlnet".
       config: the model's.
       keys: all of the model's.
-      prefix: how they begin in the file: UNET, VAE, or one of the text encoders.
+      prefix: how they begin in the file: UNET, VAE, or one of the text encoders; CONTROLNET, or nothing.
 
     Raises:
       UserError: a U-Net that the original layout does not know.
     """
-    if kind == "unet":
-        blocks = _unet_blocks(config)
+    if kind in ("unet", "controlnet"):
+        blocks = _unet_blocks(config) if kind == "unet" else _controlnet_blocks(config)
         return {key: Slot(prefix + _renamed(key, blocks, UNET_RESNET)) for key in keys}
     if kind == "vae":
         blocks = _vae_blocks(config)
@@ -97,17 +100,40 @@ def _renamed(key: str, blocks: Blocks, parts: dict[str, str]) -> str:
 
 
 def _unet_blocks(config: UNetConfig) -> Blocks:
+    blocks = _way_down(config) | {"conv_norm_out": "out.0", "conv_out": "out.2"}
+    layers, last, n = config.per_block("layers_per_block"), len(config.block_out_channels) - 1, 0
+    for i, kind in enumerate(config.up_block_types):
+        for j in range(layers[last - i] + 1):
+            blocks |= _layer(f"up_blocks.{i}", j, f"output_blocks.{n}")
+            n += 1
+        after = 2 if kind.startswith("CrossAttn") else 1  # the residual block, and the attention if there is
+        blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{after}.conv"
+    return blocks
+
+
+def _controlnet_blocks(config: ControlNetConfig) -> Blocks:
+    blocks = _way_down(config) | {"controlnet_mid_block": "middle_block_out.0"}
+    hints, hint = 2 * (len(config.conditioning_embedding_out_channels) - 1), "controlnet_cond_embedding"
+    blocks |= {f"{hint}.conv_in": "input_hint_block.0"}
+    blocks |= {f"{hint}.blocks.{i}": f"input_hint_block.{2 * i + 2}" for i in range(hints)}
+    blocks |= {f"{hint}.conv_out": f"input_hint_block.{2 * hints + 2}"}
+    count = len(config.skip_channels)
+    return blocks | {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(count)}
+
+
+def _way_down(config: EncoderConfig) -> Blocks:
+    """And the middle."""
     if config.mid_block_type != "UNetMidBlock2DCrossAttn":
         raise UserError(
             f"mid_block_type={config.mid_block_type!r}: a single file in the original layout always has "
             "attention in the middle; this U-Net stays a folder"
         )
-    if config.time_cond_proj_dim is not None:
+    if getattr(config, "time_cond_proj_dim", None) is not None:
         raise UserError(
             f"time_cond_proj_dim={config.time_cond_proj_dim}: a single file in the original layout has no "
             "place for the guidance scale that this U-Net is told; it stays a folder"
         )
-    blocks = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    blocks = {"conv_in": "input_blocks.0.0"}
     embeddings = {"time_embedding": "time_embed", "add_embedding": "label_emb.0"}  # the second of SDXL
     blocks |= {f"{name}.linear_{n}": f"{old}.{2 * n - 2}" for name, old in embeddings.items() for n in (1, 2)}
     middle = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
@@ -121,13 +147,6 @@ def _unet_blocks(config: UNetConfig) -> Blocks:
         if i < last:
             blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
             n += 1
-    n = 0
-    for i, kind in enumerate(config.up_block_types):
-        for j in range(layers[last - i] + 1):
-            blocks |= _layer(f"up_blocks.{i}", j, f"output_blocks.{n}")
-            n += 1
-        after = 2 if kind.startswith("CrossAttn") else 1  # the residual block, and the attention if there is
-        blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{after}.conv"
     return blocks
 
 

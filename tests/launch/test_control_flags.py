@@ -74,6 +74,15 @@ def test_two_with_scales_of_their_own(draw, nets, files):
     assert np.abs(images[0] - alone).max() > 8
 
 
+def test_a_single_file_draws_as_its_folder_does(draw, run, nets, files, tmp_path):
+    file = tmp_path / "net.safetensors"
+    file.write_bytes((nets[0] / "diffusion_pytorch_model.safetensors").read_bytes())
+    (path,), (whole,) = (draw("a fox", *flags([net], files)).paths for net in (file, nets[0]))
+    np.testing.assert_array_equal(pixels(path), pixels(whole))
+    again = run("--like", path, "--out", tmp_path / "again")
+    assert again.paths[0].read_bytes() == path.read_bytes()
+
+
 def test_its_picture_decides_on_the_size(draw, nets, tmp_path):
     file = save(tmp_path / "wide.png", noise(4, 45, 100))
     (path,) = draw("a fox", *flags(nets, [file], "--height", 16)).paths
