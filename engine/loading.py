@@ -21,9 +21,10 @@ from engine.types import UserError
 from engine.weights import ip_adapter as ip_adapters
 from engine.weights import network, quantized
 from engine.weights import upscaler as upscalers
+from engine.weights.component import Component
 from engine.weights.controlnet import kind_of, load_controlnet, look
 from engine.weights.decoder import with_decoder
-from engine.weights.folder import load_folder
+from engine.weights.folder import Model, load_folder
 from engine.weights.refiner import load_refiner
 
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-128"
@@ -99,7 +100,12 @@ def load(
         )
         for path, scale in ip_adapter
     ]
-    loaded = load_folder(folder, jnp.dtype(dtype), None, place, lora, embeddings, clip_skip)
+
+    def read(loras: Sequence[tuple[str | os.PathLike, float]], vae: Component | None = None) -> Model:
+        there = {"vae": vae} if vae else {}
+        return load_folder(folder, jnp.dtype(dtype), None, place, loras, embeddings, clip_skip, there)
+
+    loaded = read(lora)
     edits.made_for(loaded, str(folder))
     second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None
     nets = [
@@ -116,7 +122,7 @@ def load(
     check_tile(tile, loaded.vae.config.scale)
     reading = Reading(prompt_weights, long_prompts)
     name = SHIPPED_NAME if model is None else str(model)
-    return Pipeline(loaded, devices, name, dtype, folder, tile, second, nets, reading, larger, prompted)
+    return Pipeline(loaded, devices, name, dtype, folder, tile, second, nets, reading, larger, prompted, read)
 
 
 def use_compilation_cache() -> None:

@@ -4,7 +4,9 @@ With a refiner, a second model goes the last part of the way from noise to laten
 section 2.5), with what its own text encoders say of the prompts.
 """
 
+import copy
 import itertools
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,7 +16,7 @@ from jaxtyping import Float, UInt8
 
 from engine import adapters, controls, edits
 from engine.config import GenerateConfig
-from engine.diffusion import noise, samplers, schedules
+from engine.diffusion import noise, schedules
 from engine.diffusion.scheduler_config import sampler_name
 from engine.diffusion.segments import chosen_stages
 from engine.enlarging import Enlarging
@@ -24,14 +26,15 @@ from engine.requests import Batch, Context, Frames, Given, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.text.reading import PLAIN, Reading, words
 from engine.types import UserError
-from engine.ways import check_heat, check_refiner_start, grid_of, ways_of
+from engine.ways import check_heat, check_refiner_start, check_settings, grid_of, ways_of
+from engine.weights.component import Component
 from engine.weights.folder import Model
 from engine.weights.ip_adapter import Adapter
 from engine.weights.network import Network
 
-MAX_SIDE = 16384
 BATCH_IMAGES = 16  # pictures a device draws at once, unless told: so that the first are soon there,
 BATCH_PIXELS = 8 * 512 * 512  # and all fit into its memory
+ReadAgain = Callable[[Sequence[tuple[str | os.PathLike, float]], Component], Model]
 DEFAULT_STEPS = GenerateConfig.steps
 DEFAULT_GUIDANCE = GenerateConfig.guidance_scale
 
@@ -52,13 +55,16 @@ class Pipeline:
         reading: Reading = PLAIN,
         upscaler: Network | None = None,
         prompted: Sequence[Adapter] = (),
+        read: ReadAgain | None = None,
     ):
+        """read: the model again, with other LoRAs; see `with_loras`."""
         self.devices, self.name, self.dtype = devices, name, dtype
         self.folder = folder  # from which the model was loaded
         self.programs = Programs(model, devices, name, tile, nets, reading, prompted)
         self.refiner = Programs(refiner, devices, "the refiner", tile, (), reading) if refiner else None
         self.enlarging = Enlarging(upscaler, self.programs) if upscaler else None
         self.made_for = self.programs.made_for
+        self._read = read
 
     @property
     def model(self) -> Model:
@@ -76,6 +82,21 @@ class Pipeline:
         return ("",) if self.reading.long else ()
 
     # ---- what people call
+
+    def with_loras(self, loras: Sequence[tuple[str | os.PathLike, float]]) -> "Pipeline":
+        """The same with these LoRAs, files and scales, in place of those that it was loaded with.
+
+        Their weights are read again from the model's folder, and are in memory beside those of this one.
+        Nothing is compiled: the two share their programs, and all else.
+
+        Raises:
+          UserError: a file is no LoRA of the model; or the folder has changed since.
+        """
+        if self._read is None:
+            raise UserError("this pipeline was not loaded from a folder, and takes no LoRAs now")
+        other = copy.copy(self)
+        other.programs = self.programs.of(self._read(loras, self.model.vae))
+        return other
 
     def generate(
         self,
@@ -312,19 +333,7 @@ class Pipeline:
             control_start,
             control_end,
         )
-        samplers.find(settings.sampler)
-        grid_of(settings, self.model)
-        edits.check_strength(settings)
-        ways_of(settings, self.programs, self.refiner)
-        if not np.isfinite(settings.guidance_scale):
-            raise UserError(f"guidance_scale={guidance_scale} is no number; 1 is none, 5 to 8 are usual")
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size}: write 1 or more")
-        scale = self.model.vae.config.scale
-        for name, side in (("height", settings.height), ("width", settings.width)):
-            if side % scale or not scale <= side <= MAX_SIDE:
-                good = min(max(round(side / scale), 1) * scale, MAX_SIDE)
-                raise UserError(f"{name}={side}: this model makes multiples of {scale}; write {good}")
+        check_settings(settings, self.programs, self.refiner)
         return settings
 
     def check_given(self, given: Sequence[Given], settings: Settings) -> None:

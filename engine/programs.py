@@ -11,6 +11,7 @@ nothing. Sizes, the number of steps and what `Kind` says are static.
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -74,6 +75,12 @@ class Programs:
         self.segment_program = functools.cache(self._build_segment)
         self.steering_program = functools.cache(self._build_steering)
         self._noise = functools.cache(self._build_noise)
+
+    def of(self, model: Model) -> "Programs":
+        """The same, compiled as they are, for a model that differs in its params alone."""
+        other = copy.copy(self)
+        other.model, other.texts = model, self.texts.of(model)
+        return other
 
     # ---- run
 

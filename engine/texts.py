@@ -1,5 +1,6 @@
 """What the text encoders of a model say of prompts: once for each that differs."""
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,12 @@ class Texts:
         self._count = functools.lru_cache(1024)(
             lambda prompt: len(conditions.parts_of(model, prompt, reading))
         )
+
+    def of(self, model: Model) -> "Texts":
+        """The same, compiled as it is, for a model that differs in its params alone."""
+        other = copy.copy(self)
+        other._model = model
+        return other
 
     def encode(self, prompts: Sequence[str], size: int) -> dict[str, Context]:
         """What the text encoders say of each of some prompts; what they read goes in batches of `size`."""

@@ -16,6 +16,7 @@ from engine.types import UserError
 from engine.way import Way, watched
 from engine.weights.folder import Model
 
+MAX_SIDE = 16384  # of a picture
 REFINER_START = 0.8  # of the way; as in its original
 
 
@@ -75,6 +76,23 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
     )
     ways = [way._replace(steps=sampler.steps_before(own)), rest]
     return [way._replace(fresh=_fresh(settings, sampler, way)) for way in ways]
+
+
+def check_settings(settings: Settings, programs: Programs, refiner: Programs | None) -> None:
+    """UserError for what is wrong in itself, or for these models; one line, before anything compiles."""
+    samplers.find(settings.sampler)
+    grid_of(settings, programs.model)
+    edits.check_strength(settings)
+    ways_of(settings, programs, refiner)
+    if not np.isfinite(settings.guidance_scale):
+        raise UserError(f"guidance_scale={settings.guidance_scale} is no number; 1 is none, 5 to 8 are usual")
+    if settings.batch_size < 1:
+        raise UserError(f"batch_size={settings.batch_size}: write 1 or more")
+    scale = programs.model.vae.config.scale
+    for name, side in (("height", settings.height), ("width", settings.width)):
+        if side % scale or not scale <= side <= MAX_SIDE:
+            good = min(max(round(side / scale), 1) * scale, MAX_SIDE)
+            raise UserError(f"{name}={side}: this model makes multiples of {scale}; write {good}")
 
 
 def check_refiner_start(given: float | None, refined: bool) -> float | None:

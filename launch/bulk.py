@@ -111,8 +111,7 @@ def work(job: Job, settle: Settle, pipe: Pipeline, store: Store, part: Claims | 
     total = sum(folder.pictures_of(description, number) for number in mine)
     cli.tell(
         f"{job.pictures} pictures of {len(job.rows)} rows in {job.shards} shards, "
-        f"{sum(group.settings is not None for group in job.groups)} programs to compile"
-        + (f"; {len(finished)} shards are done" if finished else "")
+        f"{job.programs} programs to compile" + (f"; {len(finished)} shards are done" if finished else "")
     )
     tell_of_refused(job, settle)
     stopping = threading.Event()

@@ -21,7 +21,7 @@ from engine.jobs import folder, formats
 from engine.jobs.given import OfRows
 from engine.jobs.plan import Program, request, settle_with
 from engine.jobs.store import Store, open_store
-from engine.jobs.work import TEXT_BATCH
+from engine.jobs.wording import Wording, Wordings
 from engine.pipeline import Pipeline
 from engine.pixels import FORMATS, read_header
 from engine.requests import Given
@@ -95,13 +95,13 @@ def _draw(
     pictures: OfRows,
 ) -> Iterator[Batch]:
     """The devices draw the next batch while one is measured."""
-    flying = None
+    flying, wordings = None, Wordings(pipe)
     for program, numbers in groups.items():
         size = program.settings.batch_size * pipe.devices.count
         for first in range(0, len(numbers), size):
             part = [rows[number] for number in numbers[first : first + size]]
             words = [said(row.prompt, pipe.reading) for row in part]
-            found = words, _dispatch(config, part, program, pipe, pictures)
+            found = words, _dispatch(config, part, program, wordings.of(program.lora), pictures)
             if flying is not None:
                 yield _landed(*flying)
             flying = found
@@ -110,15 +110,14 @@ def _draw(
 
 
 def _dispatch(
-    config: JobConfig, rows: Sequence[Row], program: Program, pipe: Pipeline, pictures: OfRows
+    config: JobConfig, rows: Sequence[Row], program: Program, wording: Wording, pictures: OfRows
 ) -> Any:
     settings, requests = program.settings, [request(config, row, 0) for row in rows]
     if program.beside:
         shape = settings.height, settings.width
         given = [_given(config, row, pictures, *shape) for row in rows]
         requests = [one._replace(given=each) for one, each in zip(requests, given, strict=True)]
-    texts = [text for one in requests for text in (one.prompt, one.negative_prompt)]
-    return pipe.dispatch(requests, pipe.encode([*texts, *pipe.beside], TEXT_BATCH), settings)
+    return wording.pipe.dispatch(requests, wording.of(requests), settings)
 
 
 def _given(config: JobConfig, row: Row, pictures: OfRows, height: int, width: int) -> Given:

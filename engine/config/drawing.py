@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -272,6 +273,12 @@ class JobConfig(GenerateConfig):
     lease: float = 60.0  # seconds without a heartbeat after which a claim is taken over
     writers: int = 4  # threads that make PNGs
     patience: float = 60.0  # seconds of trying again where the output folder fails
+
+    @property
+    def rows_folder(self) -> str:
+        """Where paths in rows go on from: the folder of their file, or for standard input the current one."""
+        of_stdin = self.prompts_file == "-"
+        return "" if of_stdin else os.path.dirname(os.path.expanduser(self.prompts_file))
 
     def validate(self) -> None:
         """Raises UserError for what is wrong with any model; the rest is checked when it is loaded."""

@@ -21,7 +21,7 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
     """
     found = {
         "weights": of_weights(folder),
-        "lora": _scaled((lora_files.find(file), scale) for file, scale in config.loras()),
+        "lora": of_loras(config.loras()),
         "ip_adapter": _scaled((ip_adapter.find(file), scale) for file, scale in config.ip_adapters()),
         "image_encoder": _of_encoders(config, folder),
         # the name of a file may be the word that it holds
@@ -37,6 +37,11 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
         "refiner": of_weights(pathlib.Path(config.refiner).expanduser()) if config.refiner else "",
     }
     return {name: told for name, told in found.items() if told}
+
+
+def of_loras(loras: Iterable[tuple[str, float]]) -> str:
+    """The same for LoRAs and their scales."""
+    return _scaled((lora_files.find(file), scale) for file, scale in loras)
 
 
 def of_given(given: Given) -> dict[str, str]:

@@ -257,8 +257,7 @@ class OfRows:
 
     def __init__(self, config: JobConfig, pipe: Pipeline):
         self._config, self._pipe = config, pipe
-        of_stdin = config.prompts_file == "-"
-        self._folder = "" if of_stdin else os.path.dirname(os.path.expanduser(config.prompts_file))
+        self._folder = config.rows_folder
         self._base = os.path.realpath(self._folder)
         self._shown = shown_by(config, pipe)
         self._look = functools.lru_cache(LOOKS)(self._look_at)

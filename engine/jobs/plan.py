@@ -1,10 +1,11 @@
 """What a job will make, before anything is drawn: rows into groups, groups into shards.
 
 A job is a pure function from row and number to picture, so every worker finds the same plan by itself. Rows
-that share a compiled program (size, steps, sampler, guidance or none; a picture to change, a mask, the part
-of the steps that is taken; pictures for ControlNets and IP-Adapters; how many parts words make) form a group;
-the pictures of a group, in the order of the file, are cut into shards of one size. Rows that cannot be drawn
-form a last group, whose shards hold no pictures but their reasons.
+that share weights (LoRAs of their own, or none) and a compiled program (size, steps, sampler, guidance or
+none; a picture to change, a mask, the part of the steps that is taken; pictures for ControlNets and
+IP-Adapters; how many parts words make) form a group; the pictures of a group, in the order of the file, are
+cut into shards of one size. Rows that cannot be drawn form a last group, whose shards hold no pictures but
+their reasons.
 
 Memory: 12 bytes a row. The rows themselves stay on the disk (engine/text/rows.py), and so do pictures that
 they name (engine/jobs/given.py).
@@ -22,6 +23,7 @@ import engine
 from engine import edits
 from engine.config import MAX_INDEX, OF_THE_WAY, JobConfig
 from engine.jobs import given
+from engine.jobs.loras import LorasOfRows, Own
 from engine.pipeline import Pipeline
 from engine.requests import Request, Settings
 from engine.text.rows import Rejected, Row, Rows
@@ -41,7 +43,7 @@ LOOKERS = 8  # by so many threads
 
 
 class Program(NamedTuple):
-    """What is compiled for a row: rows with equal ones are drawn together."""
+    """What is compiled for a row, and with which weights it is drawn: rows with equal ones go together."""
 
     settings: Settings  # its guidance scale and strength stand for all that make the same program
     image: bool = False  # whether there is a picture to change,
@@ -49,6 +51,7 @@ class Program(NamedTuple):
     control: bool = False  # whether there are pictures for ControlNets to see,
     prompted: bool = False  # or for IP-Adapters to read
     length: tuple[int, ...] = ()  # of its words, see `Pipeline.length`
+    lora: Own | None = None  # that go into the weights; it is all that compiles nothing
 
     @property
     def beside(self) -> bool:
@@ -125,6 +128,11 @@ class Job:
         """Pictures that the job will make, if none fails."""
         return sum(group.count for group in self.groups if group.settings is not None)
 
+    @property
+    def programs(self) -> int:
+        """How many are compiled."""
+        return len({group.program._replace(lora=None) for group in self.groups if group.program})
+
     def shard(self, number: int) -> Shard:
         """The shard of that number, from 0."""
         group = next(group for group in reversed(self.groups) if group.first_shard <= number)
@@ -184,7 +192,7 @@ class Settle:
 
     def __init__(self, config: JobConfig, pipe: Pipeline):
         """`config`: as it was given; what is None there depends on the model or on the picture."""
-        self.pictures = given.OfRows(config, pipe)
+        self.pictures, self.loras = given.OfRows(config, pipe), LorasOfRows(config, pipe)
         self._config, self._pipe = config, pipe
         self._known: dict[tuple, Program | str] = {}
 
@@ -193,9 +201,18 @@ class Settle:
         return self.judge(row)[0]
 
     def judge(self, row: Row | Rejected) -> tuple[Program | str, str]:
-        """The same, and what tells its picture from others: '' where it has none."""
+        """The same, and what tells its pictures and LoRAs from others: '' where it has none."""
         if isinstance(row, Rejected):
             return row.reason, ""
+        lora = self.loras.of(row)
+        if isinstance(lora, str):
+            return lora, "none"
+        program, mark = self._judged(row)
+        if lora is None or isinstance(program, str):
+            return program, mark
+        return program._replace(lora=lora), f"{mark} lora {lora.mark}"
+
+    def _judged(self, row: Row) -> tuple[Program | str, str]:
         config, picture = self._config, self.pictures.seen(row)
         mark = "none" if isinstance(picture, str) else ""
         if picture is not None and not isinstance(picture, str):
@@ -277,6 +294,8 @@ def _told(program: Program) -> dict[str, Any]:
         found["control_image"] = True
     if program.prompted:
         found["image_prompt"] = True
+    if program.lora is not None:
+        found["lora"] = program.lora.told
     if program.length:
         found["parts"] = max(program.length)
     return found
@@ -359,7 +378,7 @@ def _or(value: Any, default: Any) -> Any:
 OTHERS = {
     "rows": "other rows",
     "weights": "other weights",
-    "given": "other pictures to change, or for networks to see",
+    "given": "other pictures to change, or for networks to see, or other LoRAs of rows",
 }
 
 

@@ -31,13 +31,15 @@ import engine
 from engine import finish
 from engine.config import JobConfig
 from engine.jobs import digests, folder, formats
-from engine.jobs.account import Busy, Recent
+from engine.jobs.account import Busy
 from engine.jobs.ahead import ahead
 from engine.jobs.given import Paths
+from engine.jobs.loras import Own
 from engine.jobs.pictures import enlarged, remember
 from engine.jobs.plan import Group, Job, Program, Settle, Shard, Wanted
 from engine.jobs.reading import Reader
 from engine.jobs.store import Store
+from engine.jobs.wording import Wordings
 from engine.pipeline import Pipeline
 from engine.requests import Context, Given, Request, Settings
 from engine.text.reading import said
@@ -45,9 +47,7 @@ from engine.types import UserError
 
 BATCHES_AHEAD = 4  # of words before drawing, and of drawn pictures before writing
 ON_DEVICES = 2  # batches: one at work, one that waits
-TEXT_BATCH = 16  # prompts a device encodes at once
 READERS = 4  # threads that read pictures beside the words
-CONTEXTS, CONTEXT_BYTES = 1024, 2**28  # that are kept, for prompts that come again
 
 
 # What a picture that was made of words remembers of another: nothing, whatever the job's own options.
@@ -60,10 +60,15 @@ class Load(NamedTuple):
     shard: Shard
     wanted: list[Wanted]
     refused: list[dict[str, Any]]  # what will not be drawn, and why
-    contexts: dict[str, Context]
+    contexts: dict[str, Context]  # none yet where its rows have own LoRAs
     last: bool  # of its shard
     given: Sequence[Given] = ()  # of all that is wanted, until they are drawn
     marks: Sequence[Mapping[str, str]] = ()  # that tell them from others
+
+    @property
+    def lora(self) -> Own | None:
+        """What its rows are drawn with in place of the job's, where they are."""
+        return self.shard.group.program and self.shard.group.program.lora
 
     @property
     def requests(self) -> list[Request]:
@@ -123,7 +128,7 @@ class Worker:
         self.tell, self.progress, self.still_ours, self.check = tell, progress, still_ours, check
         self.tally = Tally()
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-        self._contexts = Recent(CONTEXTS, CONTEXT_BYTES)
+        self._wordings = Wordings(pipe)
         # group (by its first shard) -> pictures a device, after out of memory
         self._halved: dict[int, int] = {}
         self._busy = Busy()
@@ -166,7 +171,9 @@ class Worker:
 
     def _loads_of(self, shard: Shard, readers: ThreadPoolExecutor) -> Iterator[Load]:
         wanted = list(self.job.wanted(shard))
-        contexts = self._encode(wanted)
+        program, contexts = shard.group.program, {}
+        if program and program.lora is None:
+            contexts = self._wordings.of(None).of([one.request for one in wanted])
         first = 0
         while first < len(wanted):
             size = self._batch_size(shard.group) * self.pipe.devices.count
@@ -180,17 +187,6 @@ class Worker:
         marks = list(readers.map(digests.of_given, given))
         return load._replace(wanted=wanted, given=given, marks=marks, refused=failures)
 
-    def _encode(self, wanted: list[Wanted]) -> dict[str, Context]:
-        """Contexts of all prompts of a shard. Those of the last shards are still known."""
-        texts = [text for one in wanted for text in (one.request.prompt, one.request.negative_prompt)]
-        texts = list(dict.fromkeys([*texts, *self.pipe.beside]))
-        known = {text: self._contexts[text] for text in texts if text in self._contexts}
-        new = [text for text in texts if text not in known]
-        found = self.pipe.encode(new, TEXT_BATCH) if new else {}
-        for text, context in found.items():
-            self._contexts.add(text, context)
-        return known | found
-
     # ---- drawing
 
     def _batch_size(self, group: Group) -> int:
@@ -203,7 +199,7 @@ class Worker:
         with ThreadPoolExecutor(1, "arrivals") as arrivals, contextlib.closing(loads):
             for load in loads:
                 new = load is not None and load.wanted and load.shard.group.first_shard not in compiled
-                if load is None or new:
+                if load is None or new or not self._wordings.are_there(load.lora):
                     while flying:
                         yield self._land(flying.popleft())
                     self._busy.pause()  # nothing could fill this time: it is left out of the account
@@ -226,12 +222,18 @@ class Worker:
         if len(requests) > settings.batch_size * self.pipe.devices.count:
             return flying  # it was cut before the batch was halved
         try:
-            arrays = self.pipe.dispatch(requests, load.contexts, settings)
+            arrays = self._dispatch(load, requests, settings)
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             _out_of_memory_or_raise(error)
             self._halve(load.shard.group, settings.batch_size)
             return flying
         return flying._replace(arrival=arrivals.submit(self._arrive, arrays, time.monotonic()))
+
+    def _dispatch(
+        self, load: Load, requests: Sequence[Request], settings: Settings
+    ) -> tuple[jax.Array, jax.Array]:
+        wording = self._wordings.of(load.lora)
+        return wording.pipe.dispatch(requests, load.contexts or wording.of(requests), settings)
 
     def _arrive(self, arrays: tuple[jax.Array, jax.Array], launched: float) -> tuple[np.ndarray, np.ndarray]:
         jax.block_until_ready(arrays)
@@ -263,7 +265,7 @@ class Worker:
             try:
                 for first in range(0, len(requests), size):
                     part = requests[first : first + size]
-                    drawn = jax.block_until_ready(self.pipe.dispatch(part, load.contexts, settings))
+                    drawn = jax.block_until_ready(self._dispatch(load, part, settings))
                     images.append(np.asarray(drawn[0])[: len(part)])
                     finite.append(np.asarray(drawn[1])[: len(part)])
                 done = load._replace(given=())
@@ -331,8 +333,11 @@ class Worker:
         changed = self._changed(wanted, program)
         own = {"negative_prompt": request.negative_prompt, "seed": request.seed}
         config = dataclasses.replace(self.job.config, **settings | own | NO_PICTURE | changed)
+        contents = {**self.job.digests, **marks}
+        if (lora := drawn.load.lora) is not None:
+            contents["lora"] = lora.mark
         try:
-            about = remember(config, request.prompt, request.index, {**self.job.digests, **marks})
+            about = remember(config, request.prompt, request.index, {k: v for k, v in contents.items() if v})
             png = finish.encode_png(enlarged(image, config), about)
         except UserError as error:
             return {**address, "reason": str(error)}
@@ -345,9 +350,10 @@ class Worker:
         return formats.Entry(png, facts)
 
     def _changed(self, wanted: Wanted, program: Program) -> dict[str, Any]:
-        """What a picture remembers of those beside its words; nothing where there were none."""
+        """What a picture remembers of those beside its words, and of own LoRAs; nothing of none."""
         pictures, row = self.settle.pictures, wanted.row
         found = pictures.paths(row).told() if program.beside else {}
+        found |= {} if program.lora is None else {"lora": program.lora.told}
         if not program.image:
             return found
         found |= {"strength": pictures.strength(row, program.mask)}

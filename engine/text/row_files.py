@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 from engine.config import nearest
 from engine.errors import UserError
 
-TEXTS = ("prompt", "id", "negative_prompt", "sampler")
+TEXTS = ("prompt", "id", "negative_prompt", "sampler", "lora")
 NUMBERS = ("seed", "index", "steps", "guidance_scale", "height", "width", "strength", "image_guidance_scale")
 PATHS = ("image", "mask", "control_image", "image_prompt")  # of pictures, from the folder of the file on
 FOREIGN = ("init_image",)  # of pictures, too, in other programs; not read

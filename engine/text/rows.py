@@ -38,7 +38,7 @@ from engine.text.row_files import (
 )
 from engine.text.row_paths import astray
 
-MAX_LETTERS = {"prompt": 100_000, "negative_prompt": 100_000, "id": 1000, "sampler": 100}
+MAX_LETTERS = {"prompt": 100_000, "negative_prompt": 100_000, "id": 1000, "sampler": 100, "lora": 4096}
 MAX_LETTERS |= dict.fromkeys(PATHS, 4096)
 # What is wrong with any model; jobs judge the rest when the model is known.
 WHOLE_NUMBERS = {
@@ -70,6 +70,7 @@ class Row(NamedTuple):
     height: int | None = None
     width: int | None = None
     sampler: str | None = None
+    lora: str | None = None  # as in the option of that name; "": none, whatever the job says
     image: str | None = None  # a path from the folder of the file on; "": none, whatever the job says
     mask: str | None = None  # likewise
     strength: float | None = None

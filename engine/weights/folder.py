@@ -106,6 +106,7 @@ def load_folder(
     loras: Sequence[tuple[str | Path, float]] = (),
     words: Sequence[str | Path] = (),
     clip_skip: int = 0,
+    there: Mapping[str, Component] = MappingProxyType({}),
 ) -> Model:
     """Reads a whole model; `dtype`, `variant`, `place` as in `load_component`.
 
@@ -114,6 +115,7 @@ def load_folder(
         the cast.
       words: files of embeddings (see engine.weights.embeddings), which the model then knows, too.
       clip_skip: see `Model`; no folder says it.
+      there: parts that are in memory already, and not read again.
 
     Raises:
       UserError: no such folder, or anything in it is missing, broken or of a kind that the engine lacks; or
@@ -129,7 +131,10 @@ def load_folder(
     check_parts_fit(configs, tokenizers, folder)
     if clip_skip:
         _check_clip_skip(clip_skip, {kind: configs[kind] for kind in texts})
-    parts = {kind: load_component(folder / kind, kind, dtype, variant, place, changes) for kind in configs}
+    parts = {
+        kind: there.get(kind) or load_component(folder / kind, kind, dtype, variant, place, changes)
+        for kind in configs
+    }
     readers = {name: tokenizers.get(kind) for kind, name in TOKENIZERS.items()}
     whole = dict.fromkeys(index.PARTS) | parts
     model = Model(**whole, **readers, scheduler=scheduler, zeros=found.zeros, clip_skip=clip_skip)

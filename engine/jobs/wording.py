@@ -1,0 +1,59 @@
+"""What a pipeline's text encoders say of the prompts of a job; and which pipeline, as rows may have LoRAs."""
+
+from collections.abc import Sequence
+
+from engine.jobs.account import Recent
+from engine.jobs.loras import Own
+from engine.pipeline import Pipeline
+from engine.requests import Context, Request
+
+TEXT_BATCH = 16  # prompts a device encodes at once
+CONTEXTS, CONTEXT_BYTES = 1024, 2**28  # that are kept, for prompts that come again
+
+
+class Wording:
+    """A pipeline, and the contexts of the last prompts by it."""
+
+    def __init__(self, pipe: Pipeline):
+        self.pipe = pipe
+        self._contexts = Recent(CONTEXTS, CONTEXT_BYTES)
+
+    def of(self, requests: Sequence[Request]) -> dict[str, Context]:
+        """Contexts of all their prompts."""
+        texts = [text for one in requests for text in (one.prompt, one.negative_prompt)]
+        texts = list(dict.fromkeys([*texts, *self.pipe.beside]))
+        known = {text: self._contexts[text] for text in texts if text in self._contexts}
+        new = [text for text in texts if text not in known]
+        found = self.pipe.encode(new, TEXT_BATCH) if new else {}
+        for text, context in found.items():
+            self._contexts.add(text, context)
+        return known | found
+
+
+class Wordings:
+    """That of the job's pipeline, and beside it that of the rows that were drawn last with own LoRAs.
+
+    No more than one of those is in memory.
+    """
+
+    def __init__(self, pipe: Pipeline):
+        self._plain = Wording(pipe)
+        self._lora: Own | None = None
+        self._own: Wording | None = None
+
+    def are_there(self, lora: Own | None) -> bool:
+        """Whether nothing must be loaded for rows of these LoRAs."""
+        return lora is None or (self._own is not None and lora == self._lora)
+
+    def of(self, lora: Own | None) -> Wording:
+        """For rows of these LoRAs, or of the job's.
+
+        Raises:
+          UserError: a file has changed since the job was planned, and cannot be read.
+        """
+        if lora is None:
+            return self._plain
+        if self._own is None or lora != self._lora:
+            self._own, self._lora = None, lora  # the others leave the memory first
+            self._own = Wording(self._plain.pipe.with_loras(lora.files))
+        return self._own

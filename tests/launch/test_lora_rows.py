@@ -1,0 +1,140 @@
+"""Rows of a job with LoRAs of their own: drawn as single runs are, together where they are the same, and
+nothing is compiled for them."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+import engine
+from engine import finish
+from engine.config import JobConfig
+from engine.jobs import wording
+from engine.jobs.plan import settle_with
+from engine.text.rows import read_rows
+from launch import cli
+from tests.compiled import COMPILED
+from tests.launch.test_bulk import facts, png_of
+from tests.launch.test_edit_flags import pixels
+from tests.launch.test_edit_jobs import failures
+from tests.launch.test_lora import configs, write  # noqa: F401
+from tests.tiny import tiny_model
+
+SIXTEEN = ("--batch_size", 16)  # as many as prompts are encoded at once in a job
+
+
+@pytest.fixture
+def loras(configs, tmp_path):  # noqa: F811
+    """Beside the rows."""
+    return [write(tmp_path / f"{name}.safetensors", configs, seed=i) for i, name in enumerate(("fox", "cat"))]
+
+
+ROWS = [
+    {"prompt": "a red fox"},
+    {"prompt": "a cat", "lora": "fox.safetensors"},
+    {"prompt": "a dog", "lora": "cat.safetensors=0.5,fox.safetensors=0.25"},
+    {"prompt": "a car", "lora": "fox.safetensors"},
+    {"prompt": "a boat", "lora": ""},
+]
+
+
+def test_rows_are_those_of_single_runs_bit_for_bit(job, draw, run, loras, tmp_path):
+    outcome = job(*SIXTEEN, "--seed", 3, rows=ROWS)
+    assert outcome.code == cli.DONE, outcome.told
+    for number, row in enumerate(ROWS):
+        path = png_of(tmp_path / "out", number)
+        own = ",".join(f"{tmp_path}/{file}" for file in row.get("lora", "").split(",") if file)
+        options = ("--seed", 3, "--first_index", number, *SIXTEEN, "--out", tmp_path / "alone")
+        (alone,) = draw(row["prompt"], *options, *(("--lora", own) if own else ())).paths
+        np.testing.assert_array_equal(pixels(alone), pixels(path))
+        settings = finish.read_settings(path)
+        assert settings.get("lora", "") == own
+        assert settings["contents"] == finish.read_settings(alone)["contents"]
+        again = run("--like", path, "--out", tmp_path / "again")
+        assert again.paths[0].read_bytes() == path.read_bytes(), row
+    assert facts(tmp_path / "out")[1]["edit"] == {"lora": f"{tmp_path}/fox.safetensors"}
+    images = [pixels(png_of(tmp_path / "out", number)).astype(int) for number in (1, 3)]
+    plain = [pixels(draw(ROWS[n]["prompt"], "--seed", 3, "--first_index", n).paths[0]) for n in (1, 3)]
+    assert all(np.abs(a - b).max() > 8 for a, b in zip(images, plain, strict=True))
+
+
+def test_those_of_the_job_are_for_rows_that_say_nothing(job, draw, loras, tmp_path):
+    assert job(*SIXTEEN, "--seed", 3, "--lora", f"{loras[0]}=0.5", rows=ROWS).code == cli.DONE
+    told = [finish.read_settings(png_of(tmp_path / "out", number)) for number in range(len(ROWS))]
+    assert told[0]["lora"] == f"{loras[0]}=0.5" and told[1]["lora"] == str(loras[0])
+    assert "lora" not in told[4] and "lora" not in told[4]["contents"]
+    (plain,) = draw("a boat", "--seed", 3, "--first_index", 4, *SIXTEEN, "--out", tmp_path / "one").paths
+    np.testing.assert_array_equal(pixels(plain), pixels(png_of(tmp_path / "out", 4)))
+
+
+def test_nothing_is_compiled_for_them_and_no_more_than_one_is_kept(job, loras, model, monkeypatch):
+    loaded = []
+    real = engine.pipeline.Pipeline.with_loras
+    monkeypatch.setattr(
+        engine.pipeline.Pipeline,
+        "with_loras",
+        lambda pipe, files: (loaded.append([path for path, _ in files]), real(pipe, files))[1],
+    )
+    assert job("--steps", 3, rows=ROWS[:1]).code == cli.DONE
+    before = COMPILED.copy()
+    outcome = job("--steps", 3, "--out", loras[0].parent / "more", rows=ROWS)
+    assert outcome.code == cli.DONE and before == COMPILED
+    assert any("5 rows in 3 shards, 1 programs to compile" in line for line in outcome.told), outcome.told
+    fox, both = [str(loras[0])], [str(loras[1]), str(loras[0])]
+    assert loaded == [fox, both]  # rows of one are neighbours, whatever their places in the file
+
+
+def test_a_job_knows_them_and_goes_on(job, configs, loras, tmp_path):  # noqa: F811
+    assert job(rows=ROWS).code == cli.DONE
+    assert job(rows=ROWS).code == cli.DONE
+    write(loras[0], configs, seed=9)
+    other = job(rows=ROWS)
+    assert other.code == cli.MISTAKE and "or other LoRAs of rows" in other.told[-1], other.told
+
+
+WRONG = ("none", "../fox", "other", "broken")
+
+
+def test_rows_that_cannot_be_drawn(job, loras, tmp_path, configs):  # noqa: F811
+    narrow = tiny_model(unet={"block_out_channels": (8, 16)}).unet.config
+    write(tmp_path / "other.safetensors", configs | {"unet": narrow})
+    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
+    rows = [
+        {"prompt": "a fox", "lora": "fox.safetensors"},
+        *({"prompt": "a fox", "lora": f"{name}.safetensors"} for name in WRONG),
+        {"prompt": "a fox", "lora": "fox.safetensors=much"},
+        {"prompt": "a fox", "lora": 3},
+    ]
+    assert job(rows=rows).code == cli.FAILED
+    reasons = {row: one["reason"] for row, one in failures(tmp_path / "out").items()}
+    for row, reason in enumerate(
+        (
+            "no LoRA ",
+            "lora='../fox.safetensors' leads out of the folder",
+            "does not fit this model",
+            "broken.safetensors",
+            "write FILE or FILE=SCALE",
+            "lora=3: write a text",
+        ),
+        1,
+    ):
+        assert reason in reasons[row] and "\n" not in reasons[row], reasons[row]
+    assert sorted(facts(tmp_path / "out")) == [0]
+
+
+def test_at_most_one_is_in_memory_beside_the_model(model, configs, loras, tmp_path):  # noqa: F811
+    pipe = engine.load(model)
+    held = wording.Wordings(pipe)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "a", "lora": file.name}) + "\n" for file in loras))
+    with read_rows(str(rows), None) as found:
+        settle = settle_with(JobConfig(prompts_file=str(rows), seed=1), pipe)
+        fox, cat = (settle(row).lora for row in found)
+    assert held.are_there(None) and not held.are_there(fox)
+    first = held.of(fox)
+    assert held.of(fox) is first and held.are_there(fox)
+    assert held.of(cat) is not first and not held.are_there(fox)
+    assert held.of(None).pipe is pipe
+    prompts = [f"{a} {b}" for a, b in itertools.product(("a", "red"), ("fox", "car"))]
+    assert not np.array_equal(first.pipe.generate(prompts, seed=1), pipe.generate(prompts, seed=1))
