@@ -212,8 +212,8 @@ FLAGS: cli.Groups = {
             ".txt (a prompt a line, those with # in front left out), .jsonl, .csv or .parquet\n"
             "(columns: prompt; and where a row has its own: id, negative_prompt, seed, index, steps,\n"
             "sampler, width, height, guidance_scale, image, mask, strength, image_guidance_scale,\n"
-            "control_image, image_prompt; all others are carried through), or - for standard input. Paths\n"
-            "in it go from its folder on, and do not lead out of it",
+            "control_image, image_prompt, lora; all others are carried through), or - for standard input.\n"
+            "Paths in it go from its folder on, and do not lead out of it",
         ),
         "format": ("FORMAT", "of its shards: files, webdataset, arrayrecord or parquet"),
         "shard_size": ("N", "pictures of a shard; a shard is in memory until it is written"),
