@@ -66,11 +66,16 @@ def joined(
     places: Sequence[str],
     nets: Sequence[IPAdapter],
     tokens: Sequence[Float[Array, "B _ D"]],
-    scales: Float[Array, " K"],
+    scales: Sequence[Float[Array, " N"]],
 ) -> Read:
-    """What layers make of words, and beside it what they make of the adapters' tokens."""
+    """What layers make of words, and beside it what they make of the adapters' tokens.
+
+    Args:
+      places: of the layers, in the order of the adapters.
+      tokens, scales: of each adapter; a scale for each layer.
+    """
     read = dict(read)
-    for net, own, scale in zip(nets, tokens, scales, strict=True):
-        for place, pair in zip(places, net.read(own, scale), strict=True):
+    for net, own, each in zip(nets, tokens, scales, strict=True):
+        for place, pair in zip(places, net.read(own, each), strict=True):
             read[place] = (*read[place], *pair)
     return read

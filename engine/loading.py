@@ -49,6 +49,7 @@ def load(
     upscaler: str | os.PathLike | None = None,
     ip_adapter: Sequence[tuple[str | os.PathLike, float]] = (),
     image_encoder: str | os.PathLike | None = None,
+    ip_adapter_layers: Sequence[str] = (),
 ) -> Pipeline:
     """Loads a model onto the devices.
 
@@ -76,6 +77,8 @@ def load(
         picture beside the words (engine.models.ip_adapter). The refiner has none.
       image_encoder: the folder of CLIP's image encoder, by which they read. None: image_encoder/ beside the
         file, or where else the originals have it.
+      ip_adapter_layers: blocks or layers of the U-Net to which they add something, such as SDXL's
+        "up_blocks.0.attentions.1" for the style alone. None: to all.
 
     Raises:
       UserError: the folder or an argument is wrong; the message says what to write instead.
@@ -114,7 +117,7 @@ def load(
         )
         for path, scale in controlnet
     ]
-    prompted = [ip_adapters.load_adapter(loaded, *each, jnp.dtype(dtype), devices.place) for each in readers]
+    prompted = ip_adapters.load_adapters(loaded, readers, ip_adapter_layers, jnp.dtype(dtype), devices.place)
     if decoder:
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None

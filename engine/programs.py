@@ -184,7 +184,7 @@ class Programs:
             small = small | {"net_scales": jnp.float32([net.scale for net in self.nets])}
             found["nets"] = self._net_params
         if self.adapters:
-            small = small | {"adapter_scales": jnp.float32([each.scale for each in self.adapters])}
+            small = small | {"adapter_scales": tuple(jnp.float32(each.scales) for each in self.adapters)}
             found["adapters"] = tuple(each.net.params for each in self.adapters)
         if way.control_within is not None:
             small = small | {"nets_within": jnp.float32(way.control_within)}

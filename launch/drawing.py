@@ -65,9 +65,8 @@ def make_config(given: dict[str, Any], like: str | None) -> GenerateConfig:
     if given.get("controlnet") == "":  # without it, then
         options = {name: value for name, value in options.items() if not name.startswith("control_")}
     if given.get("ip_adapter") == "":
-        options = {
-            name: value for name, value in options.items() if name not in ("image_prompt", "image_encoder")
-        }
+        theirs = ("image_prompt", "image_encoder", "ip_adapter_layers")
+        options = {name: value for name, value in options.items() if name not in theirs}
     config = GenerateConfig(**options | given)
     if "model" not in given and not (is_shipped(config) or os.path.isdir(os.path.expanduser(config.model))):
         raise UserError(
@@ -102,7 +101,7 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
         files = config.loras(), config.embeddings(), config.decoder or None, config.tile
         options = config.refiner or None, config.quantize, config.clip_skip, config.controlnets()
         more = config.prompt_weights, config.long_prompts, config.upscaler or None
-        readers = config.ip_adapters(), config.image_encoder or None
+        readers = config.ip_adapters(), config.image_encoder or None, config.adapter_layers()
         pipe = engine.load(model, config.dtype, parallel, *files, *options, *more, *readers)
     cli.stop_if_asked()
     return pipe

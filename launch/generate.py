@@ -86,6 +86,11 @@ FLAGS: cli.Groups = {
             "FOLDER",
             "CLIP's image encoder, by which it reads; without it image_encoder/ beside the file",
         ),
+        "ip_adapter_layers": (
+            "NAME",
+            "blocks of the U-Net to which it adds something, with commas between them; without this\n"
+            "all. Of SDXL, up_blocks.0.attentions.1 takes the style, and not what is seen",
+        ),
     },
     "How": {
         "model": ("FOLDER", "in the layout of PyTorch diffusers, or the one in the package"),

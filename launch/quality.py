@@ -47,6 +47,7 @@ FLAGS: cli.Groups = {
         "ip_adapter": ("FILE[=SCALE]", "an IP-Adapter of the model; several with commas between them"),
         "image_prompt": ("FILE", "what it reads, for the rows that have none of their own"),
         "image_encoder": ("FOLDER", "CLIP's image encoder, by which it reads"),
+        "ip_adapter_layers": ("NAMES", "blocks of the U-Net to which it adds something"),
         "control_start": ("S", "share of the steps before which it adds nothing"),
         "control_end": ("S", "share of the steps behind which it adds nothing"),
         "grid": ("NAME", "how noise levels are spread"),
@@ -67,7 +68,7 @@ FLAGS: cli.Groups = {
 SHARED = ("model", "seed", "sampler", "steps", "guidance_scale", "batch_size")  # with the probe
 OWN = (
     *("negative_prompt", "lora", "embedding", "decoder", "refiner", "controlnet", "control_image"),
-    *("control_kind", "ip_adapter", "image_prompt", "image_encoder"),
+    *("control_kind", "ip_adapter", "image_prompt", "image_encoder", "ip_adapter_layers"),
     *("upscaler", "prompt_weights", "long_prompts", "clip_skip", "height", "width"),
     *OF_THE_WAY,
     *("dtype", "parallel", "split_params", "quantize", "tile"),

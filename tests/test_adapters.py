@@ -74,7 +74,7 @@ def test_another_picture_prompt_or_scale_compiles_nothing(pipe):
     larger = [Given(image_prompt=(picture(i, 90, 200),)) for i in range(3)]  # of any size
     draw(pipe, larger, PROMPTS[::-1], guidance_scale=3.0)
     adapter = pipe.programs.adapters[0]
-    pipe.programs.adapters = (adapter._replace(scale=0.3),)
+    pipe.programs.adapters = (adapter._replace(scales=(0.3,)),)
     try:
         draw(pipe, shown(), seed=3)
     finally:
@@ -184,6 +184,14 @@ WRONG = {
         "made for another model: it adds to 2 layers of 16 to 32 channels, and here are 1 layers of 16 to 16",
     ),
 }
+
+
+def test_layers_that_are_not_there_are_one_line(place):
+    files = {"ip_adapter": [(place / "plain.safetensors", 1.0)], "ip_adapter_layers": ["up_blocks.0"]}
+    with pytest.raises(
+        UserError, match=r"no 'up_blocks.0' that attends to words; it has down_blocks.0.attent"
+    ):
+        engine.load(place / "model", **files)
 
 
 @pytest.mark.parametrize("wrong", WRONG)

@@ -92,6 +92,7 @@ class GenerateConfig:
     ip_adapter: str = ""  # FILE or FILE=SCALE, several with commas between them: see `ip_adapters`
     image_prompt: str = ""  # what it reads; with several IP-Adapters one for each, with commas between them
     image_encoder: str = ""  # FOLDER, by which it reads; "": the one that lies beside it
+    ip_adapter_layers: str = ""  # blocks of the U-Net, with commas between them: see `adapter_layers`
     image: str = ""  # a picture to change
     mask: str = ""  # a picture, as large: what is white is drawn anew, what is black stays
     strength: float | None = None  # how much of the picture is forgotten; None: 0.8, and 1 with a mask
@@ -145,6 +146,10 @@ class GenerateConfig:
         """The files and scales that `ip_adapter` names; UserError where it is no such list."""
         return self._scaled("ip_adapter", "FILE", "a.safetensors=0.6,b.safetensors")
 
+    def adapter_layers(self) -> tuple[str, ...]:
+        """What `ip_adapter_layers` names; UserError where it is no such list."""
+        return self._listed("ip_adapter_layers", "NAME", "up_blocks.0.attentions.1,down_blocks.2")
+
     def networks(self, of: str) -> tuple[tuple[str, float], ...]:
         """Those of a kind of PICTURED."""
         return self.controlnets() if of == "controlnet" else self.ip_adapters()
@@ -190,13 +195,14 @@ class GenerateConfig:
 
     def embeddings(self) -> tuple[str, ...]:
         """The files that `embedding` names; UserError where it is no such list."""
-        files = tuple(file.strip() for file in self.embedding.split(",")) if self.embedding else ()
-        if not all(files):
-            raise UserError(
-                f"embedding={self.embedding!r}: write FILE, with commas between several, "
-                "such as a.safetensors,b.safetensors"
-            )
-        return files
+        return self._listed("embedding", "FILE", "a.safetensors,b.safetensors")
+
+    def _listed(self, name: str, what: str, example: str) -> tuple[str, ...]:
+        value = getattr(self, name)
+        entries = tuple(entry.strip() for entry in value.split(",")) if value else ()
+        if not all(entries):
+            raise UserError(f"{name}={value!r}: write {what}, with commas between several, such as {example}")
+        return entries
 
     def of_the_way(self) -> dict[str, float | str | None]:
         """Those of OF_THE_WAY."""
@@ -219,11 +225,12 @@ class GenerateConfig:
         for name in ("control_image", "control_kind", "control_start", "control_end"):
             if (value := getattr(self, name)) not in ("", None) and not self.controlnet:
                 raise UserError(f"{name}={value} without a ControlNet: write --controlnet FOLDER, too")
-        for name in ("image_prompt", "image_encoder"):
+        for name in ("image_prompt", "image_encoder", "ip_adapter_layers"):
             if (value := getattr(self, name)) and not self.ip_adapter:
                 raise UserError(f"{name}={value} without an IP-Adapter: write --ip_adapter FILE, too")
         self.loras()
         self.embeddings()
+        self.adapter_layers()
         for of in PICTURED:
             self.pictures_of(of)
         shares = ("guidance_start", "guidance_end", "guidance_rescale", "control_start", "control_end")

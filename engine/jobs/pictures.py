@@ -31,7 +31,7 @@ REMEMBERED = (
 # Remembered where there are any.
 ADDED = (
     *("lora", "embedding", "decoder", "refiner", "upscaler", "controlnet"),
-    *("ip_adapter", "image_encoder", "image_prompt"),
+    *("ip_adapter", "image_encoder", "image_prompt", "ip_adapter_layers"),
     *OF_THE_WAY,
     *("prompt_weights", "long_prompts", "clip_skip", "tile", "quantize"),
     *("image", "mask", "control_image", "control_kind"),

@@ -35,7 +35,10 @@ FINGERPRINT = (
     *("height", "width", "dtype", "upscale", "format", "shard_size"),
 )
 # The same, where they are given
-ADDED = ("prompt_weights", "long_prompts", "clip_skip", "tile", "quantize", "control_kind", *OF_THE_WAY)
+ADDED = (
+    *("prompt_weights", "long_prompts", "clip_skip", "tile", "quantize", "control_kind"),
+    *("ip_adapter_layers", *OF_THE_WAY),
+)
 CHANGING = ("strength", "image_guidance_scale")  # the same, where there are pictures to change
 
 ROWS_AT_ONCE = 512  # whose pictures are looked at together,

@@ -149,10 +149,8 @@ class IPAdapter(nnx.Module):
         return self.image_proj(seen)
 
     def read(
-        self, tokens: Float[Array, "B T D"], scale: Float[Array, ""]
+        self, tokens: Float[Array, "B T D"], scales: Float[Array, " N"]
     ) -> list[tuple[Float[Array, "B T _"], Float[Array, "B T _"]]]:
-        """Keys and scaled values of each layer, in the adapter's order."""
-        layers = self.ip_adapter[1::2]
-        return [
-            (layer.to_k_ip(tokens), layer.to_v_ip(tokens) * scale.astype(tokens.dtype)) for layer in layers
-        ]
+        """Keys of each layer and its values, scaled by its own, in the adapter's order."""
+        layers, scales = self.ip_adapter[1::2], scales.astype(tokens.dtype)
+        return [(layer.to_k_ip(tokens), layer.to_v_ip(tokens) * scales[i]) for i, layer in enumerate(layers)]

@@ -5,7 +5,7 @@ The file has the keys of the original (`image_proj.proj.weight`, `ip_adapter.1.t
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class Adapter(NamedTuple):
 
     net: network.Network
     encoder: Component
-    scale: float  # of what it adds; 1 is as trained
+    scales: tuple[float, ...]  # of what it adds, for each layer; 1 is as trained
 
 
 def find(path: str | Path) -> Path:
@@ -83,29 +83,59 @@ def find_encoder(found: network.Found, told: str | Path | None, model: Path) -> 
     raise UserError(f"{where}: it reads {wanted}; write --image_encoder FOLDER")
 
 
-def load_adapter(
+def load_adapters(
     model: Model,
-    found: network.Found,
-    encoder: Path,
-    scale: float,
+    each: Sequence[tuple[network.Found, Path, float]],
+    layers: Sequence[str] = (),
     dtype: DTypeLike = jnp.float32,
     place: Place | None = None,
-) -> Adapter:
-    """Reads an adapter and its image encoder, by `look` and `find_encoder`; the rest as in `load_component`.
+) -> list[Adapter]:
+    """Reads adapters, by `look`, with their image encoders, by `find_encoder`, and scales.
+
+    Args:
+      layers: names of blocks or layers of the U-Net to which they add something. None: to all.
+      dtype, place: as in `load_component`.
 
     Raises:
-      UserError: it was made for another model, or the encoder is broken.
+      UserError: one was made for another model, an encoder is broken, or the U-Net has no such layer.
     """
-    widths = [width for _, width in layers_of(model.unet.config)]
+    places = layers_of(model.unet.config)
+    chosen = _chosen([place for place, _ in places], layers)
+    encoders: dict[Path, Component] = {}
+    adapters = []
+    for found, folder, scale in each:
+        _check_fits(found, [width for _, width in places])
+        if folder not in encoders:
+            encoders[folder] = load_component(folder, ENCODER, dtype, place=place)
+        scales = tuple(scale if there else 0.0 for there in chosen)
+        adapters.append(Adapter(network.load(found, dtype, place), encoders[folder], scales))
+    return adapters
+
+
+def _chosen(places: Sequence[str], layers: Sequence[str]) -> list[bool]:
+    """Which of the places lie in one of these blocks or layers."""
+
+    def lies_in(place: str, layer: str) -> bool:
+        return f"{place}.".startswith(f"{layer}.")
+
+    for layer in layers:
+        if not any(lies_in(place, layer) for place in places):
+            blocks = dict.fromkeys(place.rpartition(".transformer_blocks")[0] for place in places)
+            raise UserError(
+                f"ip_adapter_layers: this model has no {layer!r} that attends to words; it has "
+                f"{', '.join(blocks)}, and what lies in them or around them"
+            )
+    return [not layers or any(lies_in(place, layer) for layer in layers) for place in places]
+
+
+def _check_fits(found: network.Found, widths: list[int]) -> None:
+    """UserError unless it adds to layers of so many channels."""
     if list(found.config.widths) != widths:
         theirs, ours = map(_counted, (found.config.widths, widths))
         raise UserError(
             f"the IP-Adapter {found.file} was made for another model: it adds to {theirs}, and here are "
             f"{ours}; write one that was made for this model"
         )
-    return Adapter(
-        network.load(found, dtype, place), load_component(encoder, ENCODER, dtype, place=place), scale
-    )
 
 
 def layers_of(config: UNetConfig) -> list[tuple[str, int]]:

@@ -74,12 +74,29 @@ def test_two_with_scales_of_their_own(draw, adapters, files):
     assert np.abs(images[0] - images[1]).max() > 8  # each reads its own
 
 
+def test_some_layers_alone(draw, run, adapters, files, tmp_path):
+    plain = pixels(draw("a fox", "--seed", 3).paths[0]).astype(int)
+    every, some = (
+        draw("a fox", *flags(adapters, files), *more).paths[0]
+        for more in ((), ("--ip_adapter_layers", "mid_block,down_blocks.0"))
+    )
+    assert finish.read_settings(some)["ip_adapter_layers"] == "mid_block,down_blocks.0"
+    assert all(np.abs(pixels(some).astype(int) - other).max() > 4 for other in (plain, pixels(every)))
+    again = run("--like", some, "--out", tmp_path / "again")
+    assert again.paths[0].read_bytes() == some.read_bytes()
+
+
 def test_mistakes_are_one_line(run, model, adapters, files, tmp_path):
     adapter = "--ip_adapter", adapters[0]
     for more, message in (
         (adapter, "an IP-Adapter without a picture to see: write --image_prompt FILE"),
         (("--image_prompt", files[0]), "without an IP-Adapter: write --ip_adapter FILE, too"),
         (("--image_encoder", tmp_path), "without an IP-Adapter: write --ip_adapter FILE, too"),
+        (("--ip_adapter_layers", "mid_block"), "without an IP-Adapter: write --ip_adapter FILE, too"),
+        (
+            (*adapter, "--image_prompt", files[0], "--ip_adapter_layers", "mid_block,"),
+            "ip_adapter_layers='mid_block,': write NAME, with commas between several, such as up_blocks",
+        ),
         ((*adapter, "--image_prompt", tmp_path / "no.png"), "no.png: No such file or directory; write the"),
         (("--ip_adapter", f"{adapters[0]}=much", "--image_prompt", files[0]), "write FILE or FILE=SCALE"),
         (

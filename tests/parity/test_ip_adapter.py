@@ -30,16 +30,17 @@ MODELS = {
     "SDXL": (XL | {"unet": XL["unet"] | DEEP}, OF_DEEP, XL["unet"]["cross_attention_dim"]),
 }
 CASES = {
-    "SD, plain": ("SD", [("plain", 0.8)]),
-    "SD, plus": ("SD", [("plus", 1.0)]),
-    "SD, full": ("SD", [("full", 0.5)]),
-    "SDXL, two at once": ("SDXL", [("plus", 0.6), ("plain", 1.2)]),
+    "SD, plain": ("SD", [("plain", 0.8)], None),
+    "SD, plus": ("SD", [("plus", 1.0)], None),
+    "SD, full, in some layers": ("SD", [("full", 1.5)], "up_blocks.0.attentions.1"),
+    "SDXL, two at once": ("SDXL", [("plus", 0.6), ("plain", 1.2)], None),
 }
+IN_LAYERS = {"up": {"block_0": [0.0, 1.5]}}  # the same to diffusers
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_as_in_pytorch(tmp_path, case):
-    kind, wanted = CASES[case]
+    kind, wanted, layers = CASES[case]
     model, widths, context = MODELS[kind]
     folder = tiny_folder(tmp_path / "model", **model, scheduler=SCHEDULERS["euler"])
     encoder = tiny_encoder(tmp_path / "image_encoder")
@@ -50,7 +51,8 @@ def test_as_in_pytorch(tmp_path, case):
     scales = [scale for _, scale in wanted]
     how, shown = How(steps=4), [[picture(10 * i + j) for j in range(len(files))] for i in range(2)]
     drawn = {"steps": how.steps, "guidance_scale": how.scale, "latents": start_noise(how)}
-    ours = engine.load(folder, ip_adapter=list(zip(files, scales, strict=True)))
+    options = {"ip_adapter_layers": [layers]} if layers else {}
+    ours = engine.load(folder, ip_adapter=list(zip(files, scales, strict=True)), **options)
     given = [Given(image_prompt=tuple(each)) for each in shown]
     here = ours.generate(PROMPTS, NEGATIVES, given=given, **drawn)
 
@@ -61,7 +63,7 @@ def test_as_in_pytorch(tmp_path, case):
         weight_name=[file.name for file in files],
         image_encoder_folder=encoder.name,
     )
-    theirs.set_ip_adapter_scale(scales)
+    theirs.set_ip_adapter_scale(IN_LAYERS if layers else scales)
     theirs.set_progress_bar_config(disable=True)
     for i, (prompt, negative) in enumerate(zip(PROMPTS, NEGATIVES, strict=True)):
         there = theirs(
