@@ -16,11 +16,14 @@ from engine.models.attention import Read
 from engine.models.clip_vision import CLIPVisionModelWithProjection
 from engine.models.ip_adapter import IPAdapter
 from engine.requests import Given
+from engine.types import UserError
 from engine.weights.clip_pixels import PixelsConfig, fitted
 from engine.weights.ip_adapter import Adapter
 
+LONGEST = 100  # times as long as it is wide: to be read, a picture is scaled by its shorter side
 
-class Seen(NamedTuple):
+
+class Tokens(NamedTuple):
     """What an adapter makes of its pictures."""
 
     cond: Float[Array, "B T D"]
@@ -28,9 +31,22 @@ class Seen(NamedTuple):
 
 
 def checked(given: Sequence[Given], count: int) -> None:
-    """UserError where there are not as many pictures as adapters."""
+    """UserError where there are not as many pictures as adapters, or one that none can read."""
     for each in given:
         check_count("ip_adapter", len(each.image_prompt), count)
+        for picture in each.image_prompt:
+            if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8 or not picture.size:
+                told = f"{picture.shape} of {picture.dtype}"
+                raise UserError(f"an image prompt of shape {told}: it must be (height, width, 3) of uint8")
+            check_sides(*picture.shape[:2])
+
+
+def check_sides(height: int, width: int, what: str = "an image prompt") -> None:
+    """UserError for a picture that is too long."""
+    if max(height, width) > LONGEST * min(height, width):
+        raise UserError(
+            f"{what} of {width} x {height} pixels: it may be {LONGEST} times as long as it is wide; cut it"
+        )
 
 
 def pixels(given: Sequence[Given], adapters: Sequence[Adapter]) -> tuple[UInt8[np.ndarray, "B S S 3"], ...]:
@@ -48,17 +64,17 @@ def prepared_for(adapter: Adapter) -> PixelsConfig:
     return PixelsConfig(size=side, crop_size=(side, side))
 
 
-def seen(net: IPAdapter, encoder: CLIPVisionModelWithProjection, pictures: UInt8[Array, "B S S 3"]) -> Seen:
+def seen(net: IPAdapter, encoder: CLIPVisionModelWithProjection, pictures: UInt8[Array, "B S S 3"]) -> Tokens:
     """What an adapter makes of pictures, and of none: a vector of zeros, or what is said of grey."""
     config = PixelsConfig()
     mean, std = (jnp.asarray(each, jnp.float32) for each in (config.image_mean, config.image_std))
     x = ((pictures * jnp.float32(config.rescale_factor) - mean) / std).astype(net.dtype)
     if not net.config.of_patches:
         vectors = encoder(x)
-        return Seen(net.tokens(vectors), net.tokens(jnp.zeros_like(vectors)))
+        return Tokens(net.tokens(vectors), net.tokens(jnp.zeros_like(vectors)))
     nothing = net.tokens(encoder.patches(jnp.zeros_like(x[:1])))
     tokens = net.tokens(encoder.patches(x))
-    return Seen(tokens, jnp.broadcast_to(nothing, tokens.shape))
+    return Tokens(tokens, jnp.broadcast_to(nothing, tokens.shape))
 
 
 def joined(

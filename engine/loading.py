@@ -95,14 +95,11 @@ def load(
     for path, _ in controlnet:
         look(path)  # before gigabytes are read
     enlarging = upscalers.look(upscaler) if upscaler else None
-    readers = [
-        (
-            found := ip_adapters.look(path),
-            ip_adapters.find_encoder(found, image_encoder, folder),
-            float(scale),
-        )
-        for path, scale in ip_adapter
-    ]
+    found = [ip_adapters.look(path) for path, _ in ip_adapter]
+    for each in found:
+        ip_adapters.check_fits(each, folder)
+    encoders = [ip_adapters.find_encoder(each, image_encoder, folder) for each in found]
+    readers = list(zip(found, encoders, [float(scale) for _, scale in ip_adapter], strict=True))
 
     def read(loras: Sequence[tuple[str | os.PathLike, float]], vae: Component | None = None) -> Model:
         there = {"vae": vae} if vae else {}

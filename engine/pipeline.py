@@ -371,10 +371,9 @@ class Pipeline:
         requests = [*requests, *[requests[-1]] * (size - len(requests))]
         keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
         beside = [r.given for r in requests]
-        prompts = adapters.pixels(beside, self.programs.adapters)
-        pixels = edits.pixels(beside), controls.pixels(beside), prompts
-        given, shown, prompts = self.devices.shard_batch(pixels)
-        batched = self.programs.batched(requests, contexts, settings, keys, given, shown, prompts)
+        given, shown = self.devices.shard_batch((edits.pixels(beside), controls.pixels(beside)))
+        tokens = self.programs.prompted(adapters.pixels(beside, self.programs.adapters))
+        batched = self.programs.batched(requests, contexts, settings, keys, given, shown, tokens)
         if latents is None:
             start = self.programs.noise(batched, self._latent_shape(settings))
         else:

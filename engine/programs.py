@@ -64,6 +64,7 @@ class Programs:
         self.model, self.devices, self.tile, self.nets = model, devices, tile, tuple(nets)
         self.texts = Texts(model, devices, reading)
         self.adapters = tuple(prompted)
+        self._seen: tuple[list[bytes], Mapping[str, Any]] | None = None  # by the adapters, last
         self.distilled = model.unet.config.time_cond_proj_dim is not None  # it knows what guidance does
         self.made_for = edits.made_for(model, name)
         self.decoder_program = devices.map(self._decode)
@@ -92,14 +93,14 @@ class Programs:
         keys: noise.Keys,
         given: Mapping[str, Any],
         shown: Sequence[Any] = (),
-        prompts: Sequence[Any] = (),
+        tokens: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Any]:
         """What differs from picture to picture, spread over the devices.
 
         Args:
           given: pictures to change, by `edits.pixels`.
           shown: pictures for the ControlNets to see, by `controls.pixels`.
-          prompts: pictures for the IP-Adapters to read, by `adapters.pixels`.
+          tokens: what the IP-Adapters make of their pictures, by `prompted`.
         """
         cond, uncond = conditions.told(self.model, requests, contexts, settings, self.texts.reading)
         arrays = {
@@ -114,11 +115,20 @@ class Programs:
             found |= self.look_program(self.model.vae.params, given)
         if self.nets:
             found["shown"] = self.show_program(self._net_params, shown)
-        if self.adapters:
-            params = tuple((each.net.params, each.encoder.params) for each in self.adapters)
-            for side, tokens in self.prompt_program(params, prompts).items():
-                found[side] = found[side]._replace(tokens=tokens)
+        for side, each in tokens.items():
+            found[side] = found[side]._replace(tokens=each)
         return found
+
+    def prompted(self, pictures: Sequence[np.ndarray]) -> Mapping[str, Any]:
+        """What the IP-Adapters make of a batch of pictures, by `adapters.pixels`; kept for the same again."""
+        if not self.adapters:
+            return NOTHING
+        mark = [each.tobytes() for each in pictures]
+        if self._seen is None or self._seen[0] != mark:
+            params = tuple((each.net.params, each.encoder.params) for each in self.adapters)
+            batch = self.devices.shard_batch(tuple(pictures))
+            self._seen = mark, self.prompt_program(params, batch)
+        return self._seen[1]
 
     def noise(self, batched: Mapping[str, Any], shape: tuple[int, ...]) -> jax.Array:
         """Unit noise (B, *shape) that the keys stand for."""
@@ -223,7 +233,7 @@ class Programs:
         return tuple(net.look(each / jnp.float32(255)) for net, each in zip(nets, pictures, strict=True))
 
     def _prompted(self, params: Any, pictures: Any) -> Any:
-        seen = []
+        seen: list[adapters.Tokens] = []
         for adapter, own, batch in zip(self.adapters, params, pictures, strict=True):
             whole = map(self._in_type, self.devices.whole(own))
             net, encoder = map(module, (adapter.net, adapter.encoder), whole)

@@ -65,7 +65,7 @@ class Given(NamedTuple):
     image: UInt8[np.ndarray, "H W 3"] | None = None  # to change
     mask: Float[np.ndarray, "H W"] | None = None  # of it; 1: to be drawn anew, 0: stays
     control: tuple[UInt8[np.ndarray, "H W 3"], ...] = ()  # one for each ControlNet
-    image_prompt: tuple[UInt8[np.ndarray, "_ _ 3"], ...] = ()  # one for each IP-Adapter, of any size
+    image_prompt: tuple[np.ndarray, ...] = ()  # (H, W, 3) uint8, one for each IP-Adapter, of any size
 
 
 class Request(NamedTuple):

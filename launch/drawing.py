@@ -31,6 +31,11 @@ WHAT |= {
     "image_encoder": "image encoder",
     "image_prompt": "image prompt",
 }
+# Flags by which other pixels of the same file are seen, or other files.
+_SIZES = ("height", "width", "model", "image")
+MADE_OTHERWISE_BY = dict.fromkeys(("image", "mask", "control_image"), _SIZES)
+MADE_OTHERWISE_BY |= {"image_encoder": ("ip_adapter", "model")}
+MADE_OTHERWISE_BY |= {"image_prompt": ("ip_adapter", "image_encoder", "model")}
 
 
 def run(given: dict[str, Any], like: str | None = None) -> int:
@@ -117,14 +122,14 @@ def tell_what_is_chosen_or_left_out(config: GenerateConfig, plan: pictures.Plan,
 
 def tell_what_has_changed(like: str, given: dict[str, Any], plan: pictures.Plan) -> None:
     """The files that have the names of those that the picture was drawn with, and are others."""
-    resized = not given.keys().isdisjoint(("height", "width", "model", "image"))
     for name, mark in pictures.remembered_contents(os.path.expanduser(like)).items():
         flag = "model" if name == "weights" else name
-        cropped = name in ("image", "mask", "control_image") and resized
-        if flag in given or cropped or plan.contents.get(name) == mark:
+        others = {flag, *MADE_OTHERWISE_BY.get(name, ())}
+        if not others.isdisjoint(given) or plan.contents.get(name) == mark:
             continue
         what, file = WHAT.get(name, "model"), getattr(plan.config, flag, "")
-        cli.tell(f"warning: {like} was drawn with another {what}: {file} has changed since")
+        changed = file or f"that of {plan.config.ip_adapter}"  # the image encoder that lies beside it
+        cli.tell(f"warning: {like} was drawn with another {what}: {changed} has changed since")
 
 
 def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:

@@ -84,7 +84,8 @@ FLAGS: cli.Groups = {
         ),
         "image_encoder": (
             "FOLDER",
-            "CLIP's image encoder, by which it reads; without it image_encoder/ beside the file",
+            "CLIP's image encoder, by which it reads; without it image_encoder/ beside the file, or in\n"
+            "the model's folder",
         ),
         "ip_adapter_layers": (
             "NAME",

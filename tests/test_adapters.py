@@ -118,6 +118,17 @@ def test_beside_a_refiner_the_last_part_has_none(tmp_path):
     assert difference(own, other) > 8
 
 
+def test_a_picture_that_comes_again_is_read_once(pipe, monkeypatch):
+    calls, real = [], pipe.programs.prompt_program
+    monkeypatch.setattr(pipe.programs, "prompt_program", lambda *args: (calls.append(1), real(*args))[1])
+    same = [Given(image_prompt=(picture(2),))] * 3
+    first = draw(pipe, same, batch_size=1)
+    assert len(calls) <= 1  # of three batches
+    np.testing.assert_array_equal(draw(pipe, same, batch_size=1), first)
+    draw(pipe, shown(first=20), batch_size=1)
+    assert len(calls) >= 3
+
+
 def test_a_picture_that_is_as_large_as_it_is_read_is_read_as_it_is(pipe):
     (adapter,) = pipe.programs.adapters
     large = [Given(image_prompt=(picture(3, 70, 50),))]
@@ -135,6 +146,9 @@ def test_a_picture_that_is_as_large_as_it_is_read_is_read_as_it_is(pipe):
             "2 image prompts for 1 IP-Adapters: write one",
         ),
         (shown(2), "2 pictures for 3 prompts"),
+        ([Given(image_prompt=(picture(0)[..., :1],))] * 3, r"\(40, 31, 1\) of uint8: it must be \(height"),
+        ([Given(image_prompt=(picture(0) / 255,))] * 3, r"of float64: it must be \(height, width, 3\) of u"),
+        ([Given(image_prompt=(picture(0, 300, 2),))] * 3, "an image prompt of 2 x 300 pixels: it may be 100"),
     ],
 )
 def test_mistakes_are_one_line(pipe, given, message):
@@ -179,6 +193,10 @@ WRONG = {
         lambda place, to: changed(place / "plain.safetensors", to, **FACES),
         "a recogniser says of",
     ),
+    "words": (
+        lambda place, to: tiny_adapter(to, WIDTHS, WORDS + 8),
+        "made for another model: its tokens have 32 numbers, and the words of this one 24; write one",
+    ),
     "model": (
         lambda place, to: tiny_adapter(to, {1: 16, 3: 32}, WORDS),
         "made for another model: it adds to 2 layers of 16 to 32 channels, and here are 1 layers of 16 to 16",
@@ -217,9 +235,11 @@ def test_where_the_image_encoder_is(place, tmp_path):
     with pytest.raises(UserError, match=r"image_encoder says 20, and the IP-Adapter .* 12 numbers of a p"):
         load(file)
     assert load(file, image_encoder=place / "image_encoder").encoder.config.projection_dim == 12
+    cache = tmp_path / "snapshots" / "models"  # as links of Hugging Face's cache, beside an encoder
+    tiny_encoder(cache / "image_encoder")
+    (cache / "b.safetensors").symlink_to(file)
+    assert load(cache / "b.safetensors").encoder.config.projection_dim == 12
     tiny_encoder(tmp_path / "models" / "image_encoder")
     assert load(file).encoder.config.projection_dim == 12
-    with pytest.raises(
-        UserError, match=r"nothing has no config\.json: it reads an image encoder that says 12"
-    ):
+    with pytest.raises(UserError, match=r"nothing has no config\.json: this IP-Adapter reads an"):
         load(file, image_encoder=tmp_path / "nothing")

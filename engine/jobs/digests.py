@@ -3,6 +3,7 @@
 import hashlib
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +23,17 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
     found = {
         "weights": of_weights(folder),
         "lora": of_loras(config.loras()),
-        "ip_adapter": _scaled((ip_adapter.find(file), scale) for file, scale in config.ip_adapters()),
+        "ip_adapter": ", ".join(
+            f"{path.name}={scale} ({_of_ends(path)})"
+            for path, scale in ((ip_adapter.find(file), scale) for file, scale in config.ip_adapters())
+        ),
         "image_encoder": _of_encoders(config, folder),
         # the name of a file may be the word that it holds
         "embedding": ", ".join(
             f"{path.name} ({_of(path)})" for path in map(embeddings.find, config.embeddings())
         ),
         "controlnet": ", ".join(
-            f"{path.name}={scale} ({of_weights(path)[:16] if path.is_dir() else _of(path)})"
+            f"{path.name}={scale} ({of_weights(path)[:16] if path.is_dir() else _of_ends(path)})"
             for path, scale in ((controlnet.find(each), scale) for each, scale in config.controlnets())
         ),
         "decoder": of_weights(decoder.find(config.decoder)) if config.decoder else "",
@@ -84,10 +88,21 @@ def of_weights(folder: pathlib.Path) -> str:
     for path in sorted(
         path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")
     ):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(EDGE))
-            file.seek(max(size - EDGE, 0))
-            digest.update(file.read(EDGE))
+        _add_ends(digest, path, path.relative_to(folder).as_posix())
     return digest.hexdigest()
+
+
+def _of_ends(path: pathlib.Path) -> str:
+    """The same of one file, whatever its name."""
+    digest = hashlib.sha256()
+    _add_ends(digest, path, "")
+    return digest.hexdigest()[:16]
+
+
+def _add_ends(digest: Any, path: pathlib.Path, name: str) -> None:
+    size = path.stat().st_size
+    digest.update(f"{name} {size}\n".encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(EDGE))
+        file.seek(max(size - EDGE, 0))
+        digest.update(file.read(EDGE))

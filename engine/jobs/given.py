@@ -44,7 +44,7 @@ class Paths(NamedTuple):
     image: str = ""  # to change
     mask: str = ""  # of it
     control: tuple[str, ...] = ()  # one for each ControlNet
-    prompts: tuple[str, ...] = ()  # one for each IP-Adapter
+    image_prompts: tuple[str, ...] = ()  # one for each IP-Adapter
 
     @property
     def laid(self) -> list[str]:
@@ -54,11 +54,11 @@ class Paths(NamedTuple):
     @property
     def each(self) -> list[str]:
         """All that there are."""
-        return [*self.laid, *self.prompts]
+        return [*self.laid, *self.image_prompts]
 
     def told(self) -> dict[str, str]:
         """Under the names of GenerateConfig."""
-        files = {"control_image": ",".join(self.control), "image_prompt": ",".join(self.prompts)}
+        files = {"control_image": ",".join(self.control), "image_prompt": ",".join(self.image_prompts)}
         return {"image": self.image, "mask": self.mask, **files}
 
 
@@ -80,7 +80,8 @@ class Seen(NamedTuple):
 
 
 def of_flags(config: GenerateConfig) -> Paths:
-    return Paths(config.image, config.mask, *map(config.pictures_of, PICTURED))
+    control, image_prompts = config.pictures_of("controlnet"), config.pictures_of("ip_adapter")
+    return Paths(config.image, config.mask, control, image_prompts)
 
 
 def check_flags(config: GenerateConfig) -> None:
@@ -178,7 +179,7 @@ def _read(paths: Paths, height: int, width: int, shown: Shown) -> Given:
     image = _of(paths.image, pixels, passing=True) if paths.image else None
     mask = _of(paths.mask, pixels, passing=True).astype(np.float32).mean(-1) / 255 if paths.mask else None
     controls = tuple(map(control, paths.control, shown.kinds))
-    return Given(image, mask, controls, tuple(map(prompt, paths.prompts, shown.prepared)))
+    return Given(image, mask, controls, tuple(map(prompt, paths.image_prompts, shown.prepared)))
 
 
 def _whole(file: BinaryIO) -> np.ndarray:
@@ -200,8 +201,15 @@ def _look(file: BinaryIO) -> Look:
 
 
 def _check_sizes(paths: Paths, looks: Sequence[Look]) -> None:
-    """UserError where the pictures, of which these are the looks, do not lie over each other."""
-    for path, look in list(zip(paths.laid, looks, strict=False))[1:]:
+    """UserError where pictures of these looks do not lie over each other, or are too long.
+
+    Args:
+      looks: of `paths.each`.
+    """
+    count = len(paths.laid)
+    for path, look in zip(paths.image_prompts, looks[count:], strict=True):
+        adapters.check_sides(look.height, look.width, f"{path}, an image prompt")
+    for path, look in list(zip(paths.laid, looks[:count], strict=True))[1:]:
         first, (width, height) = paths.laid[0], looks[0][:2]
         sizes = f"{path} has {look.width} x {look.height} pixels, and the picture {first} {width} x {height}"
         if path == paths.mask and look[:2] != (width, height):
@@ -268,7 +276,8 @@ class OfRows:
         config = self._config
         image = config.image if row.image is None else self._path(row.image)
         mask = config.mask if row.mask is None else self._path(row.mask)
-        return Paths(image, mask if image else "", *(self._pictures(row, of) for of in PICTURED))
+        control, image_prompts = self._pictures(row, "controlnet"), self._pictures(row, "ip_adapter")
+        return Paths(image, mask if image else "", control, image_prompts)
 
     def _pictures(self, row: Row, of: str) -> tuple[str, ...]:
         """Those for the networks of a kind of PICTURED."""

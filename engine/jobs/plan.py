@@ -238,7 +238,7 @@ class Settle:
         )
         masked = None if picture is None else picture.masked
         paths = given.Paths() if picture is None else self.pictures.paths(row)
-        counts = len(paths.control), len(paths.prompts)
+        counts = len(paths.control), len(paths.image_prompts)
         strength = 1.0 if masked is None else self.pictures.strength(row, masked)
         if self._pipe.made_for != edits.FOLLOWS:  # to which any but 1 is a mistake
             strength = _of_equal_share(strength, options[0])

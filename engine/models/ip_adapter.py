@@ -152,5 +152,9 @@ class IPAdapter(nnx.Module):
         self, tokens: Float[Array, "B T D"], scales: Float[Array, " N"]
     ) -> list[tuple[Float[Array, "B T _"], Float[Array, "B T _"]]]:
         """Keys of each layer and its values, scaled by its own, in the adapter's order."""
-        layers, scales = self.ip_adapter[1::2], scales.astype(tokens.dtype)
-        return [(layer.to_k_ip(tokens), layer.to_v_ip(tokens) * scales[i]) for i, layer in enumerate(layers)]
+
+        def values(layer: KeysAndValues, scale: Float[Array, ""]) -> Float[Array, "B T _"]:
+            return (layer.to_v_ip(tokens) * scale).astype(tokens.dtype)
+
+        layers = self.ip_adapter[1::2]
+        return [(layer.to_k_ip(tokens), values(layer, scales[i])) for i, layer in enumerate(layers)]

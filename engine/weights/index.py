@@ -1,7 +1,7 @@
 """model_index.json: what a folder is, and which class each of its parts is, read and written.
 
-`safety_checker`, `feature_extractor`, `image_encoder` and `add_watermarker` are not read: no picture depends
-on them, and a folder without them is complete.
+`safety_checker`, `feature_extractor` and `add_watermarker` are not read: no picture depends on them, and a
+folder without them is complete; so it is without `image_encoder`, which IP-Adapters alone may read.
 """
 
 import re

@@ -16,7 +16,7 @@ from engine.models.clip_vision import CLIPVisionConfig
 from engine.models.ip_adapter import HEAD, IPAdapter, IPAdapterConfig
 from engine.models.unet_config import UNetConfig
 from engine.types import UserError
-from engine.weights import network
+from engine.weights import index, network
 from engine.weights.component import Component, Place, abstract, load_component, read_config
 from engine.weights.files import find_weights
 from engine.weights.folder import Model
@@ -65,9 +65,11 @@ def find_encoder(found: network.Found, told: str | Path | None, model: Path) -> 
     Raises:
       UserError: there is none, or one of another size.
     """
-    beside = found.file.resolve().parent
-    usual = (beside / ENCODER, beside.parent / "models" / ENCODER, model / ENCODER)
-    folders = usual if told is None else (Path(os.path.expanduser(told)),)
+    # Links of a cache lead to where nothing lies beside.
+    besides = Path(os.path.abspath(found.file)).parent, found.file.resolve().parent
+    usual = [place / ENCODER for beside in besides for place in (beside, beside.parent / "models")]
+    usual.append(model / ENCODER)
+    folders = usual if told is None else [Path(os.path.expanduser(told))]
     there = [folder for folder in folders if (folder / "config.json").is_file()]
     wanted = f"an image encoder that says {found.config.seen} numbers of {_of_what(found.config)}"
     for folder in there:
@@ -80,7 +82,7 @@ def find_encoder(found: network.Found, told: str | Path | None, model: Path) -> 
             "write --image_encoder FOLDER"
         )
     where = f"{told} has no config.json" if told else f"no folder {ENCODER} beside {found.file}"
-    raise UserError(f"{where}: it reads {wanted}; write --image_encoder FOLDER")
+    raise UserError(f"{where}: this IP-Adapter reads {wanted}; write --image_encoder FOLDER")
 
 
 def load_adapters(
@@ -93,18 +95,18 @@ def load_adapters(
     """Reads adapters, by `look`, with their image encoders, by `find_encoder`, and scales.
 
     Args:
+      each: of this model, by `check_fits`.
       layers: names of blocks or layers of the U-Net to which they add something. None: to all.
       dtype, place: as in `load_component`.
 
     Raises:
-      UserError: one was made for another model, an encoder is broken, or the U-Net has no such layer.
+      UserError: an encoder is broken, or the U-Net has no such layer.
     """
     places = layers_of(model.unet.config)
     chosen = _chosen([place for place, _ in places], layers)
     encoders: dict[Path, Component] = {}
     adapters = []
     for found, folder, scale in each:
-        _check_fits(found, [width for _, width in places])
         if folder not in encoders:
             encoders[folder] = load_component(folder, ENCODER, dtype, place=place)
         scales = tuple(scale if there else 0.0 for there in chosen)
@@ -128,8 +130,16 @@ def _chosen(places: Sequence[str], layers: Sequence[str]) -> list[bool]:
     return [not layers or any(lies_in(place, layer) for layer in layers) for place in places]
 
 
-def _check_fits(found: network.Found, widths: list[int]) -> None:
-    """UserError unless it adds to layers of so many channels."""
+def check_fits(found: network.Found, folder: Path) -> None:
+    """UserError unless an adapter was made for the U-Net of the model in a folder; reads its config alone."""
+    index.read_index(folder)
+    unet = read_config(folder / "unet" / "config.json", "unet")
+    widths, words = [width for _, width in layers_of(unet)], unet.per_block("cross_attention_dim")[0]
+    if found.config.context != words:
+        raise UserError(
+            f"the IP-Adapter {found.file} was made for another model: its tokens have {found.config.context} "
+            f"numbers, and the words of this one {words}; write one that was made for this model"
+        )
     if list(found.config.widths) != widths:
         theirs, ours = map(_counted, (found.config.widths, widths))
         raise UserError(
@@ -167,10 +177,12 @@ def _config_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> IPAdapterCo
     own = {key.removeprefix("image_proj."): shape for key, shape in shapes.items() if "image_proj." in key}
     if ("norm.weight" in own and "proj.0.weight" in own) or "perceiver_resampler.proj_in.weight" in own:
         raise UserError(f"{path} reads what a recogniser says of faces (FaceID), and there is none here")
-    places = {int(found[1]): shapes[key][0] for key in shapes if (found := LAYER.fullmatch(key))}
-    widths = tuple(places[number] for number in sorted(places))
     try:
-        return _of_way(own, widths)
+        places = {int(found[1]): shapes[key][0] for key in shapes if (found := LAYER.fullmatch(key))}
+        config = _of_way(own, tuple(places[number] for number in sorted(places)))
+        if 0 in (config.seen, config.context, *config.widths) or not (config.tokens or config.way == "full"):
+            raise ValueError(config)
+        return config
     except (KeyError, ValueError, ZeroDivisionError, IndexError):
         raise UserError(f"{path} does not hold {KNOWN}") from None
 

@@ -1,5 +1,7 @@
 """--ip_adapter, --image_prompt and --image_encoder: runs and jobs, what pictures remember, mistakes."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -60,6 +62,14 @@ def test_other_files_under_the_same_names_are_told(draw, run, adapters, files, t
     for what, file in (("IP-Adapter", own), ("image prompt", files[0])):
         assert f"warning: {path} was drawn with another {what}: {file} has changed since" in told
     assert not any("another image encoder" in line for line in told)
+    told = run("--like", path, "--ip_adapter", adapters[0], "--out", tmp_path / "other").told
+    assert not any("has changed since" in line for line in told)  # all that was is another's now
+    tiny_encoder(tmp_path / "image_encoder")
+    (path,) = draw("a red fox", *flags([own], files)).paths
+    shutil.rmtree(tmp_path / "image_encoder")
+    tiny_encoder(tmp_path / "image_encoder", hidden_act="quick_gelu")
+    told = run("--like", path, "--out", tmp_path / "again").told
+    assert f"warning: {path} was drawn with another image encoder: that of {own} has changed since" in told
     files[0].unlink()
     gone = run("--like", path, "--out", tmp_path / "again")
     assert gone.code == cli.MISTAKE and "write --image_prompt FILE" in gone.told[-1]
@@ -105,7 +115,7 @@ def test_mistakes_are_one_line(run, model, adapters, files, tmp_path):
         ),
         (
             (*adapter, "--image_prompt", files[0], "--image_encoder", tmp_path),
-            "has no config.json: it reads an image encoder that says 12 numbers of a picture; write --image_",
+            "has no config.json: this IP-Adapter reads an image encoder that says 12 numbers of a picture; write",
         ),
     ):
         told = run("a fox", "--model", model, "--steps", 4, "--out", tmp_path / "out", *more)
@@ -169,10 +179,13 @@ def test_rows_that_cannot_be_drawn(job, adapters, files, tmp_path):
         {"prompt": "a dog", "image_prompt": "given/none.png"},
         {"prompt": "a car", "image_prompt": "../secret.png"},
         {"prompt": "a boat", "image_prompt": ""},
+        {"prompt": "a tree", "image_prompt": "given/long.png"},
     ]
+    save(tmp_path / "given" / "long.png", picture(6, 2, 202))
     save(tmp_path.parent / "secret.png", picture(5))
     assert job("--ip_adapter", adapters[0], rows=rows).code == cli.FAILED
     reasons = {row: one["reason"] for row, one in failures(tmp_path / "out").items()}
     assert reasons[1] == reasons[4] == "an IP-Adapter without a picture to see: write --image_prompt FILE"
+    assert "long.png, an image prompt of 202 x 2 pixels: it may be 100 times as long" in reasons[5]
     assert "none.png: No such file" in reasons[2] and "leads out of the folder" in reasons[3]
     assert sorted(facts(tmp_path / "out")) == [0]
