@@ -58,8 +58,8 @@ def load(
       dtype: float32 or bfloat16, of params and activations. The sampler is float32 in any case, and on CPUs,
         which have no fast convolution in bfloat16, all arithmetic.
       parallel: "shard_map", "jit" or "pmap" over all local devices, or `Devices` of your own.
-      lora: files in the format of diffusers, of kohya's scripts or of LyCORIS, each with its scale: 1 is as
-        trained. They become part of the weights, so that pictures take no longer.
+      lora: files in the format of diffusers, of kohya's scripts or of LyCORIS, DoRAs among them, each with
+        its scale: 1 is as trained. They become part of the weights, so that pictures take no longer.
       embeddings: files of textual inversion, in the format of diffusers or of AUTOMATIC1111; prompts may then
         use their words.
       decoder: the folder of an autoencoder, or of a model, whose autoencoder stands in for the model's own.

@@ -306,11 +306,11 @@ class Programs:
         words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
         control = functools.partial(self._control, shared, batched, sigma) if self.nets else None
         unet = self.bound(shared["unet"], w - 1 if self.distilled else None, recall, kind.merge, control)
+        rescale = shared["rescale"] if kind.rescaled else 0.0
         if guided and self.made_for == edits.FOLLOWS:
             w_picture = batched["image_guidance_scale"]
-            apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture)
+            apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture, rescale)
         else:
-            rescale = shared["rescale"] if kind.rescaled else 0.0
             apply = guidance.guided(edits.seeing(unet, batched), *words, w, rescale, run_uncond=guided)
         denoise = denoiser(apply, config.prediction_type, schedules.schedule_for(config))
         return edits.keeping(denoise, batched)(x, sigma)

@@ -160,10 +160,8 @@ def _rescale(settings: Settings, programs: Programs) -> float:
         return 0.0
     if not 0 <= share <= 1:
         raise UserError(f"guidance_rescale={share}: write a share of the contrast, from 0 to 1")
-    if programs.distilled:
+    if share and programs.distilled:
         raise UserError(f"guidance_rescale={share}: this model learned guidance, which adds no contrast")
-    if programs.made_for == edits.FOLLOWS:
-        raise UserError(f"guidance_rescale={share}: a model that changes pictures as it is told takes none")
     return share
 
 

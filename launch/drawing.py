@@ -31,6 +31,7 @@ WHAT |= {
     "image_encoder": "image encoder",
     "image_prompt": "image prompt",
 }
+FOLDERS = ("decoder", "refiner", "controlnet", "image_encoder")
 # Flags by which other pixels of the same file are seen, or other files.
 _SIZES = ("height", "width", "model", "image")
 MADE_OTHERWISE_BY = dict.fromkeys(("image", "mask", "control_image"), _SIZES)
@@ -84,7 +85,7 @@ def make_config(given: dict[str, Any], like: str | None) -> GenerateConfig:
     for name, what in WHAT.items():
         for file in () if name in given else files.get(name, ()):
             if not os.path.exists(os.path.expanduser(file)):
-                kind = "FOLDER" if name in ("decoder", "refiner", "controlnet", "image_encoder") else "FILE"
+                kind = "FILE" if name not in FOLDERS or file.endswith(".safetensors") else "FOLDER"
                 raise UserError(
                     f"{like} was drawn with the {what} {file}, which is not here; write --{name} {kind}"
                 )

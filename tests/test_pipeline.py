@@ -17,6 +17,7 @@ from engine.finish import to_uint8
 from engine.parts import module
 from engine.pipeline import Pipeline
 from engine.types import UserError
+from tests.compiled import COMPILED
 from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -329,6 +330,13 @@ def cache_folder():
     yield lambda: jax.config.jax_compilation_cache_dir
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+def test_another_share_of_the_contrast_compiles_nothing(pipe):
+    first = draw(pipe, guidance_rescale=0.7)
+    before = COMPILED.copy()
+    assert (draw(pipe, guidance_rescale=0.3) != first).any() and before == COMPILED
+    np.testing.assert_array_equal(draw(pipe, guidance_rescale=0.0), draw(pipe))
 
 
 def test_compiled_programs_are_kept_in_the_cache_folder_of_the_user(cache_folder, monkeypatch, tmp_path):

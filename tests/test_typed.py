@@ -5,10 +5,14 @@ import jaxtyping
 import numpy as np
 import pytest
 from beartype.roar import BeartypeCallHintViolation
+from flax import nnx
 
 from engine.conditions import weighted
 from engine.models.attention import attend
+from engine.models.unet import UNet2DConditionModel
+from engine.models.unet_config import UNetConfig
 from engine.parallel import pad
+from tests.tiny import UNET
 
 
 def test_arrays_that_do_not_fit_each_other():
@@ -19,6 +23,14 @@ def test_arrays_that_do_not_fit_each_other():
     z = np.zeros((3, 2), np.float32)
     with pytest.raises(jaxtyping.TypeCheckError, match="weighted"):
         weighted(z, z[:2], z)
+
+
+def test_arrays_inside_of_other_annotations():
+    """A tuple, or nothing: of arrays that have one batch."""
+    net = nnx.eval_shape(lambda: UNet2DConditionModel(UNetConfig(**UNET), nnx.Rngs(0)))
+    x, t, words = jnp.zeros((2, 8, 8, 4)), jnp.zeros(2), jnp.zeros((2, 3, 24))
+    with pytest.raises(jaxtyping.TypeCheckError, match="added"):
+        net(x, t, words, added=(jnp.zeros((3, 5)), jnp.zeros((2, 6))))
 
 
 def test_arguments_of_other_types():

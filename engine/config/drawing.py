@@ -37,7 +37,7 @@ class Pictured(NamedTuple):
 
 # By the option that names them
 PICTURED = {
-    "controlnet": Pictured("a ControlNet", "FOLDER", "control_image", "control picture"),
+    "controlnet": Pictured("a ControlNet", "FOLDER", "control_image", "control picture"),  # or a file
     "ip_adapter": Pictured("an IP-Adapter", "FILE", "image_prompt", "image prompt"),
 }
 
@@ -84,7 +84,7 @@ class GenerateConfig:
     guidance_rescale: float | None = None  # share of its contrast that guidance gives back; None: 0
     cache_interval: int | None = None  # steps from one that computes all of the U-Net to the next; None: 1
     merge_tokens: float | None = None  # share of the finest tokens that attend together with others; None: 0
-    controlnet: str = ""  # FOLDER or FOLDER=SCALE, several with commas between them: see `controlnets`
+    controlnet: str = ""  # FOLDER or FOLDER=SCALE, several with commas; files, too: see `controlnets`
     control_image: str = ""  # what it sees; with several ControlNets one for each, with commas between them
     control_kind: str = ""  # what of that picture it is shown, one of SIGHTS or "none"; "": as it has learned
     control_start: float | None = None  # share of the steps before which it adds nothing; None: 0
@@ -126,6 +126,9 @@ class GenerateConfig:
             told = f"image_guidance_scale={self.image_guidance_scale}"
             raise UserError(f"{told} without a picture: write --image FILE, too")
         self.check_drawing()
+        for name in ("guidance_start", "guidance_end", "guidance_rescale"):
+            if self.guidance_scale == 1 and (value := getattr(self, name)) is not None:
+                raise UserError(f"{name}={value} with guidance_scale=1, which is none: leave one of them out")
         for of in PICTURED:
             check_count(of, len(self.pictures_of(of)), len(self.networks(of)))
         if self.first_index + (count := len(self.prompts) * self.num_images) > MAX_INDEX:
@@ -139,7 +142,7 @@ class GenerateConfig:
         return self._scaled("lora", "FILE", "a.safetensors=0.8,b.safetensors")
 
     def controlnets(self) -> tuple[tuple[str, float], ...]:
-        """The folders and scales that `controlnet` names; UserError where it is no such list."""
+        """The folders, or files, and scales that `controlnet` names; UserError where it is no such list."""
         return self._scaled("controlnet", "FOLDER", "canny=0.8,depth")
 
     def ip_adapters(self) -> tuple[tuple[str, float], ...]:

@@ -63,7 +63,7 @@ class ControlConfig:
     """A ControlNet to train (Zhang et al. 2023)."""
 
     kind: str = "edges"  # what it is shown of each picture: one of SIGHTS, or "given", a picture beside it
-    start: str = ""  # the folder of a ControlNet to train further; "": a copy of the U-Net
+    start: str = ""  # the folder or file of a ControlNet to train further; "": a copy of the U-Net
 
     def validate(self, where: str = "controlnet") -> None:
         """Raises UserError; `where` is what the config calls this part."""

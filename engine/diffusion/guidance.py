@@ -52,9 +52,7 @@ def guided(
         F = at_least_float32(apply(_together(x, x), _together(t, t), _together(uncond, cond)))
         F_uncond, F_cond = F[0::2], F[1::2]
         F = F_uncond + w * (F_cond - F_uncond)
-        if isinstance(guidance_rescale, float) and guidance_rescale == 0:
-            return F
-        return rescaled(F, F_cond, guidance_rescale)
+        return _given_back(F, F_cond, guidance_rescale)
 
     return apply_guided
 
@@ -66,6 +64,7 @@ def guided_by_picture(
     picture: Latents,
     guidance_scale: Float[Array, " B"],
     picture_scale: Float[Array, " B"],
+    guidance_rescale: float | Float[Array, ""] = 0.0,
 ) -> Apply:
     """A network steered by words and by a picture (Brooks et al. 2023, equation 3): (x_in, t) -> F, float32.
 
@@ -74,6 +73,7 @@ def guided_by_picture(
     Args:
       apply: its x_in has the channels of `picture` behind those of x; zeros are none.
       guidance_scale, picture_scale: w and w_I.
+      guidance_rescale: as in `guided`.
     """
     w, w_picture = (scale[:, None, None, None] for scale in (guidance_scale, picture_scale))
 
@@ -82,7 +82,8 @@ def guided_by_picture(
         without, beside = (jnp.concatenate([x, extra], -1) for extra in (jnp.zeros_like(seen), seen))
         F = apply(_together(without, beside, beside), _together(t, t, t), _together(uncond, uncond, cond))
         F_none, F_picture, F_both = (at_least_float32(F)[i::3] for i in range(3))
-        return F_none + w_picture * (F_picture - F_none) + w * (F_both - F_picture)
+        F = F_none + w_picture * (F_picture - F_none) + w * (F_both - F_picture)
+        return _given_back(F, F_both, guidance_rescale)
 
     return apply_guided
 
@@ -108,6 +109,11 @@ def within(
 def _together(*trees: Any) -> Any:
     """a[0], b[0], ..., a[1], b[1], ... of each leaf."""
     return jax.tree.map(lambda *a: jnp.stack(a, axis=1).reshape(-1, *a[0].shape[1:]), *trees)
+
+
+def _given_back(F: Latents, F_cond: Latents, guidance_rescale: float | Float[Array, ""]) -> Latents:
+    none = isinstance(guidance_rescale, float) and guidance_rescale == 0
+    return F if none else rescaled(F, F_cond, guidance_rescale)
 
 
 def rescaled(F: Latents, F_cond: Latents, guidance_rescale: float | Float[Array, ""]) -> Latents:

@@ -24,10 +24,10 @@ from engine.weights.folder import Model
 
 
 def begin(model: Model, config: ControlConfig, seed: int) -> Component:
-    """The ControlNet as it begins: that of a folder, or a copy of the U-Net that adds nothing yet.
+    """The ControlNet as it begins: that of a folder or file, or a copy of the U-Net that adds nothing yet.
 
     Raises:
-      UserError: the folder holds none for this model.
+      UserError: there is none for this model.
     """
     if config.start:
         return load_controlnet(model, config.start, place=lambda name, array: array)

@@ -1,8 +1,8 @@
 """A ControlNet that is to go with a model: a folder of its own, or a single file.
 
 A file does not say what it was built like, but for the shapes of its weights: it is taken for the way down
-and the middle of the U-Net that it is to go with, under the names of diffusers or of its original. It may not
-be one whose answer is the mean of all places ("shuffle"), which only a folder tells.
+and the middle of the U-Net that it is to go with, under the names of diffusers or of its original. One whose
+answer is the mean of all places ("shuffle") is known by its name alone, and not read.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ from engine.weights.component import (
 )
 from engine.weights.files import PICKLES, find_weights, new_folder, read_json, write_json
 from engine.weights.folder import Model
+from engine.weights.kinds import KNOWN
 from engine.weights.original_names import CONTROLNET, slots
 from engine.weights.safetensors_io import Tensor, as_dtype, read_header
 
@@ -42,7 +43,12 @@ HINTS: Mapping[str, Callable[[int], str]] = {
     f"{CONTROLNET}input_hint_block.0.weight": lambda i: f"{CONTROLNET}input_hint_block.{2 * i + 2}.weight",
     "input_hint_block.0.weight": lambda i: f"input_hint_block.{2 * i + 2}.weight",
 }
-OTHERS = {"difference": "what is to be added to a model's weights", "task_embedding": "a ControlNet union"}
+OTHERS = {
+    "difference": "what is to be added to a model's weights",
+    "task_embedding": "a ControlNet union",
+    "lora_controlnet": "a control-LoRA",
+}
+SHUFFLE = "shuffle"  # in the names of those whose answer is the mean of all places
 KIND = "_control_kind"  # in config.json, a note of ours, which others leave alone
 
 
@@ -77,17 +83,27 @@ def look(path: str | Path) -> ControlNetConfig | None:
 def _from_file(model: Model, file: Path, dtype: np.dtype, place: Place | None) -> Component:
     header = read_header(file)
     config = dataclasses.replace(config_for(model), conditioning_embedding_out_channels=_hints(header, file))
+    _check_fits(config, model, file)
     graphdef, shapes = abstract("controlnet", config)
-    prefix = CONTROLNET if any(key.startswith(CONTROLNET) for key in header) else ""
-    ours = {slot.key: key for key, slot in slots("controlnet", config, names.keys(shapes), prefix).items()}
-    header = {ours.get(key, key): tensor for key, tensor in header.items()}
-    sources = match("controlnet", shapes, {file: header}, f"{file} is no ControlNet of this model")
+    if not any(key in header for key in HINTS if key.startswith("controlnet_")):
+        prefix = CONTROLNET if any(key.startswith(CONTROLNET) for key in header) else ""
+        places = slots("controlnet", config, names.keys(shapes), prefix)
+        ours = {slot.key: key for key, slot in places.items()}
+        # Beside it may be the whole model that it was trained beside.
+        header = {ours.get(key, key): each for key, each in header.items() if key.startswith(prefix)}
+    misfit = (
+        f"{file} is no ControlNet of this model, or built otherwise than its U-Net, which the folder of one "
+        "tells alone (names as in diffusers)"
+    )
+    sources = match("controlnet", shapes, {file: header}, misfit)
     params = read_params("controlnet", shapes, sources, dtype, place)
     return Component("controlnet", config, graphdef, params)
 
 
 def _hints(header: Mapping[str, Tensor], file: Path) -> tuple[int, ...]:
     """Channels by which the one in a file sees its picture; UserError where it holds none that is read."""
+    if SHUFFLE in file.name.lower():
+        raise UserError(f"{file} answers with the mean of all places ({SHUFFLE}), which is not read")
     for end, what in OTHERS.items():
         if any(key.endswith(end) for key in header):
             raise UserError(f"{file} is {what}, which is not read: write a ControlNet that stands by itself")
@@ -123,15 +139,19 @@ def save_controlnet(folder: str | Path, part: Component, kind: str, overwrite: b
 
 
 def find(path: str | Path) -> Path:
-    """The folder or the file; UserError where there is none."""
+    """The folder or the file, of weights in a folder that folder; UserError where there is none."""
     folder = Path(os.path.expanduser(path))
     if folder.is_file() or folder.name.endswith((*PICKLES, ".safetensors")):
-        return find_weights(folder, "ControlNet", "or the folder of one")
+        file = find_weights(folder, "ControlNet", "or the folder of one")
+        of_folder = file.name.startswith(KNOWN["controlnet"].stem) and (file.parent / "config.json").is_file()
+        return file.parent if of_folder else file
     if not (folder / "config.json").is_file():
         if (folder / index.FILE).is_file():
             raise UserError(f"{path} is a model, no ControlNet: write the folder of one")
         what = f"{path} has no config.json" if folder.is_dir() else f"no ControlNet {path}"
-        raise UserError(f"{what}: a ControlNet is a folder with config.json and safetensors")
+        raise UserError(
+            f"{what}: a ControlNet is a folder with config.json and safetensors, or a .safetensors file"
+        )
     return folder
 
 

@@ -289,6 +289,6 @@ def alpha_of(path: Path, notes: Mapping[str, Any], name: str, rank: int) -> floa
         patterns = dict(notes.get(f"{kind}.alpha_pattern") or {})
         hits = (alpha for end, alpha in patterns.items() if re.match(rf"(.*\.)?({end})$", layer))
         alpha = float(next(hits, notes.get(f"{kind}.lora_alpha", rank)))
-    except (TypeError, ValueError, re.error):
+    except (TypeError, ValueError, OverflowError, re.error):
         raise UserError(f"{path}: its metadata {METADATA} has a strange alpha for {kind}") from None
     return alpha * rank**0.5 if notes.get(f"{kind}.use_rslora") else alpha

@@ -10,8 +10,9 @@ For a kernel W of O outputs and I inputs (and of a window K x K, in a convolutio
   LoCon  W + scale (up mid down)               a convolution of K x K between two of 1 x 1
 
 Any of them, and the plain LoRA, may be a DoRA (Liu et al. 2024, equation 5), which says how long each row of
-the changed kernel is, or each of its columns: W + scale (m (W + D) / |W + D| - W), where D is what is added
-to W above; a scale of 1 is as it was trained.
+the changed kernel is, or each of its columns: to W is added s (m (W + D) / |W + D| - W), where D is what is
+added above and s the scale that it is given; 1 is as it was trained, and other files beside it change nothing
+of it, as in PEFT. Of a scale below 1 every program has its own idea: here it goes part of the way.
 
 Thin parts of a convolution may have a core t of rank x rank x K x K between them (Hyeon-Woo et al.,
 proposition 3). A file may have layers of several kinds, plain ones included. They are read, and never made.
@@ -19,7 +20,7 @@ proposition 3). A file may have layers of several kinds, plain ones included. Th
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from engine.weights.component import Change, listed
 from engine.weights.lora import XL_KINDS, Layer, layers_of, merging
 from engine.weights.safetensors_io import DTYPES, NUMBERS, Tensor, read_header, read_tensor
 
+# (name, as it is so far, as it is in the model's file) -> with what a file adds, see `Change`
+MoreChange = Callable[[str, np.ndarray, np.ndarray], np.ndarray]
 Parts = dict[str, np.ndarray]  # what a file has of a layer, by the ends of its keys, in PyTorch's layout
 Kernel = Float[np.ndarray, "O I *K"]
 
@@ -58,37 +61,38 @@ def read_all(loras: Sequence[tuple[str | Path, float]], configs: Mapping[str, An
     changes = [_change(lora_files.find(path), scale, configs) for path, scale in loras]
 
     def change(name: str, array: np.ndarray) -> np.ndarray:
+        base = array
         for each in changes:
-            array = each(name, array)
+            array = each(name, array, base)
         return array
 
     return change
 
 
-def _change(path: Path, scale: float, configs: Mapping[str, Any]) -> Change:
-    if not any(key.endswith(OWN) for key in read_header(path)):
-        return merging([(lora_files.read(path, configs), scale)])
+def _change(file: Path, scale: float, configs: Mapping[str, Any]) -> MoreChange:
+    if not any(key.endswith(OWN) for key in read_header(file)):
+        plain = merging([(lora_files.read(file, configs), scale)])
+        return lambda name, array, base: plain(name, array)
     every = layers_of(configs)
-    found = read(path, configs)
+    found = read(file, configs)
 
-    def change(name: str, array: np.ndarray) -> np.ndarray:
+    def change(name: str, array: np.ndarray, base: np.ndarray) -> np.ndarray:
         layer, _, leaf = name.rpartition(".")
         if leaf != "kernel" or layer not in found:
             return array
-        path, shape = every[layer].path, every[layer].shape
-        W = array.astype(np.float32)
-        added = names.to_flax(path, delta(found[layer], names.torch_shape(path, shape)), array.ndim)
-        if DORA in found[layer]:
-            lengths = names.to_flax(path, found[layer][DORA], array.ndim)
-            added = of_lengths(W + added, lengths) - W
-        return W + np.float32(scale) * added
+        path, parts = every[layer].path, found[layer]
+        W = names.to_torch(path, base.astype(np.float32))
+        added = delta(parts, W.shape)
+        if DORA in parts:
+            added = of_lengths(W + added, parts[DORA]) - W
+        return array.astype(np.float32) + np.float32(scale) * names.to_flax(path, added, array.ndim)
 
     return change
 
 
-def of_lengths(W: Float[np.ndarray, "*K I O"], lengths: Float[np.ndarray, "*L A B"]) -> np.ndarray:
-    """W, with these lengths along the axis that they have."""
-    axes = tuple(axis for axis, size in enumerate(lengths.shape) if size == 1)
+def of_lengths(W: Kernel, lengths: Float[np.ndarray, "A B *L"]) -> Kernel:
+    """W, its rows of the lengths (O, 1, ...), or its columns of (1, I, ...), see `_allowed`."""
+    axes = tuple(axis for axis in range(W.ndim) if axis != int(len(lengths) == 1))
     return W * (lengths / (np.sqrt(np.square(W).sum(axes, keepdims=True)) + np.finfo(np.float32).eps))
 
 
@@ -115,7 +119,8 @@ def read(path: str | Path, configs: Mapping[str, Any]) -> dict[str, Parts]:
     notes = lora_files.read_notes(path)
     for name, parts in found.items():
         if DOWN in parts and ALPHA not in parts:
-            parts[ALPHA] = np.float32(lora_files.alpha_of(path, notes, name, len(parts[DOWN])))
+            rank = max([1, *parts[DOWN].shape[:1]])
+            parts[ALPHA] = np.float32(lora_files.alpha_of(path, notes, name, rank))
         if DORA in parts:
             parts[DORA] = _lengths(parts[DORA], every[name])
     found = {name: parts for name, parts in found.items() if parts.keys() != {ALPHA}}  # which change nothing
@@ -130,6 +135,9 @@ def read(path: str | Path, configs: Mapping[str, Any]) -> dict[str, Parts]:
 def _parsed(key: str, every: Mapping[str, Layer], underscored: Mapping[str, str]) -> tuple[str | None, str]:
     """The layer of a key, None where the model has none, and which of its parts that is."""
     kind, _, rest = key.partition(".")
+    if kind not in XL_KINDS and (end := next((each for each in MAGNITUDE if key.endswith(each)), None)):
+        # diffusers' own way to kohya's format leaves dots before it
+        return underscored.get(key.removesuffix(f".{end}").replace(".", "_")), DORA
     if kind not in XL_KINDS:
         return underscored.get(re.sub(PREFIX, "lora_unet_", kind)), rest
     layer, end = next(
@@ -139,13 +147,19 @@ def _parsed(key: str, every: Mapping[str, Layer], underscored: Mapping[str, str]
     return name if name in every else None, PEFT.get(end, rest)
 
 
-def _lengths(lengths: np.ndarray, layer: Layer) -> np.ndarray:
-    """Of a DoRA, (O, 1, ...) of rows or (1, I, ...) of columns; as it is where it is neither."""
+def _allowed(layer: Layer) -> tuple[names.Shape, names.Shape]:
+    """The shapes of the lengths of a DoRA: of rows, and of columns."""
     outputs, inputs, *window = names.torch_shape(layer.path, layer.shape)
-    if lengths.shape[:1] == (outputs,) and lengths.size == outputs:
-        return lengths.reshape(outputs, 1, *[1] * len(window))
-    if lengths.shape[:2] == (1, inputs) and lengths.size == inputs:
-        return lengths.reshape(1, inputs, *[1] * len(window))
+    return (outputs, 1, *[1] * len(window)), (1, inputs, *[1] * len(window))
+
+
+def _lengths(lengths: np.ndarray, layer: Layer) -> np.ndarray:
+    """Those of a DoRA in a shape that is allowed; as they are where they have none."""
+    rows, columns = _allowed(layer)
+    if lengths.shape[:1] == rows[:1] and lengths.size == rows[0]:
+        return lengths.reshape(rows)
+    if lengths.shape[:2] == columns[:2] and lengths.size == columns[1]:
+        return lengths.reshape(columns)
     return lengths
 
 
@@ -171,8 +185,7 @@ def _fits(parts: Parts, layer: Layer) -> bool:
         return False
     if ALPHA in parts and parts[ALPHA].size != 1:
         return False
-    rows = (outputs, 1, *[1] * len(window)), (1, inputs, *[1] * len(window))
-    if DORA in parts and parts[DORA].shape not in rows:
+    if DORA in parts and parts[DORA].shape not in _allowed(layer):
         return False
     try:
         if kinds[0] == KRON:
@@ -186,7 +199,7 @@ def _fits(parts: Parts, layer: Layer) -> bool:
         else:
             sides = [(parts[UP], parts[DOWN], parts.get(MID), False)]
         return all(_is_product(*side, outputs, inputs, window) for side in sides)
-    except (KeyError, ValueError, IndexError):
+    except (KeyError, ValueError, IndexError, TypeError):
         return False
 
 

@@ -115,7 +115,7 @@ def test_mistakes_are_one_line(run, model, adapters, files, tmp_path):
         ),
         (
             (*adapter, "--image_prompt", files[0], "--image_encoder", tmp_path),
-            "has no config.json: this IP-Adapter reads an image encoder that says 12 numbers of a picture; write",
+            "has no config.json: this IP-Adapter reads an image encoder that says 12 numbers of a picture;",
         ),
     ):
         told = run("a fox", "--model", model, "--steps", 4, "--out", tmp_path / "out", *more)

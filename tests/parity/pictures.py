@@ -207,6 +207,8 @@ def _words_less_deep(pipeline: Any, negatives: list[str], clip_skip: int) -> dic
 
 def drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.ndarray:
     words = {"num_inference_steps": how.steps, "guidance_scale": how.scale}
+    if how.guidance_rescale is not None:
+        words["guidance_rescale"] = how.guidance_rescale
     if how.negatives is not None:
         many = isinstance(how.negatives, list) or "XL" not in type(pipeline).__name__
         words["negative_prompt"] = how.negatives if many else [how.negatives] * 2
@@ -215,8 +217,6 @@ def drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.nda
     options: dict[str, Any] = {"output_type": "np"}
     if how.merge_tokens is not None:
         tomesd.apply_patch(pipeline, how.merge_tokens, use_rand=False)
-    if how.guidance_rescale is not None:
-        options["guidance_rescale"] = how.guidance_rescale
     if how.guidance_end is not None:
         options["callback_on_step_end"] = _unguided_after(round(how.guidance_end * how.steps))
         options["callback_on_step_end_tensor_inputs"] = ["prompt_embeds"]

@@ -162,7 +162,11 @@ ROWS = {
     "SDXL, img2img": (LEAST_XL, "euler", How(negatives=ONE, image=True, strength=0.6)),
     "SDXL, a masked part": (LEAST_XL, "euler", How(negatives=ONE, image=True, mask=True, strength=0.6)),
     "SDXL, a refiner by euler": (XL, "euler", How(negatives=ONE, refiner=REFINER)),
-    "SDXL, a refiner by dpmpp_2m": (LEAST_XL, "dpmpp_2m", How(negatives=ONE, refiner=LEAST_REFINER)),
+    "SDXL, a refiner by dpmpp_2m, contrast given back": (
+        LEAST_XL,
+        "dpmpp_2m",
+        How(negatives=ONE, scale=12.0, refiner=LEAST_REFINER, guidance_rescale=0.9),
+    ),
     "SDXL, LoRA": (LEAST_XL, "euler", How(negatives=ONE, beside=with_lora())),
     "SDXL, a ControlNet": (XL, "euler", How(negatives=ONE, controls=(0.8,))),
     "SDXL, two ControlNets, img2img": (
@@ -190,7 +194,11 @@ ROWS = {
         "euler",
         How(negatives=ONE, image=True, strength=0.6, cache_interval=2),
     ),
-    "SDXL InstructPix2Pix": (XL_FOLLOWS, "euler", How(negatives=ONE, image=True)),
+    "SDXL InstructPix2Pix, contrast given back": (
+        XL_FOLLOWS,
+        "euler",
+        How(negatives=ONE, image=True, guidance_rescale=0.7),
+    ),
     "SSD-1B, words": (SSD, "euler", XL_WORDS),
     "SDXL refiner alone, img2img": (LEAST_REFINER, "euler", How(negatives=ONE, image=True, strength=0.6)),
 }

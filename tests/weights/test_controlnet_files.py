@@ -11,10 +11,10 @@ from safetensors.torch import load_file as load_torch
 
 from engine.types import UserError
 from engine.weights.component import load_component, save_component
-from engine.weights.controlnet import load_controlnet, look
+from engine.weights.controlnet import find, kind_of, load_controlnet, look, save_controlnet
 from engine.weights.folder import load_folder
 from engine.weights.original_names import slots
-from tests.tiny import XL, component, tiny_controlnet, tiny_folder
+from tests.tiny import SHALLOW, XL, component, tiny_controlnet, tiny_folder
 
 MODELS = {"SD": {}, "SDXL": XL}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -53,7 +53,35 @@ def test_any_layout_is_the_network_of_the_folder(case, tmp_path):
     wanted = load_controlnet(model, folder)
     assert_same(load_controlnet(model, file), wanted)
     assert_same(load_controlnet(model, original(folder, tmp_path / "bare.safetensors", "")), wanted)
-    assert_same(load_controlnet(model, folder / WEIGHTS), wanted)
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((folder / WEIGHTS).read_bytes())
+    assert_same(load_controlnet(model, alone), wanted)
+
+
+def test_a_file_in_its_folder_is_that_folder(case, tmp_path):
+    model, folder, _ = case
+    part = load_controlnet(model, folder)
+    save_controlnet(tmp_path / "net", part, "edges")
+    file = tmp_path / "net" / WEIGHTS
+    assert find(file) == tmp_path / "net" and kind_of(file) == "edges"
+    assert load_controlnet(model, file).config == part.config
+
+
+def test_beside_the_model_that_it_was_trained_beside(case, tmp_path):
+    """As the first ControlNets were published."""
+    model, folder, file = case
+    others = {"model.diffusion_model.out.2.bias": np.zeros(4, np.float32), "logvar": np.zeros(1, np.float32)}
+    save_file(load_file(file) | others, tmp_path / "whole.safetensors")
+    assert_same(load_controlnet(model, tmp_path / "whole.safetensors"), load_controlnet(model, folder))
+
+
+def test_of_a_model_without_attention_in_the_middle(tmp_path):
+    """It has a file in the layout of diffusers, and none in the original."""
+    folder = tiny_folder(tmp_path / "model", **SHALLOW)
+    net = tiny_controlnet(tmp_path / "net", **SHALLOW["unet"])
+    (tmp_path / "alone.safetensors").write_bytes((net / WEIGHTS).read_bytes())
+    model = load_folder(folder)
+    assert_same(load_controlnet(model, tmp_path / "alone.safetensors"), load_controlnet(model, net))
 
 
 def test_diffusers_reads_the_same_in_the_original_layout(case, tmp_path):
@@ -75,9 +103,7 @@ def test_one_of_another_model_is_one_line(case, tmp_path):
     model, _, _ = case
     words = model.unet.config.per_block("cross_attention_dim")[0]
     other = tiny_controlnet(tmp_path / "other", cross_attention_dim=2 * words)
-    with pytest.raises(
-        UserError, match=r"no ControlNet of this model: .*wrong shape: .*attn2\.to_k"
-    ) as error:
+    with pytest.raises(UserError, match=r"no ControlNet of this model.*wrong shape: .*attn2\.to_k") as error:
         load_controlnet(model, original(other, tmp_path / "other.safetensors"))
     assert "\n" not in str(error.value)
 
@@ -88,6 +114,15 @@ def test_one_of_another_model_is_one_line(case, tmp_path):
         (
             {"difference": np.zeros(1, np.float32)},
             "what is to be added to a model's weights, which is",
+        ),
+        ({"lora_controlnet": np.zeros(0, np.float32)}, "is a control-LoRA, which is not read"),
+        (
+            {
+                f"control_model__input_hint_block__{i}__{end}": None
+                for i in (4, 6)
+                for end in ("weight", "bias")
+            },
+            "made for another model: pixels a side to a latent 1, and here 2",
         ),
         ({"task_embedding": np.zeros((6, 8), np.float32)}, "is a ControlNet union, which is not read"),
         (
@@ -113,10 +148,13 @@ def test_a_wrong_file_is_one_line(case, tmp_path, change, message):
             "none.safetensors",
             "no ControlNet .*none.safetensors: write the path of a .safetensors file, or",
         ),
+        ("control_v11e_sd15_shuffle.safetensors", r"the mean of all places \(shuffle\), which is not read"),
         ("net.pth", "in a format that is never opened because it can run code"),
         ("none", "no ControlNet .*none: a ControlNet is a folder"),
     ],
 )
 def test_no_file_is_one_line(tmp_path, name, message):
+    if "shuffle" in name:
+        save_file({"a": np.zeros(1, np.float32)}, tmp_path / name)
     with pytest.raises(UserError, match=message):
         look(tmp_path / name)

@@ -181,6 +181,23 @@ def test_a_dora_says_how_long_rows_or_columns_are(folder, plain, tmp_path, case,
     assert (wanted - W).abs().max() > 0.05
 
 
+def test_a_dora_of_a_layer_that_is_not_square(folder, plain, tmp_path):
+    """16 -> 64, two halves; rows of one file, and columns of another, which changes nothing of the first."""
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_ff_net_0_proj"
+    path = (*PATHS[LINEAR][:-2], "ff", "net", 0, "proj", "kernel")
+    W = np.asarray(plain[path]).T  # (O, I)
+    assert W.shape == (128, 16)
+    files, wanted = [], W.copy()
+    for i, (axis, lengths) in enumerate(((0, drawn(128, 1)), (1, drawn(1, 16)))):
+        up, down = drawn(128, RANK, seed=i), drawn(RANK, 16, seed=i)
+        parts = {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": lengths}
+        files.append((written(tmp_path / f"{i}.safetensors", {layer: parts}, alpha=None), 1.0))
+        whole = W + up @ down
+        wanted += whole * lengths / np.linalg.norm(whole, axis=1 - axis, keepdims=True) - W
+    for order in (files, files[::-1]):
+        np.testing.assert_allclose(params_of(folder, *order)[path].T, wanted, atol=5e-6)
+
+
 def test_without_alpha_the_scale_is_one(folder, plain, tmp_path):
     file = written(tmp_path / "file.safetensors", {LINEAR: loha(LINEAR)}, alpha=None)
     path = (*PATHS[LINEAR], "kernel")
@@ -256,6 +273,16 @@ def without(parts, name):
     ("layers", "fault"),
     [
         ({LINEAR: loha(LINEAR) | {"dora_scale": drawn(15, 1)}}, "wrong shape, or parts that are missing"),
+        (
+            {
+                LINEAR: {
+                    "lora_up.weight": drawn(16, 1),
+                    "lora_down.weight": np.array(1, np.float32),
+                    "dora_scale": drawn(16, 1),
+                }
+            },
+            "wrong shape, or parts that are missing",
+        ),
         ({LINEAR: {"dora_scale": drawn(16, 1)}}, "wrong shape, or parts that are missing"),
         (
             {LINEAR: loha(LINEAR), CONV: {"diff": drawn(16, 16, 3, 3)}},
