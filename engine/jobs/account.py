@@ -61,3 +61,9 @@ class Busy:
     def idle(self) -> float:
         """Share of the time so far in which nothing was on the devices."""
         return 1 - self._busy / self._span if self._span else 0.0
+
+
+def out_of_memory_or_raise(error: BaseException) -> None:
+    """Raises an error of JAX that is another."""
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        raise error

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
-from engine.jobs.account import Recent
+import jax
+
+from engine.jobs.account import Recent, out_of_memory_or_raise
 from engine.jobs.loras import Own
 from engine.pipeline import Pipeline
 from engine.requests import Context, Request
+from engine.types import UserError
 
 TEXT_BATCH = 16  # prompts a device encodes at once
 CONTEXTS, CONTEXT_BYTES = 1024, 2**28  # that are kept, for prompts that come again
@@ -49,11 +52,18 @@ class Wordings:
         """For rows of these LoRAs, or of the job's.
 
         Raises:
-          UserError: a file has changed since the job was planned, and cannot be read.
+          UserError: a file has changed since the job was planned, and cannot be read; or there is no room.
         """
         if lora is None:
             return self._plain
         if self._own is None or lora != self._lora:
             self._own, self._lora = None, lora  # the others leave the memory first
-            self._own = Wording(self._plain.pipe.with_loras(lora.files))
+            try:
+                self._own = Wording(self._plain.pipe.with_loras(lora.files))
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+                out_of_memory_or_raise(error)
+                raise UserError(
+                    "out of memory: LoRAs of rows take that of a second U-Net and its text encoders; write "
+                    "--dtype bfloat16, or a job for the rows of each, with --lora"
+                ) from None
         return self._own

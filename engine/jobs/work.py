@@ -31,7 +31,7 @@ import engine
 from engine import finish
 from engine.config import JobConfig
 from engine.jobs import digests, folder, formats
-from engine.jobs.account import Busy
+from engine.jobs.account import Busy, out_of_memory_or_raise
 from engine.jobs.ahead import ahead
 from engine.jobs.given import Paths
 from engine.jobs.loras import Own
@@ -39,7 +39,7 @@ from engine.jobs.pictures import enlarged, remember
 from engine.jobs.plan import Group, Job, Program, Settle, Shard, Wanted
 from engine.jobs.reading import Reader
 from engine.jobs.store import Store
-from engine.jobs.wording import Wordings
+from engine.jobs.wording import Wording, Wordings
 from engine.pipeline import Pipeline
 from engine.requests import Context, Given, Request, Settings
 from engine.text.reading import said
@@ -221,19 +221,14 @@ class Worker:
         requests = load.requests
         if len(requests) > settings.batch_size * self.pipe.devices.count:
             return flying  # it was cut before the batch was halved
+        wording = self._wordings.of(load.lora)
         try:
-            arrays = self._dispatch(load, requests, settings)
+            arrays = _dispatch(wording, load, requests, settings)
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            _out_of_memory_or_raise(error)
+            out_of_memory_or_raise(error)
             self._halve(load.shard.group, settings.batch_size)
             return flying
         return flying._replace(arrival=arrivals.submit(self._arrive, arrays, time.monotonic()))
-
-    def _dispatch(
-        self, load: Load, requests: Sequence[Request], settings: Settings
-    ) -> tuple[jax.Array, jax.Array]:
-        wording = self._wordings.of(load.lora)
-        return wording.pipe.dispatch(requests, load.contexts or wording.of(requests), settings)
 
     def _arrive(self, arrays: tuple[jax.Array, jax.Array], launched: float) -> tuple[np.ndarray, np.ndarray]:
         jax.block_until_ready(arrays)
@@ -251,12 +246,12 @@ class Worker:
                 count = len(load.wanted)
                 return Drawn(load._replace(given=()), images[:count], finite[:count], batch_size)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
-                _out_of_memory_or_raise(error)
+                out_of_memory_or_raise(error)
                 self._halve(load.shard.group, batch_size)
         return self._draw_in_parts(load)
 
     def _draw_in_parts(self, load: Load) -> Drawn:
-        group = load.shard.group
+        group, wording = load.shard.group, self._wordings.of(load.lora)
         while True:
             settings = self._settings(group)
             size = settings.batch_size * self.pipe.devices.count
@@ -265,13 +260,13 @@ class Worker:
             try:
                 for first in range(0, len(requests), size):
                     part = requests[first : first + size]
-                    drawn = jax.block_until_ready(self._dispatch(load, part, settings))
+                    drawn = jax.block_until_ready(_dispatch(wording, load, part, settings))
                     images.append(np.asarray(drawn[0])[: len(part)])
                     finite.append(np.asarray(drawn[1])[: len(part)])
                 done = load._replace(given=())
                 return Drawn(done, np.concatenate(images), np.concatenate(finite), settings.batch_size)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
-                _out_of_memory_or_raise(error)
+                out_of_memory_or_raise(error)
                 self._halve(group, settings.batch_size)
 
     def _settings(self, group: Group) -> Settings:
@@ -399,6 +394,7 @@ class Worker:
         }
 
 
-def _out_of_memory_or_raise(error: BaseException) -> None:
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-        raise error
+def _dispatch(
+    wording: Wording, load: Load, requests: Sequence[Request], settings: Settings
+) -> tuple[jax.Array, jax.Array]:
+    return wording.pipe.dispatch(requests, load.contexts or wording.of(requests), settings)

@@ -15,7 +15,7 @@ from engine.jobs.plan import settle_with
 from engine.text.rows import read_rows
 from launch import cli
 from tests.compiled import COMPILED
-from tests.launch.test_bulk import facts, png_of
+from tests.launch.test_bulk import facts, out_of_memory, png_of
 from tests.launch.test_edit_flags import pixels
 from tests.launch.test_edit_jobs import failures
 from tests.launch.test_lora import configs, write  # noqa: F401
@@ -83,6 +83,18 @@ def test_nothing_is_compiled_for_them_and_no_more_than_one_is_kept(job, loras, m
     assert any("5 rows in 3 shards, 1 programs to compile" in line for line in outcome.told), outcome.told
     fox, both = [str(loras[0])], [str(loras[1]), str(loras[0])]
     assert loaded == [fox, both]  # rows of one are neighbours, whatever their places in the file
+
+
+def test_without_room_for_them_the_job_says_so_and_goes_on(job, loras, monkeypatch, tmp_path):
+    def no_room(*_):
+        raise out_of_memory()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.pipeline.Pipeline, "with_loras", no_room)
+        outcome = job(rows=ROWS)
+    assert outcome.code == cli.MISTAKE
+    assert "out of memory: LoRAs of rows take that of a second U-Net" in outcome.told[-1]
+    assert job(rows=ROWS).code == cli.DONE and len(facts(tmp_path / "out")) == len(ROWS)
 
 
 def test_a_job_knows_them_and_goes_on(job, configs, loras, tmp_path):  # noqa: F811
