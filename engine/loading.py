@@ -20,6 +20,7 @@ from engine.text.reading import Reading
 from engine.types import UserError
 from engine.weights import ip_adapter as ip_adapters
 from engine.weights import network, quantized
+from engine.weights import safety_checker as safety
 from engine.weights import upscaler as upscalers
 from engine.weights.component import Component
 from engine.weights.controlnet import kind_of, load_controlnet, look
@@ -50,6 +51,7 @@ def load(
     ip_adapter: Sequence[tuple[str | os.PathLike, float]] = (),
     image_encoder: str | os.PathLike | None = None,
     ip_adapter_layers: Sequence[str] = (),
+    safety_checker: str | os.PathLike | None = None,
 ) -> Pipeline:
     """Loads a model onto the devices.
 
@@ -79,6 +81,8 @@ def load(
         file, or where else the originals have it.
       ip_adapter_layers: blocks or layers of the U-Net to which they add something, such as SDXL's
         "up_blocks.0.attentions.1" for the style alone. None: to all.
+      safety_checker: the folder of Stable Diffusion 1's safety checker, or of a model that has one: pictures
+        in which it finds one of its concepts are held back (engine.models.safety_checker).
 
     Raises:
       UserError: the folder or an argument is wrong; the message says what to write instead.
@@ -95,6 +99,8 @@ def load(
     for path, _ in controlnet:
         look(path)  # before gigabytes are read
     enlarging = upscalers.look(upscaler) if upscaler else None
+    if safety_checker:
+        safety.look(safety_checker)
     found = [ip_adapters.look(path) for path, _ in ip_adapter]
     for each in found:
         ip_adapters.check_fits(each, folder)
@@ -118,11 +124,20 @@ def load(
     if decoder:
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
+    checker = None
+    if safety_checker:
+        checker = safety.load_safety_checker(safety_checker, jnp.dtype(dtype), devices.place)
     larger = network.load(enlarging, jnp.dtype(dtype), devices.place) if enlarging else None
     check_tile(tile, loaded.vae.config.scale)
     reading = Reading(prompt_weights, long_prompts)
     name = SHIPPED_NAME if model is None else str(model)
-    return Pipeline(loaded, devices, name, dtype, folder, tile, second, nets, reading, larger, prompted, read)
+    return Pipeline(
+        *(loaded, devices, name, dtype, folder, tile, second, nets, reading),
+        upscaler=larger,
+        prompted=prompted,
+        read=read,
+        checker=checker,
+    )
 
 
 def use_compilation_cache() -> None:

@@ -8,21 +8,24 @@ import copy
 import itertools
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Unpack
 
-import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from engine import adapters, controls, edits
+from engine.checking import Checking
 from engine.config import GenerateConfig
 from engine.diffusion import noise, schedules
 from engine.diffusion.scheduler_config import sampler_name
 from engine.diffusion.segments import chosen_stages
 from engine.enlarging import Enlarging
+from engine.errors import UserNotice
 from engine.parallel import Devices, pad
 from engine.programs import Programs
-from engine.requests import Batch, Context, Frames, Given, Request, Settings
+from engine.requests import Batch, Context, Finished, Frames, Given, OfTheWay, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.text.reading import PLAIN, Reading, words
 from engine.types import UserError
@@ -56,12 +59,14 @@ class Pipeline:
         upscaler: Network | None = None,
         prompted: Sequence[Adapter] = (),
         read: ReadAgain | None = None,
+        checker: Component | None = None,
     ):
         """read: the model again, with other LoRAs; see `with_loras`."""
         self.devices, self.name, self.dtype = devices, name, dtype
         self.folder = folder  # from which the model was loaded
         self.programs = Programs(model, devices, name, tile, nets, reading, prompted)
         self.refiner = Programs(refiner, devices, "the refiner", tile, (), reading) if refiner else None
+        self.checking = Checking(checker, self.programs) if checker else None
         self.enlarging = Enlarging(upscaler, self.programs) if upscaler else None
         self.made_for = self.programs.made_for
         self._read = read
@@ -114,15 +119,7 @@ class Pipeline:
         given: Sequence[Given] | None = None,
         strength: float | None = None,
         image_guidance_scale: float = GenerateConfig.image_guidance_scale,
-        refiner_start: float | None = None,
-        grid: str | None = None,
-        guidance_start: float | None = None,
-        guidance_end: float | None = None,
-        guidance_rescale: float | None = None,
-        cache_interval: int | None = None,
-        merge_tokens: float | None = None,
-        control_start: float | None = None,
-        control_end: float | None = None,
+        **special: Unpack[OfTheWay],
     ) -> UInt8[np.ndarray, "B H W 3"]:
         """One picture for each prompt.
 
@@ -141,18 +138,7 @@ class Pipeline:
           strength: 0 to 1, how much of a given picture is forgotten; None: 0.8, and 1 with a mask.
           image_guidance_scale: how strictly a model that changes pictures as it is told keeps to the given
             one, where guidance_scale is not 1.
-          refiner_start: share of the way, 0 to 1, that the model goes before its refiner; None: 0.8.
-          grid: how noise levels are spread, one of schedules.GRIDS; None: as the model's folder says.
-          guidance_start, guidance_end: shares of the steps between which there is guidance, 0 to 1; outside,
-            a step costs half. None: 0 and 1.
-          guidance_rescale: share of the contrast that guidance adds which is taken away again, 0 to 1; models
-            that begin at pure noise want 0.7 (engine.diffusion.guidance). None: 0.
-          cache_interval: steps from one that computes all of the U-Net to the next; those between compute its
-            first level alone (engine.diffusion.caching). None: 1.
-          merge_tokens: share of the tokens of the finest level, 0 to 0.75, that join others like them where
-            pixels attend to each other (engine.models.merging). None: 0.
-          control_start, control_end: shares of the steps between which ControlNets add something. None: 0
-            and 1.
+          special: on the way from noise to picture, see `engine.requests.OfTheWay`.
 
         Raises:
           UserError: an argument is wrong.
@@ -165,9 +151,7 @@ class Pipeline:
         if strength is None:
             strength = edits.default_strength(given[0] if given else Given(), self.made_for)
         settings = self.settings(
-            *(steps, sampler, guidance_scale, height, width, batch_size, strength, refiner_start, grid),
-            *(guidance_start, guidance_end, guidance_rescale, cache_interval, merge_tokens),
-            *(control_start, control_end),
+            steps, sampler, guidance_scale, height, width, batch_size, strength, **special
         )
         seed = noise.fresh_seed() if seed is None else seed
         images = []
@@ -184,6 +168,11 @@ class Pipeline:
             if batch.spoilt:
                 struck = [first_index + batch.first + i for i in batch.spoilt]
                 raise FloatingPointError(f"NaN or infinity in the latents of index {struck} of seed {seed}")
+            if batch.unsafe:
+                held = [first_index + batch.first + i for i in batch.unsafe]
+                warnings.warn(f"held back by the safety checker, and black: index {held}", UserNotice, 2)
+                batch = batch._replace(images=batch.images.copy())
+                batch.images[batch.unsafe] = 0
             images.append(batch.images)
         return np.concatenate(images)
 
@@ -230,13 +219,14 @@ class Pipeline:
             first, rows = batch.start, slice(batch.start, batch.stop)
             start = None if latents is None else latents[rows]
             drawn = self._draw(requests[rows], contexts, settings, start, frames, heat, progress)
-            images, finite, kept, steering = drawn
+            finished, kept, steering = drawn
             count = len(requests[rows])
-            spoilt = np.flatnonzero(~np.asarray(finite)[:count]).tolist()
+            images, finite, safe = (np.asarray(each)[:count] for each in finished)
+            spoilt, unsafe = (np.flatnonzero(each).tolist() for each in (~finite, finite & ~safe))
             if kept is not None:
                 kept = Frames(kept.noisy[:count], kept.denoised[:count])
             heats = None if steering is None else np.asarray(steering)[:count]
-            yield Batch(first, np.asarray(images)[:count], spoilt, kept, heats)
+            yield Batch(first, images, spoilt, unsafe, kept, heats)
 
     def batches(self, prompts: Sequence[str], negatives: Sequence[str], settings: Settings) -> list[range]:
         """Which of the prompts are drawn together: neighbours that are equally long to the model."""
@@ -278,7 +268,7 @@ class Pipeline:
 
     def dispatch(
         self, requests: Sequence[Request], contexts: Mapping[str, Context], settings: Settings
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Finished:
         """Sets the devices to work on one batch, and returns while they are at it.
 
         Args:
@@ -287,12 +277,10 @@ class Pipeline:
           settings: its guidance_scale says by being 1 or not whether there is an unconditional pass.
 
         Returns:
-          Pictures (uint8, B H W 3) and which of them are finite (B,), of a whole batch: what lies behind the
-          last request only fills it. np.asarray waits for them.
+          Of a whole batch: what lies behind the last request only fills it. np.asarray waits for it.
         """
         self.check_given([r.given for r in requests], settings)
-        images, finite, *_ = self._draw(requests, contexts, settings)
-        return images, finite
+        return self._draw(requests, contexts, settings)[0]
 
     def settings(
         self,
@@ -303,18 +291,11 @@ class Pipeline:
         width: int | None = None,
         batch_size: int = 1,
         strength: float = 1.0,
-        refiner_start: float | None = None,
-        grid: str | None = None,
-        guidance_start: float | None = None,
-        guidance_end: float | None = None,
-        guidance_rescale: float | None = None,
-        cache_interval: int | None = None,
-        merge_tokens: float | None = None,
-        control_start: float | None = None,
-        control_end: float | None = None,
+        **special: Unpack[OfTheWay],
     ) -> Settings:
         """Checks settings, and fills in what the model knows; raises UserError before anything compiles."""
         default_height, default_width = self.default_size
+        start = check_refiner_start(special.pop("refiner_start", None), self.refiner is not None)
         settings = Settings(
             steps,
             sampler or sampler_name(self.model.scheduler),
@@ -323,15 +304,8 @@ class Pipeline:
             default_width if width is None else width,
             batch_size,
             strength,
-            grid,
-            check_refiner_start(refiner_start, self.refiner is not None),
-            guidance_start,
-            guidance_end,
-            guidance_rescale,
-            cache_interval,
-            merge_tokens,
-            control_start,
-            control_end,
+            refiner_start=start,
+            **special,
         )
         check_settings(settings, self.programs, self.refiner)
         return settings
@@ -366,7 +340,7 @@ class Pipeline:
     # ---- the way through the programs
 
     def _draw(self, requests, contexts, settings, latents=None, frames=0, heat=False, progress=None):
-        """One batch through sampler and decoder: images, which of them are finite, frames, heat."""
+        """One batch through sampler and decoder: what is finished, frames, heat."""
         size = settings.batch_size * self.devices.count
         requests = [*requests, *[requests[-1]] * (size - len(requests))]
         keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
@@ -389,12 +363,15 @@ class Pipeline:
             x, more = self.refiner.sample(*more_ways, x, batched, frames > 0, progress)
             traces += more
         final = x * schedules.final_scale(config, sigmas)
-        drawn = self.programs.decode(final, given)
-        images, finite = self.devices.gather(self.enlarging(*drawn) if self.enlarging else drawn)
+        images, finite = self.programs.decode(final, given)
+        safe = self.checking(images) if self.checking else finite
+        if self.enlarging:
+            images, finite = self.enlarging(images, finite)
+        finished = self.devices.gather(Finished(images, finite, safe))
         if not frames:
-            return images, finite, None, steering
+            return finished, None, steering
         stages = chosen_stages(traces, start, final, frames)
-        return images, finite, Frames(*map(self._decode_stages, stages)), steering
+        return finished, Frames(*map(self._decode_stages, stages)), steering
 
     def _decode_stages(self, stages: np.ndarray) -> np.ndarray:
         places = [self.devices.shard_batch(x) for x in stages.swapaxes(0, 1)]

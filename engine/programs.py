@@ -217,14 +217,14 @@ class Programs:
         params = self.devices.whole(self._in_type(params))
         config, decode = self.model.vae.config, module(self.model.vae, params).decode
         scaled = latents / config.scaling_factor
-        with self._kernels():
+        with self.kernels_here():
             image = decode_in_tiles(decode, scaled, self.tile // config.scale, config.scale)
         axes = (1, 2, 3)
         finite = jnp.isfinite(latents).all(axes) & jnp.isfinite(image).all(axes)
         return to_uint8(jnp.nan_to_num(image)), finite
 
     def _looked_at(self, params: Any, given: Any) -> Any:
-        with self._kernels():
+        with self.kernels_here():
             vae = module(self.model.vae, self.devices.whole(self._in_type(params)))
             return edits.looked_at(vae, given, self.made_for)
 
@@ -237,7 +237,7 @@ class Programs:
         for adapter, own, batch in zip(self.adapters, params, pictures, strict=True):
             whole = map(self._in_type, self.devices.whole(own))
             net, encoder = map(module, (adapter.net, adapter.encoder), whole)
-            with self._kernels():
+            with self.kernels_here():
                 seen.append(adapters.seen(net, encoder, batch))
         return {"cond": tuple(s.cond for s in seen), "uncond": tuple(s.uncond for s in seen)}
 
@@ -254,7 +254,8 @@ class Programs:
         beside = {name: tuple(map(self._in_type, shared.get(name, ()))) for name in ("nets", "adapters")}
         return shared | {"unet": self._in_type(shared["unet"])} | beside
 
-    def _kernels(self) -> contextlib.AbstractContextManager:
+    def kernels_here(self) -> contextlib.AbstractContextManager:
+        """Within, what is traced for these devices uses their kernels."""
         return kernels(self.devices.platform, self.devices.over_batch)
 
     def _build_noise(self, shape: tuple[int, ...]) -> Callable:
@@ -351,7 +352,7 @@ class Programs:
             def call(recall):
                 unet = module(self.model.unet, self.devices.whole(params, after=x))  # at each step anew
                 words = told.read or told.context.words
-                with self._kernels(), merging(merge, size):
+                with self.kernels_here(), merging(merge, size):
                     more = control(x, t, told, added) if control else None
                     return unet(x, t, words, guidance_scale, added, recall, more)
 

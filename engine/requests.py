@@ -1,10 +1,11 @@
 """What goes through a pipeline: what is asked for, how it is drawn, and what comes out."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
+import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 
 class Context(NamedTuple):
@@ -13,6 +14,34 @@ class Context(NamedTuple):
     words: Float[np.ndarray, "L D"]
     pooled: Float[np.ndarray, " P"] | None = None  # of SDXL: the text as a whole
     refiner: "Context | None" = None  # what those of the refiner say, where there is one
+
+
+class OfTheWay(TypedDict, total=False):
+    """What may be special on the way from noise to picture; what is left out, or None, is not.
+
+    refiner_start: share of the way, 0 to 1, that the model goes before its refiner; None: 0.8.
+    grid: how noise levels are spread, one of schedules.GRIDS; None: as the model's folder says.
+    guidance_start, guidance_end: shares of the steps between which there is guidance, 0 to 1; outside,
+        a step costs half. None: 0 and 1.
+    guidance_rescale: share of the contrast that guidance adds which is taken away again, 0 to 1; models
+        that begin at pure noise want 0.7 (engine.diffusion.guidance). None: 0.
+    cache_interval: steps from one that computes all of the U-Net to the next; those between compute its
+        first level alone (engine.diffusion.caching). None: 1.
+    merge_tokens: share of the tokens of the finest level, 0 to 0.75, that join others like them where
+        pixels attend to each other (engine.models.merging). None: 0.
+    control_start, control_end: shares of the steps between which ControlNets add something. None: 0
+        and 1.
+    """
+
+    refiner_start: float | None
+    grid: str | None
+    guidance_start: float | None
+    guidance_end: float | None
+    guidance_rescale: float | None
+    cache_interval: int | None
+    merge_tokens: float | None
+    control_start: float | None
+    control_end: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +116,20 @@ class Frames(NamedTuple):
     denoised: UInt8[np.ndarray, "B N H W 3"]  # what the model makes of it
 
 
+class Finished(NamedTuple):
+    """Pictures on the devices, with whatever fills the batch behind those that are wanted."""
+
+    images: UInt8[jax.Array, "B H W 3"]
+    finite: Bool[jax.Array, " B"]  # which met neither a NaN nor an infinity
+    safe: Bool[jax.Array, " B"]  # which a safety checker lets pass, where there is one; else as `finite`
+
+
 class Batch(NamedTuple):
     """Pictures that are done."""
 
     first: int  # position of the first in the list of prompts
     images: UInt8[np.ndarray, "B H W 3"]
-    spoilt: list[int]  # positions in this batch that met a NaN or an infinity
+    spoilt: list[int]  # positions in this batch that met a NaN or an infinity,
+    unsafe: list[int]  # and of those that the safety checker holds back
     frames: Frames | None
     heat: Float[np.ndarray, "B h w L"] | None = None  # how much each place attends to each token

@@ -133,7 +133,7 @@ def _landed(words: Sequence[str], arrays: Any) -> Batch:
     while not arrays[1].is_ready():
         cli.pause(POLL)
     cli.stop_if_asked()
-    images, finite = (np.asarray(array)[: len(words)] for array in arrays)
+    images, finite, _ = (np.asarray(array)[: len(words)] for array in arrays)
     return images[finite], [told for told, sound in zip(words, finite, strict=True) if sound]
 
 

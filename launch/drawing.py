@@ -25,13 +25,14 @@ WHAT |= {
     "upscaler": "upscaler",
     "image": "picture",
     "mask": "mask",
+    "safety_checker": "safety checker",
     "controlnet": "ControlNet",
     "control_image": "control picture",
     "ip_adapter": "IP-Adapter",
     "image_encoder": "image encoder",
     "image_prompt": "image prompt",
 }
-FOLDERS = ("decoder", "refiner", "controlnet", "image_encoder")
+FOLDERS = ("decoder", "refiner", "controlnet", "image_encoder", "safety_checker")
 # Flags by which other pixels of the same file are seen, or other files.
 _SIZES = ("height", "width", "model", "image")
 MADE_OTHERWISE_BY = dict.fromkeys(("image", "mask", "control_image"), _SIZES)
@@ -108,6 +109,7 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
         options = config.refiner or None, config.quantize, config.clip_skip, config.controlnets()
         more = config.prompt_weights, config.long_prompts, config.upscaler or None
         readers = config.ip_adapters(), config.image_encoder or None, config.adapter_layers()
+        readers = *readers, config.safety_checker or None
         pipe = engine.load(model, config.dtype, parallel, *files, *options, *more, *readers)
     cli.stop_if_asked()
     return pipe
@@ -161,7 +163,10 @@ def tell_of(picture: pictures.Drawn, config: GenerateConfig) -> None:
     """Where the picture is, or that it could not be drawn."""
     for file in picture.files:
         cli.say(str(file))
-    if not picture.files:
+    if picture.held_back:
+        where = f"picture {picture.index} of seed {config.seed}"
+        cli.tell(f"{where} was held back by the safety checker, and not written")
+    elif not picture.files:
         advice = "a smaller --guidance_scale" if config.dtype == "float32" else "--dtype float32"
         cli.tell(
             f"error: picture {picture.index} of seed {config.seed} met a NaN or an infinity "

@@ -149,7 +149,7 @@ def test_dispatch_draws_as_stream_does(pipe):
     ]
     texts = [text for r in requests for text in (r.prompt, r.negative_prompt)]
     contexts = pipe.encode([*texts, *pipe.beside], 2)
-    images, _ = pipe.dispatch(requests, contexts, settings)
+    images, *_ = pipe.dispatch(requests, contexts, settings)
     np.testing.assert_array_equal(np.asarray(images), draw(pipe, [TWO_PARTS] * 2, ["", "a dog"]))
 
 

@@ -69,6 +69,7 @@ class GenerateConfig:
     embedding: str = ""  # FILE, several with commas between them: see `embeddings`
     decoder: str = ""  # a folder, whose autoencoder stands in for the model's own
     refiner: str = ""  # a folder, whose model goes the last part of the way
+    safety_checker: str = ""  # a folder, whose network holds pictures back
     upscaler: str = ""  # a file, whose network enlarges every picture when it is drawn
     refiner_start: float | None = None  # share of the way before that; None: 0.8
     prompt_weights: bool = False  # brackets in prompts say how much words count

@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.config import GenerateConfig
 from engine.requests import Given
-from engine.weights import controlnet, decoder, embeddings, ip_adapter, lora_files, upscaler
+from engine.weights import controlnet, decoder, embeddings, ip_adapter, lora_files, safety_checker, upscaler
 
 EDGE = 2**20  # bytes at either end of a file of weights that tell it from others
 
@@ -35,6 +35,9 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
         "controlnet": ", ".join(
             f"{path.name}={scale} ({of_weights(path)[:16] if path.is_dir() else _of_ends(path)})"
             for path, scale in ((controlnet.find(each), scale) for each, scale in config.controlnets())
+        ),
+        "safety_checker": (
+            of_weights(safety_checker.find(config.safety_checker)) if config.safety_checker else ""
         ),
         "decoder": of_weights(decoder.find(config.decoder)) if config.decoder else "",
         "upscaler": _of(upscaler.find(config.upscaler)) if config.upscaler else "",

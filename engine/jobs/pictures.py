@@ -30,7 +30,7 @@ REMEMBERED = (
 )
 # Remembered where there are any.
 ADDED = (
-    *("lora", "embedding", "decoder", "refiner", "upscaler", "controlnet"),
+    *("lora", "embedding", "decoder", "refiner", "upscaler", "controlnet", "safety_checker"),
     *("ip_adapter", "image_encoder", "image_prompt", "ip_adapter_layers"),
     *OF_THE_WAY,
     *("prompt_weights", "long_prompts", "clip_skip", "tile", "quantize"),
@@ -58,7 +58,8 @@ class Drawn(NamedTuple):
     index: int
     prompt: str
     image: finish.Picture | None  # of the size in which it was drawn
-    files: tuple[pathlib.Path, ...]  # the picture, its strip, ... and words; none where a NaN struck it
+    files: tuple[pathlib.Path, ...]  # the picture, its strip, ... and words; none where a NaN struck it,
+    held_back: bool = False  # or where the safety checker found something
 
 
 def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
@@ -131,8 +132,8 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
     for batch in batches:
         for i, image in enumerate(batch.images):
             prompt, index = plan.prompts[batch.first + i], config.first_index + batch.first + i
-            if i in batch.spoilt:
-                yield Drawn(index, prompt, None, ())
+            if i in batch.spoilt or i in batch.unsafe:
+                yield Drawn(index, prompt, None, (), i in batch.unsafe)
                 continue
             small = finish.resized(image, plan.settings.height, plan.settings.width)
             settings = remember(config, prompt, index, plan.contents)

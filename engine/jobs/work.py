@@ -41,7 +41,7 @@ from engine.jobs.reading import Reader
 from engine.jobs.store import Store
 from engine.jobs.wording import Wording, Wordings
 from engine.pipeline import Pipeline
-from engine.requests import Context, Given, Request, Settings
+from engine.requests import Context, Finished, Given, Request, Settings
 from engine.text.reading import said
 from engine.types import UserError
 
@@ -81,7 +81,7 @@ class Flying(NamedTuple):
     """A batch on the devices."""
 
     load: Load
-    arrival: Future | None  # of images and which are finite; None where it could not be launched
+    arrival: Future | None  # of a Finished on the host; None where it could not be launched
     batch_size: int
 
 
@@ -90,7 +90,8 @@ class Drawn(NamedTuple):
 
     load: Load
     images: finish.Pictures
-    finite: np.ndarray  # bool, of each picture
+    finite: np.ndarray  # bool, of each picture,
+    safe: np.ndarray  # likewise, see `Finished`
     batch_size: int
 
 
@@ -230,21 +231,21 @@ class Worker:
             return flying
         return flying._replace(arrival=arrivals.submit(self._arrive, arrays, time.monotonic()))
 
-    def _arrive(self, arrays: tuple[jax.Array, jax.Array], launched: float) -> tuple[np.ndarray, np.ndarray]:
+    def _arrive(self, arrays: Finished, launched: float) -> Sequence[np.ndarray]:
         jax.block_until_ready(arrays)
         self._busy.add(launched, time.monotonic())
-        return np.asarray(arrays[0]), np.asarray(arrays[1])
+        return tuple(map(np.asarray, arrays))
 
     def _land(self, flying: Flying) -> Drawn:
         """Waits for a batch; where memory ran out, draws it again in smaller ones."""
         load, arrival, batch_size = flying
         if not load.wanted:
-            return Drawn(load, np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, bool), 0)
+            none = np.zeros(0, bool)
+            return Drawn(load, np.zeros((0, 1, 1, 3), np.uint8), none, none, 0)
         if arrival is not None:
             try:
-                images, finite = arrival.result()
-                count = len(load.wanted)
-                return Drawn(load._replace(given=()), images[:count], finite[:count], batch_size)
+                each = [array[: len(load.wanted)] for array in arrival.result()]
+                return Drawn(load._replace(given=()), *each, batch_size)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 out_of_memory_or_raise(error)
                 self._halve(load.shard.group, batch_size)
@@ -256,15 +257,14 @@ class Worker:
             settings = self._settings(group)
             size = settings.batch_size * self.pipe.devices.count
             requests = load.requests
-            images, finite = [], []
+            found: list[Sequence[np.ndarray]] = []
             try:
                 for first in range(0, len(requests), size):
                     part = requests[first : first + size]
                     drawn = jax.block_until_ready(_dispatch(wording, load, part, settings))
-                    images.append(np.asarray(drawn[0])[: len(part)])
-                    finite.append(np.asarray(drawn[1])[: len(part)])
-                done = load._replace(given=())
-                return Drawn(done, np.concatenate(images), np.concatenate(finite), settings.batch_size)
+                    found.append([np.asarray(array)[: len(part)] for array in drawn])
+                each = map(np.concatenate, zip(*found, strict=True))
+                return Drawn(load._replace(given=()), *each, settings.batch_size)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 out_of_memory_or_raise(error)
                 self._halve(group, settings.batch_size)
@@ -304,7 +304,8 @@ class Worker:
             if not self.pipe.devices.leads:
                 self.progress(len(load.wanted))
                 continue
-            every = load.wanted, drawn.images, drawn.finite, load.marks or itertools.repeat({})
+            verdicts = zip(drawn.finite, drawn.safe, strict=True)
+            every = load.wanted, drawn.images, verdicts, load.marks or itertools.repeat({})
             for entry in writers.map(self._finish, *every, itertools.repeat(drawn)):
                 (entries if isinstance(entry, formats.Entry) else failures).append(entry)
             failures += load.refused
@@ -315,13 +316,20 @@ class Worker:
                 yield load.shard
 
     def _finish(
-        self, wanted: Wanted, image: np.ndarray, finite: np.bool_, marks: Mapping[str, str], drawn: Drawn
+        self,
+        wanted: Wanted,
+        image: np.ndarray,
+        verdict: tuple[np.bool_, np.bool_],
+        marks: Mapping[str, str],
+        drawn: Drawn,
     ) -> formats.Entry | dict[str, Any]:
         """The last touches of one picture: an entry of the shard, or why there is none."""
         row, request = wanted.row, wanted.request
         address = wanted.address
-        if not finite:
-            return {**address, "reason": "a NaN or an infinity in the picture"}
+        finite, safe = verdict
+        if not finite or not safe:
+            held = "held back by the safety checker" if finite else "a NaN or an infinity in the picture"
+            return {**address, "reason": held}
         program = drawn.load.shard.group.program
         settings = dataclasses.asdict(self._settings(drawn.load.shard.group))
         settings |= {"guidance_scale": request.guidance_scale, "batch_size": drawn.batch_size}
@@ -394,7 +402,5 @@ class Worker:
         }
 
 
-def _dispatch(
-    wording: Wording, load: Load, requests: Sequence[Request], settings: Settings
-) -> tuple[jax.Array, jax.Array]:
+def _dispatch(wording: Wording, load: Load, requests: Sequence[Request], settings: Settings) -> Finished:
     return wording.pipe.dispatch(requests, load.contexts or wording.of(requests), settings)

@@ -91,6 +91,10 @@ class CLIPConfig:
     @classmethod
     def from_json(cls, options: Mapping[str, Any], where: str) -> "CLIPConfig":
         """Reads config.json; raises UserError for what the engine does not know."""
+        return cls._read(options, where, FIXED)
+
+    @classmethod
+    def _read(cls, options: Mapping[str, Any], where: str, fixed: Mapping[str, tuple]) -> Any:
         given = {k: v for k, v in options.items() if k not in (*UNREAD, *GENERATION)}
         for name, part in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
             whole, older = given.pop(name, None), given.pop(f"{name}_dict", None)
@@ -100,7 +104,7 @@ class CLIPConfig:
                 raise UserError(f"{where}: {name}={inner!r}: write an object of options")
             inner = {k: v for k, v in inner.items() if k not in GENERATION}
             given[name] = part.from_json(inner, f"{where}: {name}")
-        return from_json(cls, given, where, FIXED)
+        return from_json(cls, given, where, fixed)
 
     def __post_init__(self):
         check_positive(self, "projection_dim")

@@ -14,6 +14,7 @@ from engine.models.clip_vision import (
     CLIPVisionModelWithProjection,
 )
 from engine.models.controlnet import ControlNetConfig, ControlNetModel
+from engine.models.safety_checker import SafetyCheckerConfig, StableDiffusionSafetyChecker
 from engine.models.unet import UNet2DConditionModel, UNetConfig
 
 DIFFUSERS_VERSION = "0.35.0"  # whose layout is written
@@ -53,6 +54,7 @@ MODEL_TYPES = {  # as transformers calls them
     "CLIPTextModel": "clip_text_model",
     "CLIPTextModelWithProjection": "clip_text_model",
     "CLIPModel": "clip",
+    "StableDiffusionSafetyChecker": "clip",
     "CLIPVisionModelWithProjection": "clip_vision_model",
 }
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -62,11 +64,13 @@ KINDS = {
     "vae": Kind("diffusers", "AutoencoderKL", AutoencoderConfig, AutoencoderKL, _DIFFUSERS_STEM, (_TINY,)),
     "text_encoder": Kind("transformers", "CLIPTextModel", CLIPTextConfig, CLIPTextModel, "model"),
 }
+_SAFE = "StableDiffusionSafetyChecker"
 _PROJECTED, _SEEN = "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"
 # Beside the parts of any folder that draws: that of SDXL, and what is a folder by itself.
 KNOWN = KINDS | {
     "text_encoder_2": Kind("transformers", _PROJECTED, CLIPTextConfig, CLIPTextModelWithProjection, "model"),
     "clip": Kind("transformers", "CLIPModel", CLIPConfig, CLIPModel, "model"),
     "image_encoder": Kind("transformers", _SEEN, CLIPVisionConfig, CLIPVisionModelWithProjection, "model"),
+    "safety_checker": Kind("transformers", _SAFE, SafetyCheckerConfig, StableDiffusionSafetyChecker, "model"),
     "controlnet": Kind("diffusers", "ControlNetModel", ControlNetConfig, ControlNetModel, _DIFFUSERS_STEM),
 }

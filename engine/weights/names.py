@@ -22,6 +22,9 @@ LEAVES |= {"running_mean": "running_mean", "running_var": "running_var"}  # of a
 # parameters of CLIP that are no layer's
 LEAVES |= {"class_embedding": "class_embedding", "logit_scale": "logit_scale"}
 LEAVES |= {"latents": "latents"}  # the queries of an IP-Adapter
+# of a safety checker
+LEAVES |= {name: name for name in ("concept_embeds", "special_care_embeds")}
+LEAVES |= {name: name for name in ("concept_embeds_weights", "special_care_embeds_weights")}
 
 # Axes of a kernel, by rank: array.transpose(TO_TORCH[rank]) is PyTorch's, and TO_FLAX undoes it.
 TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}  # Linear (I, O) -> (O, I); Conv HWIO -> OIHW
@@ -41,6 +44,9 @@ ALIASES = tuple(
         # transformers before 4.31 saved arange(77) with the weights
         ("text_encoder", r"(text_model\.)?embeddings\.position_ids$", None),
         ("clip", r"(text_model|vision_model)\.embeddings\.position_ids$", None),
+        ("safety_checker", r"vision_model\.(vision_model\.)?embeddings\.position_ids$", None),
+        # transformers 5 saves it without the prefix
+        ("safety_checker", r"vision_model\.(?!vision_model\.)", "vision_model.vision_model."),
         ("image_encoder", r"vision_model\.embeddings\.position_ids$", None),
         # transformers 5 saves a text encoder that it built itself without the prefix; it reads both
         ("text_encoder", r"(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),

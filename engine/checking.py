@@ -1,0 +1,51 @@
+"""Finished pictures, looked at on the devices by a safety checker (`engine.models.safety_checker`)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt8
+
+from engine.parts import computed, module
+from engine.programs import Programs
+from engine.weights.clip_pixels import PixelsConfig
+from engine.weights.component import Component
+
+
+class Checking:
+    """The program of a safety checker, on the devices of some others."""
+
+    def __init__(self, checker: Component, beside: Programs):
+        self.checker, self._beside = checker, beside
+        self._program = beside.devices.map(self._checked)
+
+    def __call__(self, images: UInt8[jax.Array, "B H W 3"]) -> Bool[jax.Array, " B"]:
+        """Which of them may be shown."""
+        return self._program(self.checker.params, images)
+
+    def _checked(self, params: Any, images: Any) -> Any:
+        beside = self._beside
+        net = module(self.checker, beside.devices.whole(computed(params, beside.devices)))
+        side = self.checker.config.vision_config.image_size
+        dtype = jax.tree.leaves(params)[0].dtype
+        with beside.kernels_here():
+            return net(prepared(images, side).astype(dtype))
+
+
+def prepared(images: UInt8[Array, "B H W 3"], side: int) -> Float[Array, "B S S 3"]:
+    """Pictures as CLIP's image encoder takes them: engine.weights.clip_pixels, on the devices."""
+    height, width = images.shape[1:3]
+    shorter = min(height, width)
+    x = _scaled(images.astype(jnp.float32), 2, int(side * width / shorter))
+    x = _scaled(x, 1, int(side * height / shorter))
+    top, left = ((length - side) // 2 for length in x.shape[1:3])
+    x = x[:, top : top + side, left : left + side]
+    config = PixelsConfig()
+    mean, std = (jnp.asarray(each, jnp.float32) for each in (config.image_mean, config.image_std))
+    return (x * jnp.float32(config.rescale_factor) - mean) / std
+
+
+def _scaled(x: Float[Array, "B H W 3"], axis: int, length: int) -> Float[Array, "B H2 W2 3"]:
+    """One axis, bicubic, to whole levels: as Pillow does, which makes more than a level of difference."""
+    shape = tuple(length if i == axis else size for i, size in enumerate(x.shape))
+    return jnp.round(jnp.clip(jax.image.resize(x, shape, "cubic", antialias=True), 0, 255))
