@@ -17,9 +17,9 @@ noise that a picture starts from, so the same command with the same seed draws t
 Where another picture has the name already, -2, -3, ... is added; nothing is lost.
 
 Paths of pictures (of a job: of its shards) go to stdout, all else to stderr. Exit code: 0 all drawn; 1 some
-could not be drawn, or were held back (of a job: failures.jsonl says why); 2 a mistake, explained in one line; 70 a fault of the
-program; 75 a network failed for longer than --patience, or hosts did not meet; 130 stopped with Ctrl-C,
-143 with SIGTERM (what was drawn stays).
+could not be drawn, or were held back (of a job: failures.jsonl says why); 2 a mistake, explained in one
+line; 70 a fault of the program; 75 a network failed for longer than --patience, or hosts did not meet;
+130 stopped with Ctrl-C, 143 with SIGTERM (what was drawn stays).
 """
 
 import dataclasses
