@@ -13,7 +13,7 @@ from engine.weights.component import Component
 
 
 class Checking:
-    """The program of a safety checker, on the devices of some others."""
+    """The program of a safety checker, in float32, on the devices of some others."""
 
     def __init__(self, checker: Component, beside: Programs):
         self.checker, self._beside = checker, beside
@@ -27,9 +27,9 @@ class Checking:
         beside = self._beside
         net = module(self.checker, beside.devices.whole(computed(params, beside.devices)))
         side = self.checker.config.vision_config.image_size
-        dtype = jax.tree.leaves(params)[0].dtype
-        with beside.kernels_here():
-            return net(prepared(images, side).astype(dtype))
+        # Thresholds have three digits, as many as a product of bfloat16.
+        with beside.kernels_here(), jax.default_matmul_precision("float32"):
+            return net(prepared(images, side))
 
 
 def prepared(images: UInt8[Array, "B H W 3"], side: int) -> Float[Array, "B S S 3"]:

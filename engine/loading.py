@@ -124,9 +124,7 @@ def load(
     if decoder:
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
-    checker = None
-    if safety_checker:
-        checker = safety.load_safety_checker(safety_checker, jnp.dtype(dtype), devices.place)
+    checker = safety.load_safety_checker(safety_checker, place=devices.place) if safety_checker else None
     larger = network.load(enlarging, jnp.dtype(dtype), devices.place) if enlarging else None
     check_tile(tile, loaded.vae.config.scale)
     reading = Reading(prompt_weights, long_prompts)

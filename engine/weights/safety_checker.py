@@ -3,9 +3,6 @@
 import os
 from pathlib import Path
 
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-
 from engine.types import UserError
 from engine.weights.component import Component, Place, load_component, read_config
 
@@ -30,12 +27,10 @@ def look(path: str | Path) -> Path:
     return find(path)
 
 
-def load_safety_checker(
-    path: str | Path, dtype: DTypeLike = jnp.float32, place: Place | None = None
-) -> Component:
-    """Reads one; `dtype` and `place` as in `load_component`.
+def load_safety_checker(path: str | Path, place: Place | None = None) -> Component:
+    """Reads one, in float32; `place` as in `load_component`.
 
     Raises:
       UserError: there is none, or it is broken.
     """
-    return load_component(find(path), KIND, dtype, place=place)
+    return load_component(find(path), KIND, place=place)
