@@ -17,7 +17,7 @@ from engine.models.clip_vision import CLIPVisionModelWithProjection
 from engine.models.ip_adapter import IPAdapter
 from engine.requests import Given
 from engine.types import UserError
-from engine.weights.clip_pixels import PixelsConfig, fitted
+from engine.weights.clip_pixels import PixelsConfig, fitted, normalized
 from engine.weights.ip_adapter import Adapter
 
 LONGEST = 100  # times as long as it is wide: to be read, a picture is scaled by its shorter side
@@ -66,9 +66,7 @@ def prepared_for(adapter: Adapter) -> PixelsConfig:
 
 def seen(net: IPAdapter, encoder: CLIPVisionModelWithProjection, pictures: UInt8[Array, "B S S 3"]) -> Tokens:
     """What an adapter makes of pictures, and of none: a vector of zeros, or what is said of grey."""
-    config = PixelsConfig()
-    mean, std = (jnp.asarray(each, jnp.float32) for each in (config.image_mean, config.image_std))
-    x = ((pictures * jnp.float32(config.rescale_factor) - mean) / std).astype(net.dtype)
+    x = normalized(pictures.astype(jnp.float32)).astype(net.dtype)
     if not net.config.of_patches:
         vectors = encoder(x)
         return Tokens(net.tokens(vectors), net.tokens(jnp.zeros_like(vectors)))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from engine.parts import computed, module
 from engine.programs import Programs
-from engine.weights.clip_pixels import PixelsConfig
+from engine.weights.clip_pixels import normalized
 from engine.weights.component import Component
 
 
@@ -39,10 +39,7 @@ def prepared(images: UInt8[Array, "B H W 3"], side: int) -> Float[Array, "B S S 
     x = _scaled(images.astype(jnp.float32), 2, int(side * width / shorter))
     x = _scaled(x, 1, int(side * height / shorter))
     top, left = ((length - side) // 2 for length in x.shape[1:3])
-    x = x[:, top : top + side, left : left + side]
-    config = PixelsConfig()
-    mean, std = (jnp.asarray(each, jnp.float32) for each in (config.image_mean, config.image_std))
-    return (x * jnp.float32(config.rescale_factor) - mean) / std
+    return normalized(x[:, top : top + side, left : left + side])
 
 
 def _scaled(x: Float[Array, "B H W 3"], axis: int, length: int) -> Float[Array, "B H2 W2 3"]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
@@ -129,6 +130,12 @@ def fitted(picture: UInt8[np.ndarray, "H W 3"], config: PixelsConfig) -> UInt8[n
         for axis, length in enumerate(config.crop_size):
             picture = _centered(picture, axis, length)
     return picture
+
+
+def normalized(levels: Float[jax.Array, "*B 3"]) -> Float[jax.Array, "*B 3"]:
+    """Levels, 0 to 255, as the encoder of any CLIP of OpenAI's takes them: the last of `prepare`, on devices."""
+    mean, std = (np.array(each, np.float32) for each in (PixelsConfig.image_mean, PixelsConfig.image_std))
+    return (levels * np.float32(PixelsConfig.rescale_factor) - mean) / std
 
 
 def _resized(height: int, width: int, size: int | tuple[int, ...]) -> tuple[int, ...]:
