@@ -133,7 +133,7 @@ def fitted(picture: UInt8[np.ndarray, "H W 3"], config: PixelsConfig) -> UInt8[n
 
 
 def normalized(levels: Float[jax.Array, "*B 3"]) -> Float[jax.Array, "*B 3"]:
-    """Levels, 0 to 255, as the encoder of a CLIP of the usual kind takes them: `prepare`'s end, on devices."""
+    """Levels, 0 to 255, as the encoder of any usual CLIP takes them: the end of `prepare`, on devices."""
     mean, std = (np.array(each, np.float32) for each in (PixelsConfig.image_mean, PixelsConfig.image_std))
     return (levels * np.float32(PixelsConfig.rescale_factor) - mean) / std
 
