@@ -91,16 +91,23 @@ class Pipeline:
     def with_loras(self, loras: Sequence[tuple[str | os.PathLike, float]]) -> "Pipeline":
         """The same with these LoRAs, files and scales, in place of those that it was loaded with.
 
-        Their weights are read again from the model's folder, and are in memory beside those of this one.
-        Nothing is compiled: the two share their programs, and all else.
+        Their weights are read again from the model's folder, which must be as it was, and are in memory
+        beside those of this one. Nothing is compiled: the two share their programs, and all else.
 
         Raises:
-          UserError: a file is no LoRA of the model; or the folder has changed since.
+          UserError: a file is no LoRA of the model, or the folder holds another model now.
         """
         if self._read is None:
             raise UserError("this pipeline was not loaded from a folder, and takes no LoRAs now")
+        model = self._read(loras, self.model.vae)
+        if any(part.config != self.model.parts[kind].config for kind, part in model.parts.items()):
+            raise UserError(f"{self.folder} is another model now than when it was loaded")
+        return self.of(model)
+
+    def of(self, model: Model) -> "Pipeline":
+        """The same with a model that differs in its params alone: nothing is compiled."""
         other = copy.copy(self)
-        other.programs = self.programs.of(self._read(loras, self.model.vae))
+        other.programs = self.programs.of(model)
         return other
 
     def generate(

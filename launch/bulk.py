@@ -86,7 +86,7 @@ def begin(config: JobConfig, rows: Rows, pipe: Pipeline, store: Store) -> tuple[
     found = digests.of_files(config, pipe.folder)
     job = make_plan(config, rows, settle, found, progress=Planning(len(rows)).step)
     # A row that cannot be drawn may have had one.
-    changed = job.given and any(group.program is None or group.program.image for group in job.groups)
+    changed = job.pictured and any(group.program is None or group.program.image for group in job.groups)
     for name in ("mask", "strength"):
         if (value := getattr(config, name)) not in (None, "") and not changed:
             raise UserError(

@@ -102,6 +102,9 @@ def _draw(
         for first in range(0, len(numbers), size):
             part = [rows[number] for number in numbers[first : first + size]]
             words = [said(row.prompt, pipe.reading) for row in part]
+            if flying is not None and not wordings.are_there(program.lora):
+                yield _landed(*flying)  # what it was drawn with leaves the memory
+                flying = None
             found = words, _dispatch(config, part, program, wordings.of(program.lora), pictures)
             if flying is not None:
                 yield _landed(*flying)

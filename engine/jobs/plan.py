@@ -12,6 +12,7 @@ they name (engine/jobs/given.py).
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ ADDED = (
 )
 CHANGING = ("strength", "image_guidance_scale")  # the same, where there are pictures to change
 
+LORA = " lora "  # before what tells LoRAs from others
 ROWS_AT_ONCE = 512  # whose pictures are looked at together,
 LOOKERS = 8  # by so many threads
 
@@ -55,6 +57,11 @@ class Program(NamedTuple):
     prompted: bool = False  # or for IP-Adapters to read
     length: tuple[int, ...] = ()  # of its words, see `Pipeline.length`
     lora: Own | None = None  # that go into the weights; it is all that compiles nothing
+
+    @property
+    def compiled(self) -> "Program":
+        """The same for rows whose LoRAs are others: nothing is compiled for those."""
+        return self._replace(lora=None)
 
     @property
     def beside(self) -> bool:
@@ -119,7 +126,8 @@ class Job:
     rows: Rows
     groups: tuple[Group, ...]
     digests: Mapping[str, str]  # of the model's files and all others, see engine.jobs.digests
-    given: str = ""  # digest of the pictures beside the words, if there are any
+    given: str = ""  # digest of the pictures beside the words, and of LoRAs of rows, if there are any
+    pictured: bool = False  # whether there are pictures, or may have been
 
     @property
     def shards(self) -> int:
@@ -134,7 +142,7 @@ class Job:
     @property
     def programs(self) -> int:
         """How many are compiled."""
-        return len({group.program._replace(lora=None) for group in self.groups if group.program})
+        return len({group.program.compiled for group in self.groups if group.program})
 
     def shard(self, number: int) -> Shard:
         """The shard of that number, from 0."""
@@ -209,11 +217,11 @@ class Settle:
             return row.reason, ""
         lora = self.loras.of(row)
         if isinstance(lora, str):
-            return lora, "none"
+            return lora, f"{LORA}none"
         program, mark = self._judged(row)
         if lora is None or isinstance(program, str):
             return program, mark
-        return program._replace(lora=lora), f"{mark} lora {lora.mark}"
+        return program._replace(lora=lora), f"{mark}{LORA}{lora.mark}"
 
     def _judged(self, row: Row) -> tuple[Program | str, str]:
         config, picture = self._config, self.pictures.seen(row)
@@ -322,22 +330,33 @@ def make_plan(
     """
     found: dict[Program | None, int] = {}
     group_of = np.empty(len(rows), np.int32)
-    pictures = hashlib.sha256()
-    some = False
+    pictures, lora_order = hashlib.sha256(), {None: 0}
+    some = pictured = False
     for row, program, mark in _judged(rows, settle, progress):
         key = None if isinstance(program, str) else program
         group_of[row] = found.setdefault(key, len(found))
         if mark:
-            some = True
+            some, pictured = True, pictured or not mark.startswith(LORA)
             pictures.update(f"{row} {mark}\n".encode())
+    members = {key: np.flatnonzero(group_of == number) for key, number in found.items()}
+    counts = {key: len(rows) * (1 if key is None else config.num_images) for key, rows in members.items()}
+    most: dict[Program, int] = {}  # pictures of a group: one program, of one batch size, serves all LoRAs
+    for key, count in counts.items():
+        if key is not None:
+            lora_order.setdefault(key.lora, len(lora_order))
+            most[key.compiled] = max(count, most.get(key.compiled, 0))
+
+    def order(key: Program | None) -> tuple[bool, int, int]:
+        """Those of a LoRA behind each other, so that it is loaded once; the job's own first."""
+        return key is None, 0 if key is None else lora_order[key.lora], found[key]
+
     groups, first_shard = [], 0
-    for program, number in sorted(found.items(), key=lambda item: (item[0] is None, item[1])):
-        members = np.flatnonzero(group_of == number)
-        count = len(members) * (1 if program is None else config.num_images)
-        program = program and settle.fitted(program, count)
-        groups.append(Group(program, members, count, first_shard))
+    for key in sorted(found, key=order):
+        count = counts[key]
+        program = key and settle.fitted(key, most[key.compiled])
+        groups.append(Group(program, members[key], count, first_shard))
         first_shard += shards_of(count, config.shard_size)
-    return Job(config, rows, tuple(groups), digests, pictures.hexdigest() if some else "")
+    return Job(config, rows, tuple(groups), digests, pictures.hexdigest() if some else "", pictured)
 
 
 def _judged(
@@ -347,7 +366,9 @@ def _judged(
         for first in range(0, len(rows), ROWS_AT_ONCE):
             progress(first)
             some = [rows[i] for i in range(first, min(first + ROWS_AT_ONCE, len(rows)))]
-            settle.pictures.look_ahead([row for row in some if isinstance(row, Row)], threads)
+            sound = [row for row in some if isinstance(row, Row)]
+            settle.pictures.look_ahead(sound, threads)
+            settle.loras.look_ahead(sound, threads, functools.partial(progress, first))
             for row in some:
                 yield row.number, *settle.judge(row)
 

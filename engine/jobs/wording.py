@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
+from engine.jobs import digests
 from engine.jobs.account import Recent, out_of_memory_or_raise
 from engine.jobs.loras import Own
 from engine.pipeline import Pipeline
@@ -33,6 +34,10 @@ class Wording:
         return known | found
 
 
+class Changed(UserError):
+    """The LoRAs of some rows are not those any more that the job was planned with."""
+
+
 class Wordings:
     """That of the job's pipeline, and beside it that of the rows that were drawn last with own LoRAs.
 
@@ -52,18 +57,29 @@ class Wordings:
         """For rows of these LoRAs, or of the job's.
 
         Raises:
-          UserError: a file has changed since the job was planned, and cannot be read; or there is no room.
+          Changed: a file is another now, or gone: its rows cannot be drawn.
+          OSError: trouble on the way to a file, which may pass.
+          UserError: there is no room for them.
         """
         if lora is None:
             return self._plain
         if self._own is None or lora != self._lora:
-            self._own, self._lora = None, lora  # the others leave the memory first
-            try:
-                self._own = Wording(self._plain.pipe.with_loras(lora.files))
-            except (jax.errors.JaxRuntimeError, MemoryError) as error:
-                out_of_memory_or_raise(error)
-                raise UserError(
-                    "out of memory: LoRAs of rows take that of a second U-Net and its text encoders; write "
-                    "--dtype bfloat16, or a job for the rows of each, with --lora"
-                ) from None
+            self._own, self._lora = None, None  # the others leave the memory first
+            self._own, self._lora = Wording(self._with(lora)), lora
         return self._own
+
+    def _with(self, lora: Own) -> Pipeline:
+        try:
+            pipe = self._plain.pipe.with_loras(lora.files)
+            if digests.of_loras(lora.files) == lora.mark:
+                return pipe
+            reason = "has changed since the job was planned"
+        except UserError as error:
+            reason = f"cannot be read any more: {error}"
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            out_of_memory_or_raise(error)
+            raise UserError(
+                "out of memory: LoRAs of rows take that of a second U-Net and its text encoders; write "
+                "--dtype bfloat16, or a job for the rows of each, with --lora"
+            ) from None
+        raise Changed(f"lora={lora.told} {reason}")

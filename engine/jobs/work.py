@@ -39,7 +39,7 @@ from engine.jobs.pictures import enlarged, remember
 from engine.jobs.plan import Group, Job, Program, Settle, Shard, Wanted
 from engine.jobs.reading import Reader
 from engine.jobs.store import Store
-from engine.jobs.wording import Wording, Wordings
+from engine.jobs.wording import Changed, Wording, Wordings
 from engine.pipeline import Pipeline
 from engine.requests import Context, Finished, Given, Request, Settings
 from engine.text.reading import said
@@ -61,6 +61,7 @@ class Load(NamedTuple):
     wanted: list[Wanted]
     refused: list[dict[str, Any]]  # what will not be drawn, and why
     contexts: dict[str, Context]  # none yet where its rows have own LoRAs
+    words: Sequence[Request]  # of all of its shard
     last: bool  # of its shard
     given: Sequence[Given] = ()  # of all that is wanted, until they are drawn
     marks: Sequence[Mapping[str, str]] = ()  # that tell them from others
@@ -130,8 +131,7 @@ class Worker:
         self.tally = Tally()
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._wordings = Wordings(pipe)
-        # group (by its first shard) -> pictures a device, after out of memory
-        self._halved: dict[int, int] = {}
+        self._halved: dict[Program, int] = {}  # pictures a device, after out of memory
         self._busy = Busy()
         self._reader = Reader(settle.pictures, pipe.devices, store)
 
@@ -166,21 +166,21 @@ class Worker:
                     yield None
                 elif shard.group.program is None:
                     refused = [one._asdict() for one in self.job.refused(shard, self.settle)]
-                    yield Load(shard, [], refused, {}, True)
+                    yield Load(shard, [], refused, {}, [], True)
                 else:
                     yield from self._loads_of(shard, readers)
 
     def _loads_of(self, shard: Shard, readers: ThreadPoolExecutor) -> Iterator[Load]:
         wanted = list(self.job.wanted(shard))
-        program, contexts = shard.group.program, {}
+        program, contexts, words = shard.group.program, {}, [one.request for one in wanted]
         if program and program.lora is None:
-            contexts = self._wordings.of(None).of([one.request for one in wanted])
+            contexts = self._wordings.of(None).of(words)
         first = 0
         while first < len(wanted):
             size = self._batch_size(shard.group) * self.pipe.devices.count
             batch = wanted[first : first + size]
             first += size
-            load = Load(shard, batch, [], contexts, first >= len(wanted))
+            load = Load(shard, batch, [], contexts, words, first >= len(wanted))
             yield self._opened(load, readers) if shard.group.program.beside else load
 
     def _opened(self, load: Load, readers: ThreadPoolExecutor) -> Load:
@@ -192,26 +192,39 @@ class Worker:
 
     def _batch_size(self, group: Group) -> int:
         assert group.settings is not None
-        return self._halved.get(group.first_shard, group.settings.batch_size)
+        return self._halved.get(group.program.compiled, group.settings.batch_size)
 
     def _draw(self, loads: Iterator[Load | None]) -> Iterator[Drawn]:
         flying: collections.deque[Flying] = collections.deque()
-        compiled: set[int] = set()
+        compiled: set[Program] = set()
         with ThreadPoolExecutor(1, "arrivals") as arrivals, contextlib.closing(loads):
             for load in loads:
-                new = load is not None and load.wanted and load.shard.group.first_shard not in compiled
+                program = load and load.wanted and load.shard.group.program
+                new = program and program.compiled not in compiled
                 if load is None or new or not self._wordings.are_there(load.lora):
                     while flying:
                         yield self._land(flying.popleft())
                     self._busy.pause()  # nothing could fill this time: it is left out of the account
                 if load is None:
                     continue
-                compiled.add(load.shard.group.first_shard)
-                flying.append(self._launch(load, arrivals))
+                if program:
+                    compiled.add(program.compiled)
+                flying.append(self._launch(self._loaded(load), arrivals))
                 if len(flying) == ON_DEVICES:
                     yield self._land(flying.popleft())
             while flying:
                 yield self._land(flying.popleft())
+
+    def _loaded(self, load: Load) -> Load:
+        """The load, when LoRAs of its rows are in memory; where they cannot be, with nothing to draw."""
+        if not load.wanted or self._wordings.are_there(load.lora):
+            return load
+        try:
+            self.store.patiently(lambda: self._wordings.of(load.lora), "LoRAs of rows")
+        except Changed as error:
+            refused = [{**one.address, "reason": str(error)} for one in load.wanted]
+            return load._replace(wanted=[], given=(), marks=(), refused=[*load.refused, *refused])
+        return load
 
     def _launch(self, load: Load, arrivals: ThreadPoolExecutor) -> Flying:
         """Sets the devices to work on a batch, unless there is nothing to draw, or no room for it."""
@@ -288,7 +301,7 @@ class Worker:
             raise UserError(
                 f"out of memory with one picture of {size} a device; write {smaller}a smaller size"
             )
-        self._halved[group.first_shard] = batch_size // 2
+        self._halved[group.program.compiled] = batch_size // 2
         self.tell(
             f"out of memory at {size}: {batch_size // 2} pictures a device from here on, not {batch_size}"
         )
@@ -348,7 +361,8 @@ class Worker:
         if (words := said(request.prompt, self.pipe.reading)) != request.prompt:
             facts["caption"] = words  # without marks, for who trains on it
         facts |= {name: settings[name] for name in ("guidance_scale", "steps", "sampler", "height", "width")}
-        facts |= {"edit": {name: value for name, value in changed.items() if value != ""}} if changed else {}
+        edit = {name: value for name, value in changed.items() if value != "" or name == "lora"}
+        facts |= {"edit": edit} if changed else {}
         facts |= {"sha256": hashlib.sha256(png).hexdigest(), "extra": row.extra}
         return formats.Entry(png, facts)
 
@@ -403,4 +417,4 @@ class Worker:
 
 
 def _dispatch(wording: Wording, load: Load, requests: Sequence[Request], settings: Settings) -> Finished:
-    return wording.pipe.dispatch(requests, load.contexts or wording.of(requests), settings)
+    return wording.pipe.dispatch(requests, load.contexts or wording.of(load.words), settings)

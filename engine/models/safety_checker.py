@@ -29,7 +29,8 @@ class SafetyCheckerConfig(CLIPConfig):
     @classmethod
     def from_json(cls, options: Mapping[str, Any], where: str) -> "SafetyCheckerConfig":
         """Reads config.json; raises UserError for what the engine does not know."""
-        return cls._read(options, where, FIXED | {"architectures": (None, ["StableDiffusionSafetyChecker"])})
+        names = (None, ["StableDiffusionSafetyChecker"], ["SafetyChecker"])
+        return cls._read(options, where, FIXED | {"architectures": names})
 
 
 class _Vision(nnx.Module):

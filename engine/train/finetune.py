@@ -240,15 +240,14 @@ def draw_prior(config: FinetuneConfig, model: Model, folder: pathlib.Path) -> pa
     if own:
         count = sum(min(PRIOR_BATCH, wanted - first) for first in own)
         print(f"prior: drawing {count} pictures of {prompt!r}", flush=True)
-        with Drawer(model, config.finetune, config.model, folder).ready() as pipe:
-            for first in own:
-                count = min(PRIOR_BATCH, wanted - first)
-                at_once = pipe.batch_size_for(count, *pipe.default_size)
-                images = pipe.generate(
-                    [prompt] * count, seed=config.seed, first_index=first, batch_size=at_once
-                )
-                for index, image in enumerate(images, first):
-                    finish.write_png(folder / names[index], image, {"prompt": prompt, "index": index})
+        pipe = Drawer(model, config.finetune, config.model, folder).ready()
+        for first in own:
+            count = min(PRIOR_BATCH, wanted - first)
+            at_once = pipe.batch_size_for(count, *pipe.default_size)
+            images = pipe.generate([prompt] * count, seed=config.seed, first_index=first, batch_size=at_once)
+            for index, image in enumerate(images, first):
+                finish.write_png(folder / names[index], image, {"prompt": prompt, "index": index})
+        del pipe  # its params leave the devices
     if leads:
         lines = [json.dumps({"file_name": name, "text": prompt}) for name in names]
         finish.write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")

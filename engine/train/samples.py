@@ -1,9 +1,8 @@
 """Pictures during the training: the same prompts from the same noise, so that one sees what has changed."""
 
-import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import jax.numpy as jnp
@@ -41,9 +40,8 @@ class Drawer:
         self._model, self._nets = model, [ControlNet(net, 1.0)] if net else []
         self._pipe = Pipeline(model, devices, name, stage.compute_dtype, folder, nets=self._nets)
 
-    @contextlib.contextmanager
-    def ready(self, params: Mapping[str, Params] = MappingProxyType({})) -> Iterator[Pipeline]:
-        """Within, the model is on the devices, with `params` of some parts in place of its own.
+    def ready(self, params: Mapping[str, Params] = MappingProxyType({})) -> Pipeline:
+        """The model on the devices, as long as it is held, with `params` of some parts in place of its own.
 
         Those of "controlnet" are the ControlNet's.
         """
@@ -52,16 +50,13 @@ class Drawer:
             for kind, own in params.items()
             if kind != "controlnet"
         }
-        pipe = self._pipe
-        pipe.programs.model = on_devices(dataclasses.replace(self._model, **parts), pipe.devices, pipe.dtype)
+        whole = dataclasses.replace(self._model, **parts)
+        pipe = self._pipe.of(on_devices(whole, self._pipe.devices, self._pipe.dtype))
         if "controlnet" in params:
             placed = pipe.devices.place_tree(params["controlnet"], jnp.dtype(pipe.dtype))
             own = [net._replace(part=dataclasses.replace(net.part, params=placed)) for net in self._nets]
             pipe.programs.nets = tuple(own)
-        try:
-            yield pipe
-        finally:  # not when Python comes to collect it: programs and their methods are a cycle
-            pipe.programs.model, pipe.programs.nets = self._model, tuple(self._nets)
+        return pipe
 
 
 class Samples:
@@ -93,15 +88,16 @@ class Samples:
     def draw(self, step: int, params: Mapping[str, Params]) -> pathlib.Path:
         """One sheet, with the params of some parts in place of the model's."""
         config, prompts = self._config, list(self._config.prompts)
-        with self._drawer.ready(params) as pipe:
-            images = pipe.generate(
-                prompts,
-                seed=config.seed,
-                steps=config.steps,
-                guidance_scale=config.guidance_scale,
-                batch_size=pipe.batch_size_for(len(prompts), *pipe.default_size),
-                given=self._given,
-            )
+        pipe = self._drawer.ready(params)
+        images = pipe.generate(
+            prompts,
+            seed=config.seed,
+            steps=config.steps,
+            guidance_scale=config.guidance_scale,
+            batch_size=pipe.batch_size_for(len(prompts), *pipe.default_size),
+            given=self._given,
+        )
+        del pipe  # its params leave the devices
         if self._given:
             shown = np.stack([each.control[0] for each in self._given])
             images = np.concatenate([shown, images], axis=2)  # side by side

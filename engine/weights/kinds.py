@@ -55,6 +55,7 @@ MODEL_TYPES = {  # as transformers calls them
     "CLIPTextModelWithProjection": "clip_text_model",
     "CLIPModel": "clip",
     "StableDiffusionSafetyChecker": "clip",
+    "SafetyChecker": "clip",
     "CLIPVisionModelWithProjection": "clip_vision_model",
 }
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -64,13 +65,19 @@ KINDS = {
     "vae": Kind("diffusers", "AutoencoderKL", AutoencoderConfig, AutoencoderKL, _DIFFUSERS_STEM, (_TINY,)),
     "text_encoder": Kind("transformers", "CLIPTextModel", CLIPTextConfig, CLIPTextModel, "model"),
 }
-_SAFE = "StableDiffusionSafetyChecker"
+
+
+def _checker(name: str, others: tuple[Kind, ...] = ()) -> Kind:
+    """The same under its name of today, and under that of the first."""
+    return Kind("transformers", name, SafetyCheckerConfig, StableDiffusionSafetyChecker, "model", others)
+
+
 _PROJECTED, _SEEN = "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"
 # Beside the parts of any folder that draws: that of SDXL, and what is a folder by itself.
 KNOWN = KINDS | {
     "text_encoder_2": Kind("transformers", _PROJECTED, CLIPTextConfig, CLIPTextModelWithProjection, "model"),
     "clip": Kind("transformers", "CLIPModel", CLIPConfig, CLIPModel, "model"),
     "image_encoder": Kind("transformers", _SEEN, CLIPVisionConfig, CLIPVisionModelWithProjection, "model"),
-    "safety_checker": Kind("transformers", _SAFE, SafetyCheckerConfig, StableDiffusionSafetyChecker, "model"),
+    "safety_checker": _checker("StableDiffusionSafetyChecker", (_checker("SafetyChecker"),)),
     "controlnet": Kind("diffusers", "ControlNetModel", ControlNetConfig, ControlNetModel, _DIFFUSERS_STEM),
 }

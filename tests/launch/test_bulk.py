@@ -171,9 +171,10 @@ def test_a_nan_is_one_picture_s_failure(job, run, tmp_path, load_once, model, mo
     dispatch = pipe.dispatch
 
     def struck(requests, *rest):
-        images, finite = dispatch(requests, *rest)
-        return images, finite & np.array(
-            [r.prompt != "a cat" for r in requests] + [True] * (len(finite) - len(requests))
+        found = dispatch(requests, *rest)
+        sound = [r.prompt != "a cat" for r in requests]
+        return found._replace(
+            finite=found.finite & np.array(sound + [True] * (len(found.finite) - len(sound)))
         )
 
     monkeypatch.setattr(pipe, "dispatch", struck)
@@ -191,8 +192,8 @@ def test_a_failure_that_was_mended_is_taken_back(job, run, tmp_path, load_once, 
     dispatch, out = pipe.dispatch, tmp_path / "out"
 
     def struck(requests, *rest):
-        images, finite = dispatch(requests, *rest)
-        return images, finite & False
+        found = dispatch(requests, *rest)
+        return found._replace(finite=found.finite & False)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipe, "dispatch", struck)

@@ -3,7 +3,10 @@ nothing is compiled for them."""
 
 import itertools
 import json
+import pathlib
+import weakref
 
+import jax
 import numpy as np
 import pytest
 
@@ -68,21 +71,36 @@ def test_those_of_the_job_are_for_rows_that_say_nothing(job, draw, loras, tmp_pa
     np.testing.assert_array_equal(pixels(plain), pixels(png_of(tmp_path / "out", 4)))
 
 
-def test_nothing_is_compiled_for_them_and_no_more_than_one_is_kept(job, loras, model, monkeypatch):
-    loaded = []
+@pytest.fixture
+def loaded(monkeypatch):
+    """The names of the files of each set that is loaded."""
+    found = []
     real = engine.pipeline.Pipeline.with_loras
-    monkeypatch.setattr(
-        engine.pipeline.Pipeline,
-        "with_loras",
-        lambda pipe, files: (loaded.append([path for path, _ in files]), real(pipe, files))[1],
-    )
-    assert job("--steps", 3, rows=ROWS[:1]).code == cli.DONE
+
+    def with_loras(pipe, files):
+        found.append([pathlib.Path(path).name for path, _ in files])
+        return real(pipe, files)
+
+    monkeypatch.setattr(engine.pipeline.Pipeline, "with_loras", with_loras)
+    return found
+
+
+def test_nothing_is_compiled_for_them_and_each_is_loaded_once(run, prompts, loras, loaded, model, tmp_path):
+    """However many rows have one, and of what sizes they are."""
+    rows = [
+        {"prompt": "a fox", "width": width} | ({"lora": lora} if lora else {})
+        for width in (16, 32)
+        for lora, count in (("fox.safetensors", 1), ("", 3), ("./cat.safetensors", 2))
+        for _ in range(count)
+    ]
+    common = ("--model", model, "--steps", 3, "--seed", 3, "--shard_size", 4)
+    plain = [row for row in rows if "lora" not in row]
+    assert run("--prompts_file", prompts(plain), *common, "--out", tmp_path / "plain").code == cli.DONE
     before = COMPILED.copy()
-    outcome = job("--steps", 3, "--out", loras[0].parent / "more", rows=ROWS)
+    outcome = run("--prompts_file", prompts(rows), *common, "--out", tmp_path / "out")
     assert outcome.code == cli.DONE and before == COMPILED
-    assert any("5 rows in 3 shards, 1 programs to compile" in line for line in outcome.told), outcome.told
-    fox, both = [str(loras[0])], [str(loras[1]), str(loras[0])]
-    assert loaded == [fox, both]  # rows of one are neighbours, whatever their places in the file
+    assert any("12 rows in 6 shards, 2 programs to compile" in line for line in outcome.told), outcome.told
+    assert loaded == [["fox.safetensors"], ["cat.safetensors"]]
 
 
 def test_without_room_for_them_the_job_says_so_and_goes_on(job, loras, monkeypatch, tmp_path):
@@ -135,6 +153,53 @@ def test_rows_that_cannot_be_drawn(job, loras, tmp_path, configs):  # noqa: F811
     assert sorted(facts(tmp_path / "out")) == [0]
 
 
+def test_what_is_no_path_below_the_folder(run, model, configs, tmp_path, monkeypatch):  # noqa: F811
+    """A home, whatever the name begins with; a link in a folder."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "rows" / "sub").mkdir(parents=True)
+    secret = write(tmp_path / "home" / "secret.safetensors", configs)
+    (tmp_path / "rows" / "sub" / "pytorch_lora_weights.safetensors").symlink_to(secret)
+    monkeypatch.chdir(tmp_path / "rows")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    rows = [{"prompt": "a", "lora": lora} for lora in ("~/secret.safetensors", "sub", "x" * 300)]
+    (tmp_path / "rows" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("--model", model, "--seed", 3, "--steps", 2, "--out", tmp_path / "out")
+    assert run("--prompts_file", "rows.jsonl", *common).code == cli.FAILED
+    reasons = [failures(tmp_path / "out")[row]["reason"] for row in range(3)]
+    assert reasons[0].startswith("no LoRA ~/secret.safetensors")
+    assert "leads out of the folder" in reasons[1] and "File name too long" in reasons[2]
+
+
+def test_a_folder_whose_name_is_part_of_the_list(run, model, configs, tmp_path):  # noqa: F811
+    common = ("--model", model, "--seed", 3, "--steps", 2, *SIXTEEN)
+    for name, code in (("x=1", cli.DONE), ("a,b", cli.FAILED)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "fox.safetensors", configs)
+        rows = tmp_path / name / "rows.jsonl"
+        rows.write_text(json.dumps({"prompt": "a fox", "lora": "fox.safetensors"}))
+        assert run("--prompts_file", rows, *common, "--out", tmp_path / name / "out").code == code
+    path = png_of(tmp_path / "x=1" / "out", 0)
+    assert run("--like", path, "--out", tmp_path / "again").paths[0].read_bytes() == path.read_bytes()
+    assert "has a comma in its name" in failures(tmp_path / "a,b" / "out")[0]["reason"]
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["changed", "gone"])
+def test_what_changes_while_the_job_runs_is_not_drawn(job, configs, loras, tmp_path, monkeypatch, gone):  # noqa: F811
+    real = wording.Wordings.of
+
+    def of(wordings, lora):
+        if lora is not None and "cat" in lora.told:
+            loras[1].unlink() if gone else write(loras[1], configs, seed=9)
+        return real(wordings, lora)
+
+    monkeypatch.setattr(wording.Wordings, "of", of)
+    assert job(rows=ROWS).code == cli.FAILED
+    ((row, failure),) = failures(tmp_path / "out").items()
+    told = "cannot be read any more: no LoRA" if gone else "has changed since the job was planned"
+    assert row == 2 and told in failure["reason"]
+    assert sorted(facts(tmp_path / "out")) == [0, 1, 3, 4]  # no row stops the others
+
+
 def test_at_most_one_is_in_memory_beside_the_model(model, configs, loras, tmp_path):  # noqa: F811
     pipe = engine.load(model)
     held = wording.Wordings(pipe)
@@ -146,7 +211,10 @@ def test_at_most_one_is_in_memory_beside_the_model(model, configs, loras, tmp_pa
     assert held.are_there(None) and not held.are_there(fox)
     first = held.of(fox)
     assert held.of(fox) is first and held.are_there(fox)
-    assert held.of(cat) is not first and not held.are_there(fox)
-    assert held.of(None).pipe is pipe
     prompts = [f"{a} {b}" for a, b in itertools.product(("a", "red"), ("fox", "car"))]
     assert not np.array_equal(first.pipe.generate(prompts, seed=1), pipe.generate(prompts, seed=1))
+    params = weakref.ref(jax.tree.leaves(first.pipe.model.unet.params)[0])
+    del first
+    held.of(cat)
+    assert params() is None and not held.are_there(fox)
+    assert held.of(None).pipe is pipe
