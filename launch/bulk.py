@@ -14,8 +14,9 @@ from engine.config import JobConfig
 from engine.diffusion.noise import fresh_seed
 from engine.jobs import digests, folder, formats, given
 from engine.jobs.claims import Claims
-from engine.jobs.plan import Job, Settle, Shard, make_plan, settle_with
+from engine.jobs.plan import Job, Shard, make_plan
 from engine.jobs.processes import Processes, find_processes
+from engine.jobs.settling import Settle, settle_with
 from engine.jobs.store import Store, open_store
 from engine.jobs.work import Worker
 from engine.parallel import meet

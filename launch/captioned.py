@@ -19,7 +19,8 @@ from engine.evaluate.quality import Batch
 from engine.finish import BESIDE, SETTINGS_KEY
 from engine.jobs import folder, formats
 from engine.jobs.given import OfRows
-from engine.jobs.plan import Program, request, settle_with
+from engine.jobs.plan import request
+from engine.jobs.settling import Program, settle_with
 from engine.jobs.store import Store, open_store
 from engine.jobs.wording import Wording, Wordings
 from engine.pipeline import Pipeline

@@ -21,8 +21,8 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,15 +33,16 @@ from engine.config import JobConfig
 from engine.jobs import digests, folder, formats
 from engine.jobs.account import Busy, out_of_memory_or_raise
 from engine.jobs.ahead import ahead
+from engine.jobs.batches import Drawn, Flying, Load
 from engine.jobs.given import Paths
-from engine.jobs.loras import Own
 from engine.jobs.pictures import enlarged, remember
-from engine.jobs.plan import Group, Job, Program, Settle, Shard, Wanted
+from engine.jobs.plan import Group, Job, Shard, Wanted
 from engine.jobs.reading import Reader
+from engine.jobs.settling import Program, Settle
 from engine.jobs.store import Store
 from engine.jobs.wording import Changed, Wording, Wordings
 from engine.pipeline import Pipeline
-from engine.requests import Context, Finished, Given, Request, Settings
+from engine.requests import Finished, Request, Settings
 from engine.text.reading import said
 from engine.types import UserError
 
@@ -52,48 +53,6 @@ READERS = 4  # threads that read pictures beside the words
 
 # What a picture that was made of words remembers of another: nothing, whatever the job's own options.
 NO_PICTURE = {**Paths().told(), "strength": None}
-
-
-class Load(NamedTuple):
-    """A batch of a shard, ready for the devices."""
-
-    shard: Shard
-    wanted: list[Wanted]
-    refused: list[dict[str, Any]]  # what will not be drawn, and why
-    contexts: dict[str, Context]  # none yet where its rows have own LoRAs
-    words: Sequence[Request]  # of all of its shard
-    last: bool  # of its shard
-    given: Sequence[Given] = ()  # of all that is wanted, until they are drawn
-    marks: Sequence[Mapping[str, str]] = ()  # that tell them from others
-
-    @property
-    def lora(self) -> Own | None:
-        """What its rows are drawn with in place of the job's, where they are."""
-        return self.shard.group.program and self.shard.group.program.lora
-
-    @property
-    def requests(self) -> list[Request]:
-        if not self.given:
-            return [one.request for one in self.wanted]
-        return [one.request._replace(given=each) for one, each in zip(self.wanted, self.given, strict=True)]
-
-
-class Flying(NamedTuple):
-    """A batch on the devices."""
-
-    load: Load
-    arrival: Future | None  # of a Finished on the host; None where it could not be launched
-    batch_size: int
-
-
-class Drawn(NamedTuple):
-    """A batch that has been drawn."""
-
-    load: Load
-    images: finish.Pictures
-    finite: np.ndarray  # bool, of each picture,
-    safe: np.ndarray  # likewise, see `Finished`
-    batch_size: int
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ import engine
 from engine import finish
 from engine.config import JobConfig
 from engine.jobs import wording
-from engine.jobs.plan import settle_with
+from engine.jobs.settling import settle_with
 from engine.text.rows import read_rows
 from launch import cli
 from tests.compiled import COMPILED
