@@ -24,6 +24,7 @@ from engine.enlarging import Enlarging
 from engine.models import attention, kernels
 from engine.models.attention import attend
 from engine.parallel import MODES, SPLIT, Devices
+from engine.pipeline import Pipeline
 from engine.requests import Given
 from engine.train import checkpoint, loop, optim, stages, step
 from engine.train.objectives import autoencoder_loss
@@ -397,19 +398,17 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_four_and_on_one(tmp_path):
 def test_samples_of_a_training_can_be_drawn_with_a_split_model(tmp_path, monkeypatch):
     model = tiny_model(**SHALLOW)
     config = SamplesConfig(prompts=("a cat", "a red fox"), every=1, steps=2)
-    pixels, parts = {}, {}
+    pixels, parts, draw = {}, {}, Pipeline.generate
+
+    def generate(pipe, *args, **options):
+        kernel = pipe.model.unet.params["conv_in"]["kernel"]
+        parts[split] = kernel.size // kernel.addressable_shards[0].data.size
+        return draw(pipe, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "generate", generate)
     for split in (False, True):
         stage = AutoencoderStage(shard_params=split)  # or any
         samples = Samples(config, model, stage, tmp_path / str(split))
-
-        pipe = samples._drawer._pipe
-
-        def generate(*args, draw=pipe.generate, pipe=pipe, split=split, **options):
-            kernel = pipe.model.unet.params["conv_in"]["kernel"]
-            parts[split] = kernel.size // kernel.addressable_shards[0].data.size
-            return draw(*args, **options)
-
-        monkeypatch.setattr(pipe, "generate", generate)
         pixels[split] = np.asarray(Image.open(samples.draw(1, {"unet": model.unet.params})), np.int32)
     assert parts == {False: 1, True: 8}
     assert np.abs(pixels[True] - pixels[False]).max() <= 1
