@@ -4,12 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Bool, UInt8
 
 from engine.finish import to_uint8
 from engine.models.tiles import PARTS, decode_in_tiles
-from engine.parts import computed
+from engine.parts import computed, module
 from engine.programs import Programs
 from engine.weights.network import Network
 
@@ -31,7 +30,7 @@ class Enlarging:
     def _enlarged(self, params: Any, batched: Any) -> Any:
         beside, scale = self._beside, self.scale
         params = beside.devices.whole(computed(params, beside.devices))
-        net = nnx.merge(self._upscaler.graphdef, nnx.State(params))
+        net = module(self._upscaler, params)
         dtype = jax.tree.leaves(params)[0].dtype
         tile = max(beside.tile // scale // PARTS, 1) * PARTS if beside.tile else 0
 

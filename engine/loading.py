@@ -104,7 +104,7 @@ def load(
     found = [ip_adapters.look(path) for path, _ in ip_adapter]
     for each in found:
         ip_adapters.check_fits(each, folder)
-    encoders = [ip_adapters.find_encoder(each, image_encoder, folder) for each in found]
+    encoders = [ip_adapters.find_encoder(each.file, each.config, image_encoder, folder) for each in found]
     readers = list(zip(found, encoders, [float(scale) for _, scale in ip_adapter], strict=True))
 
     def read(loras: Sequence[tuple[str | os.PathLike, float]], vae: Component | None = None) -> Model:

@@ -25,6 +25,7 @@ from engine.enlarging import Enlarging
 from engine.errors import UserNotice
 from engine.parallel import Devices, pad
 from engine.programs import Programs
+from engine.prompting import Prompting
 from engine.requests import Batch, Context, Finished, Frames, Given, OfTheWay, Request, Settings
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.text.reading import PLAIN, Reading, words
@@ -66,6 +67,7 @@ class Pipeline:
         self.folder = folder  # from which the model was loaded
         self.programs = Programs(model, devices, name, tile, nets, reading, prompted)
         self.refiner = Programs(refiner, devices, "the refiner", tile, (), reading) if refiner else None
+        self.prompting = Prompting(self.programs)
         self.checking = Checking(checker, self.programs) if checker else None
         self.enlarging = Enlarging(upscaler, self.programs) if upscaler else None
         self.made_for = self.programs.made_for
@@ -353,7 +355,7 @@ class Pipeline:
         keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
         beside = [r.given for r in requests]
         given, shown = self.devices.shard_batch((edits.pixels(beside), controls.pixels(beside)))
-        tokens = self.programs.prompted(adapters.pixels(beside, self.programs.adapters))
+        tokens = self.prompting(adapters.pixels(beside, self.programs.adapters))
         batched = self.programs.batched(requests, contexts, settings, keys, given, shown, tokens)
         if latents is None:
             start = self.programs.noise(batched, self._latent_shape(settings))

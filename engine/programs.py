@@ -5,7 +5,7 @@
   decoder  latents -> uint8 pictures
 
 and, where there are pictures to change, one that makes latents of them and one that pastes (`engine.edits`);
-where there are ControlNets or IP-Adapters, one that looks at their pictures (`engine.controls`, `.adapters`).
+where there are ControlNets, one that looks at their pictures (`engine.controls`).
 Params, contexts, keys, guidance scale and sigmas are arguments: another prompt, seed or scale compiles
 nothing. Sizes, the number of steps and what `Kind` says are static.
 """
@@ -64,13 +64,11 @@ class Programs:
         self.model, self.devices, self.tile, self.nets = model, devices, tile, tuple(nets)
         self.texts = Texts(model, devices, reading)
         self.adapters = tuple(prompted)
-        self._seen: tuple[list[bytes], Mapping[str, Any]] | None = None  # by the adapters, last
         self.distilled = model.unet.config.time_cond_proj_dim is not None  # it knows what guidance does
         self.made_for = edits.made_for(model, name)
         self.decoder_program = devices.map(self._decode)
         self.look_program = devices.map(self._looked_at)
         self.show_program = devices.map(self._shown)
-        self.prompt_program = devices.map(self._prompted)
         self.paste_program = devices.map(lambda _, batched: edits.pasted(*batched))
         self.begin_program = functools.cache(self._build_begin)
         self.segment_program = functools.cache(self._build_segment)
@@ -100,7 +98,7 @@ class Programs:
         Args:
           given: pictures to change, by `edits.pixels`.
           shown: pictures for the ControlNets to see, by `controls.pixels`.
-          tokens: what the IP-Adapters make of their pictures, by `prompted`.
+          tokens: what the IP-Adapters make of their pictures, by `engine.prompting`.
         """
         cond, uncond = conditions.told(self.model, requests, contexts, settings, self.texts.reading)
         arrays = {
@@ -118,17 +116,6 @@ class Programs:
         for side, each in tokens.items():
             found[side] = found[side]._replace(tokens=each)
         return found
-
-    def prompted(self, pictures: Sequence[np.ndarray]) -> Mapping[str, Any]:
-        """What the IP-Adapters make of a batch of pictures, by `adapters.pixels`; kept for the same again."""
-        if not self.adapters:
-            return NOTHING
-        mark = [each.tobytes() for each in pictures]
-        if self._seen is None or self._seen[0] != mark:
-            params = tuple((each.net.params, each.encoder.params) for each in self.adapters)
-            batch = self.devices.shard_batch(tuple(pictures))
-            self._seen = mark, self.prompt_program(params, batch)
-        return self._seen[1]
 
     def noise(self, batched: Mapping[str, Any], shape: tuple[int, ...]) -> jax.Array:
         """Unit noise (B, *shape) that the keys stand for."""
@@ -231,15 +218,6 @@ class Programs:
     def _shown(self, params: Any, pictures: Any) -> Any:
         nets = self._net_modules(map(self._in_type, params))
         return tuple(net.look(each / jnp.float32(255)) for net, each in zip(nets, pictures, strict=True))
-
-    def _prompted(self, params: Any, pictures: Any) -> Any:
-        seen: list[adapters.Tokens] = []
-        for adapter, own, batch in zip(self.adapters, params, pictures, strict=True):
-            whole = map(self._in_type, self.devices.whole(own))
-            net, encoder = map(module, (adapter.net, adapter.encoder), whole)
-            with self.kernels_here():
-                seen.append(adapters.seen(net, encoder, batch))
-        return {"cond": tuple(s.cond for s in seen), "uncond": tuple(s.uncond for s in seen)}
 
     def _net_modules(self, params: Iterable[Any], after: Any = None) -> list[Any]:
         return [

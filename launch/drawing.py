@@ -10,6 +10,7 @@ import jax
 import engine
 from engine.config import PICTURED, GenerateConfig
 from engine.jobs import pictures
+from engine.jobs.account import out_of_memory_or_raise
 from engine.parallel import SPLIT, Devices
 from engine.pipeline import Pipeline
 from engine.text.prompts import unread
@@ -191,8 +192,7 @@ def advice_where_memory_runs_out(*ways: str) -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+        out_of_memory_or_raise(error)
         if jax.default_backend() == "cpu":  # which stores bfloat16 beside the float32 that it computes with
             ways = tuple(way for way in ways if way != HALF)
         raise UserError(f"out of memory; write {', or '.join(ways)}") from None

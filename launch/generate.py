@@ -300,7 +300,9 @@ def check(given: dict[str, Any], other: dict[str, str]) -> None:
         if foreign := [name for name in given if name not in ours]:
             raise UserError(f"--{foreign[0]} is for a job; write --prompts_file FILE too")
         if "like" not in other:
-            GenerateConfig(**given).validate()
+            config = GenerateConfig(**given)
+            config.validate()
+            config.check_guidance()
 
 
 def run(argv: Sequence[str]) -> int:

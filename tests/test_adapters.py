@@ -119,8 +119,8 @@ def test_beside_a_refiner_the_last_part_has_none(tmp_path):
 
 
 def test_a_picture_that_comes_again_is_read_once(pipe, monkeypatch):
-    calls, real = [], pipe.programs.prompt_program
-    monkeypatch.setattr(pipe.programs, "prompt_program", lambda *args: (calls.append(1), real(*args))[1])
+    calls, real = [], pipe.prompting.program
+    monkeypatch.setattr(pipe.prompting, "program", lambda *args: (calls.append(1), real(*args))[1])
     same = [Given(image_prompt=(picture(2),))] * 3
     first = draw(pipe, same, batch_size=1)
     assert len(calls) <= 1  # of three batches

@@ -28,7 +28,7 @@ LAYERS = [
     ["engine.conditions", "engine.edits", "engine.controls", "engine.adapters", "engine.way", "engine.parts"],
     ["engine.texts"],
     ["engine.programs"],
-    ["engine.ways", "engine.enlarging", "engine.checking"],
+    ["engine.ways", "engine.enlarging", "engine.checking", "engine.prompting"],
     ["engine.pipeline"],
     ["engine.loading"],
     ["engine"],  # engine/__init__.py, the public API

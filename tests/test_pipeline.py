@@ -11,11 +11,13 @@ import pytest
 
 import engine
 from engine import loading, programs
+from engine.config import OF_THE_WAY
 from engine.diffusion import noise, samplers
 from engine.diffusion.segments import segment_length
 from engine.finish import to_uint8
 from engine.parts import module
 from engine.pipeline import Pipeline
+from engine.requests import OfTheWay, Settings
 from engine.types import UserError
 from tests.compiled import COMPILED
 from tests.tiny import tiny_folder
@@ -330,6 +332,11 @@ def cache_folder():
     yield lambda: jax.config.jax_compilation_cache_dir
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+def test_what_is_special_on_the_way_has_one_list():
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    assert set(OF_THE_WAY) == OfTheWay.__annotations__.keys() <= fields
 
 
 def test_another_share_of_the_contrast_compiles_nothing(pipe):

@@ -127,9 +127,6 @@ class GenerateConfig:
             told = f"image_guidance_scale={self.image_guidance_scale}"
             raise UserError(f"{told} without a picture: write --image FILE, too")
         self.check_drawing()
-        for name in ("guidance_start", "guidance_end", "guidance_rescale"):
-            if self.guidance_scale == 1 and (value := getattr(self, name)) is not None:
-                raise UserError(f"{name}={value} with guidance_scale=1, which is none: leave one of them out")
         for of in PICTURED:
             check_count(of, len(self.pictures_of(of)), len(self.networks(of)))
         if self.first_index + (count := len(self.prompts) * self.num_images) > MAX_INDEX:
@@ -137,6 +134,12 @@ class GenerateConfig:
                 f"first_index={self.first_index}: {count} pictures would go beyond {MAX_INDEX - 1}, the last "
                 f"index of a seed; write at most {MAX_INDEX - count}, or another seed"
             )
+
+    def check_guidance(self) -> None:
+        """UserError where something is asked of guidance, and there is none; pictures may remember such."""
+        for name in ("guidance_start", "guidance_end", "guidance_rescale"):
+            if self.guidance_scale == 1 and (value := getattr(self, name)) is not None:
+                raise UserError(f"{name}={value} with guidance_scale=1, which is none: leave one of them out")
 
     def loras(self) -> tuple[tuple[str, float], ...]:
         """The files and scales that `lora` names; UserError where it is no such list."""

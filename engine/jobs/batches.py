@@ -18,7 +18,7 @@ class Load(NamedTuple):
     shard: Shard
     wanted: list[Wanted]
     refused: list[dict[str, Any]]  # what will not be drawn, and why
-    contexts: dict[str, Context]  # none yet where its rows have own LoRAs
+    contexts: dict[str, Context]  # where its rows have own LoRAs, when those are in memory
     words: Sequence[Request]  # of all of its shard
     last: bool  # of its shard
     given: Sequence[Given] = ()  # of all that is wanted, until they are drawn

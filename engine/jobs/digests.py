@@ -2,7 +2,7 @@
 
 import hashlib
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,19 +23,13 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
     found = {
         "weights": of_weights(folder),
         "lora": of_loras(config.loras()),
-        "ip_adapter": ", ".join(
-            f"{path.name}={scale} ({_of_ends(path)})"
-            for path, scale in ((ip_adapter.find(file), scale) for file, scale in config.ip_adapters())
-        ),
+        "ip_adapter": _scaled(config.ip_adapters(), ip_adapter.find, _of_ends),
         "image_encoder": _of_encoders(config, folder),
         # the name of a file may be the word that it holds
         "embedding": ", ".join(
             f"{path.name} ({_of(path)})" for path in map(embeddings.find, config.embeddings())
         ),
-        "controlnet": ", ".join(
-            f"{path.name}={scale} ({of_weights(path)[:16] if path.is_dir() else _of_ends(path)})"
-            for path, scale in ((controlnet.find(each), scale) for each, scale in config.controlnets())
-        ),
+        "controlnet": _scaled(config.controlnets(), controlnet.find, _of_network),
         "safety_checker": (
             of_weights(safety_checker.find(config.safety_checker)) if config.safety_checker else ""
         ),
@@ -48,7 +42,7 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
 
 def of_loras(loras: Iterable[tuple[str, float]]) -> str:
     """The same for LoRAs and their scales."""
-    return _scaled((lora_files.find(file), scale) for file, scale in loras)
+    return _scaled(loras, lora_files.find, _of)
 
 
 def of_given(given: Given) -> dict[str, str]:
@@ -66,15 +60,26 @@ def of_given(given: Given) -> dict[str, str]:
     return told
 
 
-def _scaled(files: Iterable[tuple[pathlib.Path, float]]) -> str:
-    return ", ".join(f"{path.name}={scale} ({_of(path)})" for path, scale in files)
+def _scaled(
+    entries: Iterable[tuple[str, float]],
+    find: Callable[[str], pathlib.Path],
+    mark: Callable[[pathlib.Path], str],
+) -> str:
+    found = ((find(entry), scale) for entry, scale in entries)
+    return ", ".join(f"{path.name}={scale} ({mark(path)})" for path, scale in found)
 
 
 def _of_encoders(config: GenerateConfig, folder: pathlib.Path) -> str:
     """Of the image encoders that the IP-Adapters read."""
-    found = (ip_adapter.look(file) for file, _ in config.ip_adapters())
-    folders = (ip_adapter.find_encoder(each, config.image_encoder or None, folder) for each in found)
+    told = config.image_encoder or None
+    files = (ip_adapter.find(file) for file, _ in config.ip_adapters())
+    folders = (ip_adapter.find_encoder(file, ip_adapter.config_of(file), told, folder) for file in files)
     return ", ".join(of_weights(each)[:16] for each in folders)
+
+
+def _of_network(path: pathlib.Path) -> str:
+    """Of a folder or a file."""
+    return of_weights(path)[:16] if path.is_dir() else _of_ends(path)
 
 
 def _of(path: pathlib.Path) -> str:

@@ -40,9 +40,9 @@ from engine.jobs.plan import Group, Job, Shard, Wanted
 from engine.jobs.reading import Reader
 from engine.jobs.settling import Program, Settle
 from engine.jobs.store import Store
-from engine.jobs.wording import Changed, Wording, Wordings
+from engine.jobs.wording import Changed, Wordings
 from engine.pipeline import Pipeline
-from engine.requests import Finished, Request, Settings
+from engine.requests import Context, Finished, Request, Settings
 from engine.text.reading import said
 from engine.types import UserError
 
@@ -90,6 +90,8 @@ class Worker:
         self.tally = Tally()
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._wordings = Wordings(pipe)
+        # of the last shard whose rows have own LoRAs
+        self._said: tuple[Sequence[Request], dict[str, Context]] | None = None
         self._halved: dict[Program, int] = {}  # pictures a device, after out of memory
         self._busy = Busy()
         self._reader = Reader(settle.pictures, pipe.devices, store)
@@ -176,14 +178,16 @@ class Worker:
 
     def _loaded(self, load: Load) -> Load:
         """The load, when LoRAs of its rows are in memory; where they cannot be, with nothing to draw."""
-        if not load.wanted or self._wordings.are_there(load.lora):
+        if not load.wanted or load.lora is None:
             return load
         try:
-            self.store.patiently(lambda: self._wordings.of(load.lora), "LoRAs of rows")
+            wording = self.store.patiently(lambda: self._wordings.of(load.lora), "LoRAs of rows")
         except Changed as error:
             refused = [{**one.address, "reason": str(error)} for one in load.wanted]
             return load._replace(wanted=[], given=(), marks=(), refused=[*load.refused, *refused])
-        return load
+        if self._said is None or self._said[0] is not load.words:  # the first of its shard
+            self._said = load.words, wording.of(load.words)
+        return load._replace(contexts=self._said[1])
 
     def _launch(self, load: Load, arrivals: ThreadPoolExecutor) -> Flying:
         """Sets the devices to work on a batch, unless there is nothing to draw, or no room for it."""
@@ -194,9 +198,9 @@ class Worker:
         requests = load.requests
         if len(requests) > settings.batch_size * self.pipe.devices.count:
             return flying  # it was cut before the batch was halved
-        wording = self._wordings.of(load.lora)
+        pipe = self._wordings.of(load.lora).pipe
         try:
-            arrays = _dispatch(wording, load, requests, settings)
+            arrays = pipe.dispatch(requests, load.contexts, settings)
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             out_of_memory_or_raise(error)
             self._halve(load.shard.group, settings.batch_size)
@@ -224,7 +228,7 @@ class Worker:
         return self._draw_in_parts(load)
 
     def _draw_in_parts(self, load: Load) -> Drawn:
-        group, wording = load.shard.group, self._wordings.of(load.lora)
+        group, pipe = load.shard.group, self._wordings.of(load.lora).pipe
         while True:
             settings = self._settings(group)
             size = settings.batch_size * self.pipe.devices.count
@@ -233,7 +237,7 @@ class Worker:
             try:
                 for first in range(0, len(requests), size):
                     part = requests[first : first + size]
-                    drawn = jax.block_until_ready(_dispatch(wording, load, part, settings))
+                    drawn = jax.block_until_ready(pipe.dispatch(part, load.contexts, settings))
                     found.append([np.asarray(array)[: len(part)] for array in drawn])
                 each = map(np.concatenate, zip(*found, strict=True))
                 return Drawn(load._replace(given=()), *each, settings.batch_size)
@@ -373,7 +377,3 @@ class Worker:
             },
             "pictures": [entry.facts for entry in entries],
         }
-
-
-def _dispatch(wording: Wording, load: Load, requests: Sequence[Request], settings: Settings) -> Finished:
-    return wording.pipe.dispatch(requests, load.contexts or wording.of(load.words), settings)

@@ -164,11 +164,11 @@ class CLIPModel(nnx.Module):
 
     def text_features(self, ids: Int[Array, "B L"]) -> Float[Array, "B P"]:
         """Unit vectors, float32, of texts of up to max_position_embeddings ids."""
-        return _unit(self.text_projection(self.text_model(ids).pooled))
+        return unit(self.text_projection(self.text_model(ids).pooled))
 
     def image_features(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B P"]:
         """Unit vectors, float32, of pictures of image_size x image_size, normalized as in the training."""
-        return _unit(self.visual_projection(self.vision_model(pixels).pooled))
+        return unit(self.visual_projection(self.vision_model(pixels).pooled))
 
     def __call__(self, ids: Int[Array, "A L"], pixels: Float[Array, "B H W 3"]) -> Float[Array, "B A"]:
         """The logits: exp(logit_scale) cos, of each picture with each text."""
@@ -193,6 +193,7 @@ class CLIPVisionModelWithProjection(nnx.Module):
         return self.vision_model(pixels).hidden_states[-2]
 
 
-def _unit(x: Float[Array, "B P"]) -> Float[Array, "B P"]:
+def unit(x: Float[Array, "B P"]) -> Float[Array, "B P"]:
+    """Vectors of length one, float32."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

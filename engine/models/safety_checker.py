@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from engine.models.clip_vision import FIXED, CLIPConfig, CLIPVisionTransformer
+from engine.models.clip_vision import FIXED, CLIPConfig, CLIPVisionTransformer, unit
 from engine.models.layers import linear
 
 CONCEPTS, SPECIAL = 17, 3
@@ -54,7 +54,7 @@ class StableDiffusionSafetyChecker(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Bool[Array, " B"]:
         """Which pictures are near none of the concepts; the pixels as CLIPModel takes them."""
-        seen = _unit(self.visual_projection(self.vision_model.vision_model(pixels).pooled))
+        seen = unit(self.visual_projection(self.vision_model.vision_model(pixels).pooled))
         special = _scores(seen, self.special_care_embeds, self.special_care_embeds_weights, 0.0)
         care = jnp.where((special > 0).any(-1, keepdims=True), CARE, 0.0)
         scores = _scores(seen, self.concept_embeds, self.concept_embeds_weights, care)
@@ -65,10 +65,5 @@ def _scores(
     seen: Float[Array, "B P"], concepts: nnx.Param, thresholds: nnx.Param, care: float | Float[Array, "B 1"]
 ) -> Float[Array, "B N"]:
     """By how much the cosine of each concept is above its threshold, as in the original to three digits."""
-    near = jnp.matmul(seen, _unit(concepts[...]).T, precision=jax.lax.Precision.HIGHEST)
+    near = jnp.matmul(seen, unit(concepts[...]).T, precision=jax.lax.Precision.HIGHEST)
     return jnp.round((near - thresholds[...].astype(jnp.float32) + care) * DIGITS) / DIGITS
-
-
-def _unit(x: Float[Array, "B P"]) -> Float[Array, "B P"]:
-    x = x.astype(jnp.float32)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -49,16 +49,16 @@ def look(path: str | Path) -> network.Found:
     Raises:
       UserError: no such file, a pickle, a broken file, or something else; all wrong keys in one line.
     """
-    header = read_header(path := find(path))
-    config = _config_of({key: tensor.shape for key, tensor in header.items()}, path)
+    header, config = read_header(path := find(path)), config_of(path)
     build = lambda rngs: IPAdapter(config, rngs)  # noqa: E731
     return network.found(KIND, path, header, config, build, f"{path} does not hold {KNOWN}")
 
 
-def find_encoder(found: network.Found, told: str | Path | None, model: Path) -> Path:
+def find_encoder(file: Path, config: IPAdapterConfig, told: str | Path | None, model: Path) -> Path:
     """The folder of the image encoder that an adapter reads.
 
     Args:
+      file, config: of the adapter.
       told: the folder. None: the first that fits of image_encoder beside the file, of the place where the
         originals have it, and of the model's folder.
 
@@ -66,22 +66,22 @@ def find_encoder(found: network.Found, told: str | Path | None, model: Path) -> 
       UserError: there is none, or one of another size.
     """
     # Links of a cache lead to where nothing lies beside.
-    besides = Path(os.path.abspath(found.file)).parent, found.file.resolve().parent
+    besides = Path(os.path.abspath(file)).parent, file.resolve().parent
     usual = [place / ENCODER for beside in besides for place in (beside, beside.parent / "models")]
     usual.append(model / ENCODER)
     folders = usual if told is None else [Path(os.path.expanduser(told))]
     there = [folder for folder in folders if (folder / "config.json").is_file()]
-    wanted = f"an image encoder that says {found.config.seen} numbers of {_of_what(found.config)}"
+    wanted = f"an image encoder that says {config.seen} numbers of {_of_what(config)}"
     for folder in there:
-        if _says(read_config(folder / "config.json", ENCODER), found.config) == found.config.seen:
+        if _says(read_config(folder / "config.json", ENCODER), config) == config.seen:
             return folder
     if there:
-        says = _says(read_config(there[0] / "config.json", ENCODER), found.config)
+        says = _says(read_config(there[0] / "config.json", ENCODER), config)
         raise UserError(
-            f"the image encoder {there[0]} says {says}, and the IP-Adapter {found.file} reads {wanted}: "
+            f"the image encoder {there[0]} says {says}, and the IP-Adapter {file} reads {wanted}: "
             "write --image_encoder FOLDER"
         )
-    where = f"{told} has no config.json" if told else f"no folder {ENCODER} beside {found.file}"
+    where = f"{told} has no config.json" if told else f"no folder {ENCODER} beside {file}"
     raise UserError(f"{where}: this IP-Adapter reads {wanted}; write --image_encoder FOLDER")
 
 
@@ -173,7 +173,9 @@ def _counted(widths: Iterable[int]) -> str:
     return f"{len(widths)} layers of {min(widths, default=0)} to {max(widths, default=0)} channels"
 
 
-def _config_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> IPAdapterConfig:
+def config_of(path: Path) -> IPAdapterConfig:
+    """What the header of a file tells; UserError as `look`, but for single keys that are wrong."""
+    shapes = {key: tensor.shape for key, tensor in read_header(path).items()}
     own = {key.removeprefix("image_proj."): shape for key, shape in shapes.items() if "image_proj." in key}
     if ("norm.weight" in own and "proj.0.weight" in own) or "perceiver_resampler.proj_in.weight" in own:
         raise UserError(f"{path} reads what a recogniser says of faces (FaceID), and there is none here")

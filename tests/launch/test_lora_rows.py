@@ -103,6 +103,20 @@ def test_nothing_is_compiled_for_them_and_each_is_loaded_once(run, prompts, lora
     assert loaded == [["fox.safetensors"], ["cat.safetensors"]]
 
 
+def test_prompts_of_a_shard_are_encoded_once(job, loras, monkeypatch):
+    asked, real = [], engine.pipeline.Pipeline.encode
+
+    def encode(pipe, prompts, size):
+        asked.append(len(prompts))
+        return real(pipe, prompts, size)
+
+    monkeypatch.setattr(engine.pipeline.Pipeline, "encode", encode)
+    monkeypatch.setattr(wording, "CONTEXTS", 1)  # so that nothing is known of the batch before
+    rows = [{"prompt": f"a fox {i}", "lora": "fox.safetensors"} for i in range(4)]
+    assert job("--batch_size", 1, "--shard_size", 4, rows=rows).code == cli.DONE
+    assert asked == [5]  # and the negative one
+
+
 def test_without_room_for_them_the_job_says_so_and_goes_on(job, loras, monkeypatch, tmp_path):
     def no_room(*_):
         raise out_of_memory()
