@@ -3,11 +3,11 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8
 
 from engine.parts import computed, module
 from engine.programs import Programs
+from engine.sizing import resized
 from engine.weights.clip_pixels import normalized
 from engine.weights.component import Component
 
@@ -36,13 +36,6 @@ def prepared(images: UInt8[Array, "B H W 3"], side: int) -> Float[Array, "B S S 
     """Pictures as CLIP's image encoder takes them: engine.weights.clip_pixels, on the devices."""
     height, width = images.shape[1:3]
     shorter = min(height, width)
-    x = _scaled(images.astype(jnp.float32), 2, int(side * width / shorter))
-    x = _scaled(x, 1, int(side * height / shorter))
+    x = resized(images, int(side * height / shorter), int(side * width / shorter), "cubic")
     top, left = ((length - side) // 2 for length in x.shape[1:3])
     return normalized(x[:, top : top + side, left : left + side])
-
-
-def _scaled(x: Float[Array, "B H W 3"], axis: int, length: int) -> Float[Array, "B H2 W2 3"]:
-    """One axis, bicubic, to whole levels: as Pillow does, which makes more than a level of difference."""
-    shape = tuple(length if i == axis else size for i, size in enumerate(x.shape))
-    return jnp.round(jnp.clip(jax.image.resize(x, shape, "cubic", antialias=True), 0, 255))

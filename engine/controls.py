@@ -32,7 +32,7 @@ class ControlNet(NamedTuple):
 
 def checked(given: Sequence[Given], count: int, settings: Settings) -> None:
     """UserError where there are not as many pictures as ControlNets, or one is of another size."""
-    shape = settings.height, settings.width, 3
+    shape = *settings.size, 3
     for each in given:
         check_count("controlnet", len(each.control), count)
         for picture in each.control:

@@ -55,6 +55,9 @@ def checked(given: Sequence[Given], made: str, settings: Settings) -> None:
         raise UserError(f"strength={settings.strength} with {why}: leave it out")
     if len(edits) not in (0, len(given)):
         raise UserError("some prompts have a picture and others have none: draw them one after the other")
+    if edits and settings.larger:
+        why = f"hires={settings.hires} is for pictures that are drawn from noise alone, not from a given one"
+        raise UserError(f"{why}: leave one of them out")
     if not edits:
         if any(each.mask is not None for each in given):
             raise UserError("a mask without a picture: give its image, too")
@@ -80,14 +83,14 @@ def default_strength(given: Given, made: str) -> float:
     return STRENGTH if given.image is not None and given.mask is None and made == WORDS else 1.0
 
 
-def check_strength(settings: Settings) -> None:
-    """UserError where it is no share of the steps, or of none."""
+def check_strength(settings: Settings, name: str = "strength") -> None:
+    """UserError where it is no share of the steps, or of none; name: of the option that says it."""
     steps, strength = settings.steps, settings.strength
     if not 0 < strength <= 1:
-        raise UserError(f"strength={strength}: write a number above 0 and up to 1")
+        raise UserError(f"{name}={strength}: write a number above 0 and up to 1")
     if not settings.intervals:
         least = math.ceil(1000 / steps) / 1000
-        raise UserError(f"strength={strength} takes none of {steps} steps: write {least} or more")
+        raise UserError(f"{name}={strength} takes none of {steps} steps: write {least} or more")
 
 
 def pixels(given: Sequence[Given]) -> dict[str, np.ndarray]:

@@ -18,19 +18,20 @@ from jaxtyping import Float, UInt8
 from engine import adapters, controls, edits
 from engine.checking import Checking
 from engine.config import GenerateConfig
-from engine.diffusion import noise, schedules
+from engine.diffusion import noise
 from engine.diffusion.scheduler_config import sampler_name
-from engine.diffusion.segments import chosen_stages
 from engine.enlarging import Enlarging
 from engine.errors import UserNotice
-from engine.parallel import Devices, pad
+from engine.parallel import Devices
+from engine.passes import Passes, latent_shape
 from engine.programs import Programs
 from engine.prompting import Prompting
 from engine.requests import Batch, Context, Finished, Frames, Given, OfTheWay, Request, Settings
+from engine.sizing import Sizing
 from engine.text.prompts import check_negative_prompts, check_prompts
 from engine.text.reading import PLAIN, Reading, words
 from engine.types import UserError
-from engine.ways import check_heat, check_refiner_start, check_settings, grid_of, ways_of
+from engine.ways import check_heat, check_refiner_start, check_settings, ways_of
 from engine.weights.component import Component
 from engine.weights.folder import Model
 from engine.weights.ip_adapter import Adapter
@@ -70,6 +71,7 @@ class Pipeline:
         self.prompting = Prompting(self.programs)
         self.checking = Checking(checker, self.programs) if checker else None
         self.enlarging = Enlarging(upscaler, self.programs) if upscaler else None
+        self.sizing = Sizing(devices)
         self.made_for = self.programs.made_for
         self._read = read
 
@@ -227,7 +229,7 @@ class Pipeline:
         for batch in batches:
             first, rows = batch.start, slice(batch.start, batch.stop)
             start = None if latents is None else latents[rows]
-            drawn = self._draw(requests[rows], contexts, settings, start, frames, heat, progress)
+            drawn = self._passes(requests[rows], contexts, settings, start, frames, heat, progress)
             finished, kept, steering = drawn
             count = len(requests[rows])
             images, finite, safe = (np.asarray(each)[:count] for each in finished)
@@ -253,11 +255,6 @@ class Pipeline:
         lengths = [self.length(*pair, guidance_scale) for pair in pairs]
         ends = list(itertools.accumulate(len(list(same)) for _, same in itertools.groupby(lengths)))
         return [range(first, end) for first, end in itertools.pairwise([0, *ends])]
-
-    @property
-    def scale(self) -> int:
-        """How many times as wide and high as it is drawn a picture becomes."""
-        return self.enlarging.scale if self.enlarging else 1
 
     def length(self, prompt: str, negative_prompt: str, guidance_scale: float) -> tuple[int, ...]:
         """In how many parts each model reads them. What is drawn together has one length."""
@@ -289,7 +286,7 @@ class Pipeline:
           Of a whole batch: what lies behind the last request only fills it. np.asarray waits for it.
         """
         self.check_given([r.given for r in requests], settings)
-        return self._draw(requests, contexts, settings)[0]
+        return self._passes(requests, contexts, settings)[0]
 
     def settings(
         self,
@@ -331,7 +328,8 @@ class Pipeline:
 
     def steps_of(self, settings: Settings) -> int:
         """Steps of the sampler that a picture takes, in which the U-Net runs once."""
-        return sum(way.steps for way in ways_of(settings, self.programs, self.refiner))
+        here = sum(way.steps for way in ways_of(settings, self.programs, self.refiner))
+        return here + (self.steps_of(settings.larger) if settings.larger else 0)
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -346,55 +344,15 @@ class Pipeline:
         """Pictures that a device is to draw at once of `count` of this size, where nobody says."""
         return min(self.share_of(count), max(1, BATCH_PIXELS // (height * width)), BATCH_IMAGES)
 
-    # ---- the way through the programs
-
-    def _draw(self, requests, contexts, settings, latents=None, frames=0, heat=False, progress=None):
-        """One batch through sampler and decoder: what is finished, frames, heat."""
-        size = settings.batch_size * self.devices.count
-        requests = [*requests, *[requests[-1]] * (size - len(requests))]
-        keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
-        beside = [r.given for r in requests]
-        given, shown = self.devices.shard_batch((edits.pixels(beside), controls.pixels(beside)))
-        tokens = self.prompting(adapters.pixels(beside, self.programs.adapters))
-        batched = self.programs.batched(requests, contexts, settings, keys, given, shown, tokens)
-        if latents is None:
-            start = self.programs.noise(batched, self._latent_shape(settings))
-        else:
-            start = self.devices.shard_batch(pad(latents, size))
-        config, sigmas = grid_of(settings, self.model)
-        way, *more_ways = ways_of(settings, self.programs, self.refiner)
-        x, traces = self.programs.sample(way, start, batched, frames > 0 or heat, progress)
-        steering = self.devices.gather(self.programs.steering(way, traces, batched)) if heat else None
-        if self.refiner:
-            contexts = {prompt: context.refiner for prompt, context in contexts.items()}
-            further = noise.further_keys(keys)
-            batched = self.refiner.batched(requests, contexts, settings, further, given)
-            x, more = self.refiner.sample(*more_ways, x, batched, frames > 0, progress)
-            traces += more
-        final = x * schedules.final_scale(config, sigmas)
-        images, finite = self.programs.decode(final, given)
-        safe = self.checking(images) if self.checking else finite
-        if self.enlarging:
-            images, finite = self.enlarging(images, finite)
-        finished = self.devices.gather(Finished(images, finite, safe))
-        if not frames:
-            return finished, None, steering
-        stages = chosen_stages(traces, start, final, frames)
-        return finished, Frames(*map(self._decode_stages, stages)), steering
-
-    def _decode_stages(self, stages: np.ndarray) -> np.ndarray:
-        places = [self.devices.shard_batch(x) for x in stages.swapaxes(0, 1)]
-        pictures = [self.programs.decode(x)[0] for x in places]
-        return np.stack([np.asarray(p) for p in pictures], axis=1)
-
-    def _latent_shape(self, settings: Settings) -> tuple[int, int, int]:
-        config = self.model.vae.config
-        return settings.height // config.scale, settings.width // config.scale, config.latent_channels
+    @property
+    def _passes(self) -> Passes:
+        beside = self.prompting, self.sizing, self.checking, self.enlarging
+        return Passes(self.programs, self.refiner, *beside)
 
     def _check_latents(self, latents, count: int, settings: Settings) -> np.ndarray | None:
         if latents is None:
             return None
-        latents, wanted = np.asarray(latents, np.float32), (count, *self._latent_shape(settings))
+        latents, wanted = np.asarray(latents, np.float32), (count, *latent_shape(self.programs, settings))
         if latents.shape != wanted:
             raise UserError(f"latents have the shape {latents.shape}; these prompts and sizes need {wanted}")
         return latents

@@ -31,6 +31,9 @@ class OfTheWay(TypedDict, total=False):
         pixels attend to each other (engine.models.merging). None: 0.
     control_start, control_end: shares of the steps between which ControlNets add something. None: 0
         and 1.
+    hires: how many times as wide and high the picture is drawn over (engine.passes). None, or 1: it is not.
+    hires_strength: 0 to 1, how much of it is forgotten then; None: 0.5.
+    hires_steps: of the grid for that, of which it takes the share hires_strength; None: `steps`.
     """
 
     refiner_start: float | None
@@ -42,6 +45,12 @@ class OfTheWay(TypedDict, total=False):
     merge_tokens: float | None
     control_start: float | None
     control_end: float | None
+    hires: float | None
+    hires_strength: float | None
+    hires_steps: int | None
+
+
+HIRES_STRENGTH = 0.5  # how much is forgotten of a picture that is drawn over at a larger size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +73,27 @@ class Settings:
     merge_tokens: float | None = None  # share of the finest tokens that attend together with others; None: 0
     control_start: float | None = None  # share of the steps before which ControlNets add nothing; None: 0
     control_end: float | None = None  # share of the steps behind which they add nothing; None: 1
+    hires: float | None = None  # times as wide and high that the picture is drawn over; None, 1: not
+    hires_strength: float | None = None  # how much of it is forgotten then; None: HIRES_STRENGTH
+    hires_steps: int | None = None  # of the grid for that; None: as many as `steps`
+
+    @property
+    def larger(self) -> "Settings | None":
+        """How the picture is drawn over, where it is; see engine.passes."""
+        if self.hires in (None, 1):
+            return None
+        # To multiples of 8, as AUTOMATIC1111's web UI has it, but to the nearest ones.
+        sides = {name: round(getattr(self, name) * self.hires / 8) * 8 for name in ("height", "width")}
+        strength = HIRES_STRENGTH if self.hires_strength is None else self.hires_strength
+        steps = self.steps if self.hires_steps is None else self.hires_steps
+        nothing = dict.fromkeys(("hires", "hires_strength", "hires_steps"))
+        return dataclasses.replace(self, **sides, strength=strength, steps=steps, **nothing)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures, in pixels, before an upscaler enlarges them."""
+        last = self.larger or self
+        return last.height, last.width
 
     @property
     def intervals(self) -> int:

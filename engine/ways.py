@@ -6,6 +6,7 @@ import numpy as np
 
 from engine import edits
 from engine.conditions import steered_away
+from engine.config import MAX_UPSCALE
 from engine.diffusion import samplers, schedules
 from engine.diffusion.samplers import Sampler
 from engine.diffusion.scheduler_config import SchedulerConfig, for_sampler
@@ -93,6 +94,31 @@ def check_settings(settings: Settings, programs: Programs, refiner: Programs | N
         if side % scale or not scale <= side <= MAX_SIDE:
             good = min(max(round(side / scale), 1) * scale, MAX_SIDE)
             raise UserError(f"{name}={side}: this model makes multiples of {scale}; write {good}")
+    if settings.hires is not None:
+        _check_hires(settings, programs, refiner)
+
+
+def _check_hires(settings: Settings, programs: Programs, refiner: Programs | None) -> None:
+    """UserError where the pictures cannot be drawn over as it is said."""
+    if not 1 <= settings.hires <= MAX_UPSCALE:
+        raise UserError(f"hires={settings.hires}: write a factor from 1, which is none, to {MAX_UPSCALE}")
+    if (larger := settings.larger) is None:
+        return
+    scale = programs.model.vae.config.scale
+    if any(side % scale or side > MAX_SIDE for side in settings.size):
+        height, width = settings.size
+        made = (
+            f"hires={settings.hires} makes {width} x {height} pixels of {settings.width} x {settings.height}"
+        )
+        raise UserError(
+            f"{made}; this model makes multiples of {scale} up to {MAX_SIDE}: write another factor"
+        )
+    try:
+        grid_of(larger, programs.model)
+        edits.check_strength(larger, "hires_strength")
+        ways_of(larger, programs, refiner)
+    except UserError as error:
+        raise UserError(f"hires={settings.hires}: {error}") from None
 
 
 def check_refiner_start(given: float | None, refined: bool) -> float | None:

@@ -119,8 +119,7 @@ def _dispatch(
 ) -> Any:
     settings, requests = program.settings, [request(config, row, 0) for row in rows]
     if program.beside:
-        shape = settings.height, settings.width
-        given = [_given(config, row, pictures, *shape) for row in rows]
+        given = [_given(config, row, pictures, *settings.size) for row in rows]
         requests = [one._replace(given=each) for one, each in zip(requests, given, strict=True)]
     return wording.pipe.dispatch(requests, wording.of(requests), settings)
 

@@ -173,6 +173,20 @@ FLAGS: cli.Groups = {
         "height": ("PIXELS", "without it the size that the model was trained for"),
         "width": ("PIXELS", "likewise"),
     },
+    "Larger than the model was trained for": {
+        "hires": (
+            "N",
+            "draw the picture, enlarge it to N times its size, such as 2, and draw it over: the whole is\n"
+            "as at the size that the model knows, and what it shows is finer. With --upscaler, that is\n"
+            "what enlarges it between the two",
+        ),
+        "hires_strength": (
+            "S",
+            "0 to 1, how much of it is forgotten when it is drawn over, and the share of the steps that\n"
+            "is taken; without it 0.5",
+        ),
+        "hires_steps": ("N", "of which that is the share; without it as many as --steps"),
+    },
     "On which devices": {
         "parallel": ("MODE", "over all local devices: shard_map, jit or pmap"),
         "split_params": (

@@ -45,7 +45,7 @@ def draw(pipe, prompts=PROMPTS, **options):
 
 def test_pictures_are_what_pytorch_makes_of_those_without_it(plain, pipe):
     small, large = draw(plain), draw(pipe)
-    assert pipe.scale == SCALE and large.shape == (3, 16 * SCALE, 16 * SCALE, 3)
+    assert pipe.enlarging.scale == SCALE and large.shape == (3, 16 * SCALE, 16 * SCALE, 3)
     with torch.no_grad():
         x = torch.from_numpy(nchw(small).copy()).float() / 255
         expected = randomised(Compact(scale=SCALE))(x).clamp(0, 1).numpy().transpose(0, 2, 3, 1)

@@ -25,10 +25,14 @@ LAYERS = [
         "engine.world",
     ],
     ["engine.weights"],
-    ["engine.conditions", "engine.edits", "engine.controls", "engine.adapters", "engine.way", "engine.parts"],
+    [
+        *("engine.conditions", "engine.edits", "engine.controls", "engine.adapters", "engine.way"),
+        *("engine.parts", "engine.sizing"),
+    ],
     ["engine.texts"],
     ["engine.programs"],
     ["engine.ways", "engine.enlarging", "engine.checking", "engine.prompting"],
+    ["engine.passes"],
     ["engine.pipeline"],
     ["engine.loading"],
     ["engine"],  # engine/__init__.py, the public API

@@ -4,6 +4,7 @@ from engine.config.data import CROPS, DATA_KINDS, DRAWN, DataConfig
 from engine.config.drawing import (
     FORMATS,
     MAX_INDEX,
+    MAX_UPSCALE,
     OF_THE_WAY,
     PICTURED,
     SIGHTS,
@@ -47,6 +48,7 @@ __all__ = [
     "GIVEN",
     "IN_WORDS",
     "MAX_INDEX",
+    "MAX_UPSCALE",
     "OF_THE_WAY",
     "OPTIMIZERS",
     "PICTURED",

@@ -16,6 +16,7 @@ MAX_UPSCALE = 16
 MAX_TILE = 16384
 MAX_CLIP_SKIP = 99
 MAX_CACHE_INTERVAL = 1000
+MAX_STEPS = 1000
 
 SIGHTS = ("edges", "grey", "mosaic")  # what a ControlNet may be shown of a picture: engine.sights
 
@@ -23,6 +24,7 @@ SIGHTS = ("edges", "grey", "mosaic")  # what a ControlNet may be shown of a pict
 OF_THE_WAY = (
     *("refiner_start", "grid", "guidance_start", "guidance_end", "guidance_rescale"),
     *("cache_interval", "merge_tokens", "control_start", "control_end"),
+    *("hires", "hires_strength", "hires_steps"),
 )
 
 
@@ -100,6 +102,9 @@ class GenerateConfig:
     image_guidance_scale: float = 1.5  # of a model that changes pictures as it is told
     height: int | None = None  # pixels; None: the size that the model was trained for
     width: int | None = None
+    hires: float | None = None  # times as wide and high that the picture is drawn over; None, 1: it is not
+    hires_strength: float | None = None  # how much of it is forgotten then; None: 0.5
+    hires_steps: int | None = None  # of the grid for that; None: as many as `steps`
     dtype: str = "float32"
     quantize: str = ""  # kernels of the U-Net in 8 bits: int8 or fp8
     parallel: str = "shard_map"
@@ -235,6 +240,11 @@ class GenerateConfig:
         for name in ("image_prompt", "image_encoder", "ip_adapter_layers"):
             if (value := getattr(self, name)) and not self.ip_adapter:
                 raise UserError(f"{name}={value} without an IP-Adapter: write --ip_adapter FILE, too")
+        for name in ("hires_strength", "hires_steps"):
+            if (value := getattr(self, name)) is not None and self.hires is None:
+                raise UserError(f"{name}={value} without a larger picture: write --hires 2, too")
+        if self.image and self.hires not in (None, 1):
+            raise UserError(f"hires={self.hires} with a picture to change: leave one of them out")
         self.loras()
         self.embeddings()
         self.adapter_layers()
@@ -256,6 +266,9 @@ class GenerateConfig:
             "tile": (0, MAX_TILE),
             "clip_skip": (0, MAX_CLIP_SKIP),
             "cache_interval": (1, MAX_CACHE_INTERVAL),
+            "hires": (1, MAX_UPSCALE),
+            "hires_strength": (0, 1),
+            "hires_steps": (1, MAX_STEPS),
         }
         self.check_ranges(ranges)
 

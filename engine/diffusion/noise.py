@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from engine.types import Keys, UserError
 
-FURTHER = 2**31 - 1  # no sampler has so many steps
+FURTHER, LARGER = 2**31 - 1, 2**31 - 2  # no sampler has so many steps
 IMPLEMENTATION = "threefry2x32"  # bit-identical however the batch is sharded; the faster rbg is not
 
 
@@ -53,6 +53,11 @@ def _fold_in(words: UInt32[Array, "B 2"], indices: UInt32[Array, " B"]) -> Keys:
 def further_keys(keys: Keys) -> Keys:
     """Keys for noise of their own, for a second sampler on the way of the same images."""
     return jax.vmap(lambda key: jax.random.fold_in(key, FURTHER))(keys)
+
+
+def larger_keys(keys: Keys) -> Keys:
+    """Keys for noise of their own, with which the same images are drawn over at a larger size."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, LARGER))(keys)
 
 
 def initial_noise(keys: Keys, shape: tuple[int, ...]) -> Float[Array, " B *shape"]:

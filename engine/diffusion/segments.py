@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from engine.diffusion.samplers import Trace
 
@@ -17,9 +17,9 @@ def segment_length(steps: int) -> int:
 
 
 def chosen_stages(
-    traces: Sequence[Trace], start: jax.Array, final: jax.Array, count: int
+    traces: Sequence[Trace], start: jax.Array, final: jax.Array, places: Int[np.ndarray, " N"]
 ) -> tuple[Stages, Stages]:
-    """`count` stages, evenly spaced over the steps: the first is the static, the last the picture.
+    """The stages in some places on the way: 0 is the static, the number of steps the picture.
 
     Args:
       traces: of all segments, (B steps h w C).
@@ -34,5 +34,4 @@ def chosen_stages(
     denoised = np.concatenate([denoised, np.asarray(final)[:, None]], axis=1)
     spread = np.maximum(noisy.std(axis=(2, 3, 4), keepdims=True), 1.0)
     spread[:, [0, -1]] = 1.0
-    chosen = np.linspace(0, noisy.shape[1] - 1, count).round().astype(int)
-    return (noisy / spread)[:, chosen], denoised[:, chosen]
+    return (noisy / spread)[:, places], denoised[:, places]

@@ -78,11 +78,11 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
         height, width = given.size(first, pipe, height, width)
     options = (config.steps, config.sampler, config.guidance_scale, height, width)
     settings = pipe.settings(*options, **config.of_the_way())
-    beside = given.read(paths, settings.height, settings.width, given.shown_by(config, pipe))
+    beside = given.read(paths, *settings.size, given.shown_by(config, pipe))
     strength = edits.default_strength(beside, pipe.made_for) if config.strength is None else config.strength
     runs = pipe.runs(prompts, [config.negative_prompt] * len(prompts), settings.guidance_scale)
     longest = max(map(len, runs))
-    batch_size = config.batch_size or pipe.batch_size_for(longest, settings.height, settings.width)
+    batch_size = config.batch_size or pipe.batch_size_for(longest, *settings.size)
     settings = dataclasses.replace(settings, batch_size=batch_size, strength=strength)
     edits.check_strength(settings)
     pipe.check_given([beside], settings)
@@ -135,11 +135,11 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
             if i in batch.spoilt or i in batch.unsafe:
                 yield Drawn(index, prompt, None, (), i in batch.unsafe)
                 continue
-            small = finish.resized(image, plan.settings.height, plan.settings.width)
+            small = finish.resized(image, *plan.settings.size)
             settings = remember(config, prompt, index, plan.contents)
             name = finish.picture_name(index, prompt)
             path = free_path(plan.folder / name, settings, _beside(settings, config))
-            finish.write_png(path, enlarged(image, config), settings)
+            finish.write_png(path, enlarged(image, plan.settings.size, config), settings)
             files = [path]
             if batch.frames is not None:
                 files += _write_stages(path, Frames(*(part[i] for part in batch.frames)), settings, config)
@@ -148,17 +148,17 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
             yield Drawn(index, prompt, small, tuple(files))
 
 
-def enlarged(image: finish.Picture, config: GenerateConfig) -> finish.Larger:
+def enlarged(image: finish.Picture, size: tuple[int, int], config: GenerateConfig) -> finish.Larger:
     """A picture as large as it is to be written: `upscale` times as it was drawn, by Lanczos's filter where
     it is not; where an upscaler was at work and no factor is given, as that made it.
 
     Args:
-      config: complete; its height and width are those that were drawn.
+      size: `Settings.size`.
     """
     if config.upscaler and config.upscale == 1:
         return image
-    assert config.height and config.width
-    return finish.resized(image, config.height * config.upscale, config.width * config.upscale)
+    height, width = size
+    return finish.resized(image, height * config.upscale, width * config.upscale)
 
 
 def batches(plan: Plan, pipe: Pipeline) -> list[range]:

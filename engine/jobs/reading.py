@@ -35,7 +35,7 @@ class Reader:
         Raises:
           UserError: trouble that does not pass within the patience of the store.
         """
-        shape = settings.height, settings.width
+        shape = settings.size
         keys = [(self._pictures.paths(one.row), *shape) for one in wanted]
         rows = dict(zip(keys, (one.row for one in wanted), strict=True))
         new = [key for key in rows if key not in self._last]

@@ -127,7 +127,7 @@ def _program(config: JobConfig, pipe: Pipeline, *options: Any) -> Program | str:
     *how, strength, masked, counts, length = options
     try:
         settings = pipe.settings(*how, strength=strength, **config.of_the_way())
-        shape = settings.height, settings.width
+        shape = settings.size
         pipe.check_given([given.stand_in(*shape, masked, *counts)], settings)
     except UserError as error:
         return str(error)

@@ -111,7 +111,7 @@ class Worker:
         if self.pipe.devices.alone:
             loads = ahead(loads, BATCHES_AHEAD)
         # Pictures that an upscaler has enlarged are many times larger to wait.
-        batches = ahead(self._draw(loads), BATCHES_AHEAD if self.pipe.scale == 1 else 1, self.check)
+        batches = ahead(self._draw(loads), 1 if self.pipe.enlarging else BATCHES_AHEAD, self.check)
         try:
             with contextlib.closing(batches):
                 yield from self._write(batches, writers)
@@ -307,7 +307,8 @@ class Worker:
             held = "held back by the safety checker" if finite else "a NaN or an infinity in the picture"
             return {**address, "reason": held}
         program = drawn.load.shard.group.program
-        settings = dataclasses.asdict(self._settings(drawn.load.shard.group))
+        how = self._settings(drawn.load.shard.group)
+        settings = dataclasses.asdict(how)
         settings |= {"guidance_scale": request.guidance_scale, "batch_size": drawn.batch_size}
         changed = self._changed(wanted, program)
         own = {"negative_prompt": request.negative_prompt, "seed": request.seed}
@@ -317,7 +318,7 @@ class Worker:
             contents["lora"] = lora.mark
         try:
             about = remember(config, request.prompt, request.index, {k: v for k, v in contents.items() if v})
-            png = finish.encode_png(enlarged(image, config), about)
+            png = finish.encode_png(enlarged(image, how.size, config), about)
         except UserError as error:
             return {**address, "reason": str(error)}
         facts = {**address, "prompt": request.prompt, "negative_prompt": request.negative_prompt}

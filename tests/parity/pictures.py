@@ -12,9 +12,11 @@ import diffusers
 import numpy as np
 import tomesd
 import torch
+from PIL import Image
 
 import engine
 from configs import scenes
+from engine.diffusion import noise
 from engine.requests import Given
 from tests.parity.common import nchw
 from tests.tiny import tiny_controlnet, tiny_folder
@@ -46,7 +48,7 @@ SCHEDULERS = {
 }
 PROMPTS = ["a red fox at night", "a cat above a dog"]
 NEGATIVES = ["a blue car", ""]
-STEPS, SCALE = 10, 4.0
+STEPS, SCALE, SEED = 10, 4.0, 3
 # Of schedulers that call the network more than once an interval: the interval of a call.
 INTERVAL_OF = {"heun": lambda call: call // 2, "pndm": lambda call: max(call - 1, 0)}
 IN_FLOAT32 = {"torch_dtype": torch.float32}
@@ -73,6 +75,7 @@ class How(NamedTuple):
     controls: tuple[float, ...] = ()  # ControlNets, each with its scale
     control_start: float | None = None
     control_end: float | None = None
+    hires: float | None = None  # with `strength`
     # (folder) -> what `engine.load` is given beside it, and what does the same to a pipeline of diffusers
     beside: Callable[[pathlib.Path], tuple[dict, Callable]] | None = None
 
@@ -104,8 +107,11 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         height=how.size[0],
         width=how.size[1],
         latents=start_noise(how),
+        seed=SEED,
         given=[Given(*each) for each in zip(*_given(how), _controls(how), strict=True)],
-        strength=how.strength,
+        strength=None if how.hires else how.strength,
+        hires=how.hires,
+        hires_strength=how.strength if how.hires else None,
         refiner_start=how.start if how.refiner else None,
         guidance_end=how.guidance_end,
         guidance_rescale=how.guidance_rescale,
@@ -122,6 +128,8 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         _keeps_deep_features(theirs.unet, how.cache_interval, INTERVAL_OF.get(scheduler, lambda call: call))
     with _certain(theirs, how):
         there = drawn_there(theirs, options.get("refiner"), how)
+    if how.hires:
+        there = drawn_over(theirs, there, how)
     if how.mask:  # we put back what the mask keeps, which an autoencoder changes a little
         images, masks = _given(how)
         there = np.where(np.stack(masks)[..., None] == 1, there, np.stack(images))
@@ -177,16 +185,16 @@ def pipeline(folder: pathlib.Path, model: dict, how: How, nets: Sequence[pathlib
 
 
 @contextlib.contextmanager
-def _certain(pipeline: Any, how: How) -> Iterator[None]:
-    """Latents are the means of their distributions; the noise on given pictures is that of `start_noise`."""
+def _certain(pipeline: Any, how: How, own: np.ndarray | None = None) -> Iterator[None]:
+    """Latents are the means of their distributions; the noise on given pictures is this, or `start_noise`."""
     gaussian = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
-    noise = torch.from_numpy(nchw(start_noise(how)).copy())
+    drawn = torch.from_numpy(nchw(start_noise(how) if own is None else own).copy())
     with contextlib.ExitStack() as stack:
         patch = mock.patch.object(gaussian, "sample", lambda self, generator=None: self.mean)
         stack.enter_context(patch)
         if how.image:
             where = f"{type(pipeline).__module__}.randn_tensor"
-            stack.enter_context(mock.patch(where, lambda shape, **_: noise))
+            stack.enter_context(mock.patch(where, lambda shape, **_: drawn))
         yield
 
 
@@ -205,7 +213,10 @@ def _words_less_deep(pipeline: Any, negatives: list[str], clip_skip: int) -> dic
     return found | ({"negative_pooled_prompt_embeds": pooled[0]} if pooled else {})
 
 
-def drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.ndarray:
+def drawn_there(
+    pipeline: Any, refiner: pathlib.Path | None, how: How, over: list[Any] | None = None
+) -> np.ndarray:
+    """over: pictures to change, in place of those of `_given`."""
     words = {"num_inference_steps": how.steps, "guidance_scale": how.scale}
     if how.guidance_rescale is not None:
         words["guidance_rescale"] = how.guidance_rescale
@@ -231,7 +242,7 @@ def drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.nda
         options["control_guidance_start"] = how.control_start or 0.0
         options["control_guidance_end"] = 1.0 if how.control_end is None else how.control_end
     if how.image:
-        images, masks = _given(how)
+        images, masks = (over, []) if over else _given(how)
         options["image"] = torch.from_numpy(nchw(np.stack(images)).astype(np.float32) / 255)
         if "Pix2Pix" in type(pipeline).__name__:
             options["image_guidance_scale"] = 1.5
@@ -251,6 +262,21 @@ def drawn_there(pipeline: Any, refiner: pathlib.Path | None, how: How) -> np.nda
     rest.set_progress_bar_config(disable=True)
     images = rest(PROMPTS, image=half, denoising_start=how.start, output_type="np", **words).images
     return np.round(images * 255).astype(np.uint8)
+
+
+def drawn_over(pipeline: Any, images: np.ndarray, how: How) -> np.ndarray:
+    """The pictures, enlarged by Pillow, as an img2img pipeline of the same parts draws them over."""
+    height, width = (round(side * how.hires) for side in how.size)
+    large = [Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS) for image in images]
+    family = "StableDiffusionXL" if "XL" in type(pipeline).__name__ else "StableDiffusion"
+    options: dict[str, Any] = {} if "XL" in family else {"requires_safety_checker": False}
+    over = getattr(diffusers, f"{family}Img2ImgPipeline")(**pipeline.components, **options)
+    over.set_progress_bar_config(disable=True)
+    keys = noise.larger_keys(noise.image_keys(SEED, range(len(images))))
+    drawn = np.asarray(noise.initial_noise(keys, (height // 2, width // 2, 4)))
+    how = how._replace(hires=None, size=(height, width), image=True)
+    with _certain(over, how, drawn):
+        return drawn_there(over, None, how, large)
 
 
 def _unguided_after(steps: int) -> Callable:

@@ -104,6 +104,8 @@ ROWS = {
     "SD, img2img by ddim of v": (LEAST, "ddim, v", How(image=True, strength=0.7)),
     "SD, img2img by euler": (LEAST, "euler", How(image=True, strength=0.5)),
     "SD, img2img by dpmpp_2m": (LEAST, "dpmpp_2m", How(image=True, strength=0.8)),
+    "SD, drawn over at twice the size, by ddim of v": (LEAST, "ddim, v", How(hires=2, strength=0.7)),
+    "SD, drawn over at 1.5 times the size, by euler": (LEAST, "euler", How(hires=1.5, strength=0.5)),
     "SD, a masked part by ddim of v": (LEAST, "ddim, v", How(image=True, mask=True, strength=0.7)),
     "SD, a masked part by euler": (LEAST, "euler", How(image=True, mask=True, strength=0.6)),
     "SD, a masked part by dpmpp_2m": (LEAST, "dpmpp_2m", How(image=True, mask=True, strength=0.9)),
@@ -160,6 +162,7 @@ ROWS = {
     "SDXL, a layer less of words": (LEAST_XL | DEEP, "euler", How(negatives=ONE, clip_skip=1)),
     "SDXL, no guidance": (LEAST_XL, "dpmpp_2m", ALONE),
     "SDXL, img2img": (LEAST_XL, "euler", How(negatives=ONE, image=True, strength=0.6)),
+    "SDXL, drawn over at twice the size": (LEAST_XL, "euler", How(negatives=ONE, hires=2, strength=0.6)),
     "SDXL, a masked part": (LEAST_XL, "euler", How(negatives=ONE, image=True, mask=True, strength=0.6)),
     "SDXL, a refiner by euler": (XL, "euler", How(negatives=ONE, refiner=REFINER)),
     "SDXL, a refiner by dpmpp_2m, contrast given back": (

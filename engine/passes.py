@@ -1,0 +1,159 @@
+"""A batch on its way through the programs: from noise to pictures.
+
+Where larger ones are asked for (`Settings.larger`), what was drawn is enlarged, and drawn over at its new
+size from the noise level that a strength says: at the size that it was trained for a model draws the whole
+better, at a larger one what is in it. AUTOMATIC1111's web UI calls that hires fix.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from engine import adapters, controls, edits
+from engine.checking import Checking
+from engine.diffusion import noise, schedules
+from engine.diffusion.samplers import Trace
+from engine.diffusion.segments import chosen_stages
+from engine.enlarging import Enlarging
+from engine.parallel import pad
+from engine.programs import NOTHING, Programs
+from engine.prompting import Prompting
+from engine.requests import Context, Finished, Frames, Request, Settings
+from engine.sizing import Sizing
+from engine.types import Latents
+from engine.ways import grid_of, ways_of
+
+Contexts = Mapping[str, Context]
+Progress = Callable[[int], None] | None
+
+
+class Pass(NamedTuple):
+    """What came of one."""
+
+    start: Latents  # its unit noise
+    final: Latents
+    traces: list[Trace | None]
+    images: jax.Array
+    finite: jax.Array
+    batched: dict[str, Any]  # what steered the model, see `Programs.batched`
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """The programs that a batch goes through."""
+
+    programs: Programs
+    refiner: Programs | None
+    prompting: Prompting
+    sizing: Sizing
+    checking: Checking | None
+    enlarging: Enlarging | None
+
+    def __call__(
+        self,
+        requests: Sequence[Request],
+        contexts: Contexts,
+        settings: Settings,
+        latents: np.ndarray | None = None,
+        frames: int = 0,
+        heat: bool = False,
+        progress: Progress = None,
+    ) -> tuple[Finished, Frames | None, jax.Array | None]:
+        """One batch: what is finished, frames, heat; see `Pipeline.stream`."""
+        devices, traced = self.programs.devices, frames > 0 or heat
+        size = settings.batch_size * devices.count
+        requests = [*requests, *[requests[-1]] * (size - len(requests))]
+        keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
+        start = None if latents is None else devices.shard_batch(pad(latents, size))
+        passes = [self._go(requests, contexts, settings, keys, start, traced, progress)]
+        first = passes[0]
+        heats = None
+        if heat:
+            way, *_ = ways_of(settings, self.programs, self.refiner)
+            heats = devices.gather(self.programs.steering(way, first.traces, first.batched))
+        images, finite = first.images, first.finite
+        if settings.larger:
+            passes.append(self._over(first, requests, contexts, settings.larger, keys, frames > 0, progress))
+            images, finite = passes[-1].images, passes[-1].finite & finite
+        safe = self.checking(images) if self.checking else finite
+        if self.enlarging and not settings.larger:
+            images, finite = self.enlarging(images, finite)
+        finished = devices.gather(Finished(images, finite, safe))
+        return finished, self._frames(passes, frames) if frames else None, heats
+
+    def _over(self, first: Pass, requests, contexts, larger: Settings, keys, traced, progress) -> Pass:
+        """What was drawn, enlarged and drawn over."""
+        images = first.images
+        if self.enlarging:
+            images, _ = self.enlarging(images, first.finite)  # a NaN of it is gone when it is drawn over
+        given = {"image": self.sizing(images, larger.height, larger.width)}
+        return self._go(requests, contexts, larger, noise.larger_keys(keys), None, traced, progress, given)
+
+    def _go(
+        self,
+        requests: Sequence[Request],
+        contexts: Contexts,
+        settings: Settings,
+        keys: noise.Keys,
+        start: jax.Array | None,
+        traced: bool,
+        progress: Progress,
+        given: Mapping[str, Any] | None = None,
+    ) -> Pass:
+        """Through sampler and decoder.
+
+        Args:
+          start: unit noise; None: that of the keys.
+          given: pictures to change, on the devices; None: those of the requests.
+        """
+        programs, devices = self.programs, self.programs.devices
+        beside = [r.given for r in requests]
+        own, shown = devices.shard_batch((edits.pixels(beside), controls.pixels(beside)))
+        given = own if given is None else given
+        shown = tuple(self.sizing(each, settings.height, settings.width) for each in shown)
+        tokens = self.prompting(adapters.pixels(beside, programs.adapters))
+        batched = programs.batched(requests, contexts, settings, keys, given, shown, tokens)
+        if start is None:
+            start = programs.noise(batched, latent_shape(programs, settings))
+        config, sigmas = grid_of(settings, programs.model)
+        way, *more_ways = ways_of(settings, programs, self.refiner)
+        x, traces = programs.sample(way, start, batched, traced, progress)
+        if self.refiner:
+            of_refiner = {prompt: context.refiner for prompt, context in contexts.items()}
+            further = noise.further_keys(keys)
+            told = self.refiner.batched(requests, of_refiner, settings, further, given)
+            x, more = self.refiner.sample(*more_ways, x, told, traced, progress)
+            traces += more
+        final = x * schedules.final_scale(config, sigmas)
+        images, finite = programs.decode(final, given or NOTHING)
+        return Pass(start, final, traces, images, finite, batched)
+
+    def _frames(self, passes: Sequence[Pass], count: int) -> Frames:
+        """`count` stages, evenly spread over the steps of all passes, at the size of the last one."""
+        stages = [sum(trace.x.shape[1] for trace in each.traces if trace) + 1 for each in passes]
+        # Another pass begins with what the one before it ended with.
+        lasts = np.cumsum([stages[0], *(more - 1 for more in stages[1:])]) - 1
+        chosen = np.linspace(0, lasts[-1], count).round().astype(int)
+        passed = np.searchsorted(lasts, chosen)  # the pass that each is of
+        found = []
+        for i, (each, last, own) in enumerate(zip(passes, lasts, stages, strict=True)):
+            places = chosen[passed == i] - last + own - 1
+            for kind in chosen_stages(each.traces, each.start, each.final, places):
+                found.append(self._decoded(kind, *passes[-1].images.shape[1:3]))
+        return Frames(*(np.concatenate(found[kind::2], axis=1) for kind in range(2)))
+
+    def _decoded(self, stages: np.ndarray, height: int, width: int) -> np.ndarray:
+        devices = self.programs.devices
+        places = [devices.shard_batch(x) for x in stages.swapaxes(0, 1)]
+        pictures = [self.sizing(self.programs.decode(x)[0], height, width) for x in places]
+        shape = len(stages), 0, height, width, 3
+        return np.stack([np.asarray(p) for p in pictures], axis=1) if pictures else np.zeros(shape, np.uint8)
+
+
+def latent_shape(programs: Programs, settings: Settings) -> tuple[int, int, int]:
+    """Of one picture's latents."""
+    config = programs.model.vae.config
+    return settings.height // config.scale, settings.width // config.scale, config.latent_channels
