@@ -319,6 +319,19 @@ def test_pictures_are_enlarged_where_they_were_drawn(folder, pipelines, tmp_path
     assert set(kinds) == {"all-gather"}  # of the weights
 
 
+def test_larger_pictures_are_drawn_over_where_the_small_ones_were_drawn(folder, pipelines):
+    larger = {"steps": 2, "hires": 1.5, "hires_strength": 0.5}
+    expected = draw(pipelines["shard_map"], **larger)
+    assert expected.shape == (8, 24, 24, 3)
+    for mode in MODES:
+        np.testing.assert_array_equal(draw(pipelines[mode], **larger), expected, err_msg=mode)
+        for stage in ("sized", "_looked_at", "segment"):
+            text = pipelines[mode].devices.calls[stage].compiled().as_text()
+            assert COLLECTIVES.findall(text) == [], (mode, stage)
+    split = engine.load(folder, parallel=Watched("jit", rules=SPLIT))
+    assert largest_difference(draw(split, **larger), expected) <= 1
+
+
 def test_split_params_come_together_at_each_step_and_not_before_all():
     program = outline.drawing(tiny_model(), Devices("jit", rules=SPLIT), 32, 1)["sampler"]
     text = program.function.lower(*program.arguments).compile().as_text()
