@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from engine.config import told_size
 from engine.models.attention import Read
 from engine.requests import Context, Request, Settings
 from engine.text.reading import NOTHING, PLAIN, Part, Reading, parts, text_of
@@ -176,11 +177,17 @@ def _stacked(contexts: Sequence[Context]) -> Context:
 
 
 def _numbers(model: Model, count: int, settings: Settings) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Of pictures that were never cropped: towards what, and away from what, the U-Net is steered."""
+    """Towards what, and away from what, the U-Net is steered: unless told otherwise, uncropped pictures."""
     if model.text_encoder_2 is None:
         return None, None
-    size = (settings.height, settings.width)
-    ends = ((BEAUTIFUL,), (UGLY,)) if model.scored else (size, size)
-    rows = (np.array([*size, 0, 0, *end], np.float32) for end in ends)
+    own = settings.height, settings.width
+
+    def told(name: str, default: tuple[int, int]) -> tuple[int, int]:
+        return default if (value := getattr(settings, name)) is None else told_size(name, value)
+
+    original, crop, target = told("original_size", own), told("crop_from", (0, 0)), told("target_size", own)
+    ends = ((BEAUTIFUL,), (UGLY,)) if model.scored else (target, target)
+    sizes = original, told("negative_size", original)
+    rows = (np.array([*size, *crop, *end], np.float32) for size, end in zip(sizes, ends, strict=True))
     cond, uncond = (np.tile(row, (count, 1)) for row in rows)
     return cond, uncond

@@ -34,6 +34,10 @@ class OfTheWay(TypedDict, total=False):
     hires: how many times as wide and high the picture is drawn over (engine.passes). None, or 1: it is not.
     hires_strength: 0 to 1, how much of it is forgotten then; None: 0.5.
     hires_steps: of the grid for that, of which it takes the share hires_strength; None: `steps`.
+    original_size, crop_from, target_size: what SDXL is told of the picture: its size before it was scaled
+        and cropped, "WIDTHxHEIGHT", where the crop begins, "LEFT,TOP", and the size behind it. None: the
+        picture's own, and 0,0.
+    negative_size: the same, of what it is steered away from; None: original_size.
     """
 
     refiner_start: float | None
@@ -48,6 +52,10 @@ class OfTheWay(TypedDict, total=False):
     hires: float | None
     hires_strength: float | None
     hires_steps: int | None
+    original_size: str | None
+    crop_from: str | None
+    target_size: str | None
+    negative_size: str | None
 
 
 HIRES_STRENGTH = 0.5  # how much is forgotten of a picture that is drawn over at a larger size
@@ -76,6 +84,10 @@ class Settings:
     hires: float | None = None  # times as wide and high that the picture is drawn over; None, 1: not
     hires_strength: float | None = None  # how much of it is forgotten then; None: HIRES_STRENGTH
     hires_steps: int | None = None  # of the grid for that; None: as many as `steps`
+    original_size: str | None = None  # what SDXL is told of sizes; None: those of the picture
+    crop_from: str | None = None
+    target_size: str | None = None
+    negative_size: str | None = None
 
     @property
     def larger(self) -> "Settings | None":

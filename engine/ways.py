@@ -6,7 +6,7 @@ import numpy as np
 
 from engine import edits
 from engine.conditions import steered_away
-from engine.config import MAX_UPSCALE
+from engine.config import MAX_UPSCALE, TOLD, told_size
 from engine.diffusion import samplers, schedules
 from engine.diffusion.samplers import Sampler
 from engine.diffusion.scheduler_config import SchedulerConfig, for_sampler
@@ -94,8 +94,21 @@ def check_settings(settings: Settings, programs: Programs, refiner: Programs | N
         if side % scale or not scale <= side <= MAX_SIDE:
             good = min(max(round(side / scale), 1) * scale, MAX_SIDE)
             raise UserError(f"{name}={side}: this model makes multiples of {scale}; write {good}")
+    _check_told(settings, programs.model)
     if settings.hires is not None:
         _check_hires(settings, programs, refiner)
+
+
+def _check_told(settings: Settings, model: Model) -> None:
+    """UserError where a model that is told nothing of sizes is told something."""
+    for name in TOLD:
+        if (value := getattr(settings, name)) is None:
+            continue
+        told_size(name, value)
+        if model.text_encoder_2 is None:
+            raise UserError(f"{name}={value}: this model is told nothing of sizes, as SDXL is; leave it out")
+        if model.scored and name == "target_size":
+            raise UserError(f"{name}={value}: SDXL's refiner is told none; leave it out")
 
 
 def _check_hires(settings: Settings, programs: Programs, refiner: Programs | None) -> None:

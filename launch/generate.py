@@ -173,6 +173,15 @@ FLAGS: cli.Groups = {
         "height": ("PIXELS", "without it the size that the model was trained for"),
         "width": ("PIXELS", "likewise"),
     },
+    "What SDXL is told of the picture (without this: that it was neither scaled nor cropped)": {
+        "original_size": ("WxH", "its size before it was, in pixels: larger ones are of finer pictures"),
+        "crop_from": ("X,Y", "the place in it where the crop begins, from the left and from the top"),
+        "target_size": ("WxH", "its size in the end"),
+        "negative_size": (
+            "WxH",
+            "original size of those to steer away from: small ones are of blurred pictures",
+        ),
+    },
     "Larger than the model was trained for": {
         "hires": (
             "N",

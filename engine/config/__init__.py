@@ -8,9 +8,11 @@ from engine.config.drawing import (
     OF_THE_WAY,
     PICTURED,
     SIGHTS,
+    TOLD,
     GenerateConfig,
     JobConfig,
     check_count,
+    told_size,
 )
 from engine.config.finetuning import (
     GIVEN,
@@ -55,6 +57,7 @@ __all__ = [
     "REMATS",
     "SIGHTS",
     "TIME_SAMPLINGS",
+    "TOLD",
     "WEIGHTINGS",
     "WHAT",
     "AutoencoderStage",
@@ -78,4 +81,5 @@ __all__ = [
     "from_json",
     "nearest",
     "to_json",
+    "told_size",
 ]

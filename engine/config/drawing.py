@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,14 +18,19 @@ MAX_TILE = 16384
 MAX_CLIP_SKIP = 99
 MAX_CACHE_INTERVAL = 1000
 MAX_STEPS = 1000
+MAX_TOLD = 65536  # pixels of a side that SDXL is told
 
 SIGHTS = ("edges", "grey", "mosaic")  # what a ControlNet may be shown of a picture: engine.sights
+
+# What SDXL is told of sizes
+TOLD = ("original_size", "crop_from", "target_size", "negative_size")
 
 # Options of `Pipeline.settings` that say what is special on the way from noise to picture; None: nothing.
 OF_THE_WAY = (
     *("refiner_start", "grid", "guidance_start", "guidance_end", "guidance_rescale"),
     *("cache_interval", "merge_tokens", "control_start", "control_end"),
     *("hires", "hires_strength", "hires_steps"),
+    *TOLD,
 )
 
 
@@ -55,6 +61,17 @@ def check_count(of: str, found: int, count: int) -> None:
         raise UserError(f"{one} without a picture to see: write --{option} {','.join(['FILE'] * count)}")
     each = f"{found} {called}s for {count} {one.partition(' ')[2]}s"
     raise UserError(f"{each}: write one for each, with commas between them")
+
+
+def told_size(name: str, value: str) -> tuple[int, int]:
+    """Height and width of WIDTHxHEIGHT, or top and left of LEFT,TOP; UserError where an option is neither."""
+    form, least = (r"(\d+),(\d+)", 0) if name == "crop_from" else (r"(\d+)x(\d+)", 1)
+    found = re.fullmatch(form, value)
+    sides = [int(side) for side in found.groups()] if found else []
+    if not found or not all(least <= side <= MAX_TOLD for side in sides):
+        write = "LEFT,TOP in pixels, such as 0,128" if not least else "WIDTHxHEIGHT, such as 1024x768"
+        raise UserError(f"{name}={value!r}: write {write}; up to {MAX_TOLD}")
+    return sides[1], sides[0]
 
 
 @dataclasses.dataclass
@@ -105,6 +122,11 @@ class GenerateConfig:
     hires: float | None = None  # times as wide and high that the picture is drawn over; None, 1: it is not
     hires_strength: float | None = None  # how much of it is forgotten then; None: 0.5
     hires_steps: int | None = None  # of the grid for that; None: as many as `steps`
+    # What SDXL is told of the size of a picture, see `told_size`; None: that it was never scaled nor cropped
+    original_size: str | None = None  # before it was
+    crop_from: str | None = None  # where the crop begins
+    target_size: str | None = None  # behind it
+    negative_size: str | None = None  # to steer away from; None: the same
     dtype: str = "float32"
     quantize: str = ""  # kernels of the U-Net in 8 bits: int8 or fp8
     parallel: str = "shard_map"
@@ -245,6 +267,9 @@ class GenerateConfig:
                 raise UserError(f"{name}={value} without a larger picture: write --hires 2, too")
         if self.image and self.hires not in (None, 1):
             raise UserError(f"hires={self.hires} with a picture to change: leave one of them out")
+        for name in TOLD:
+            if (value := getattr(self, name)) is not None:
+                told_size(name, value)
         self.loras()
         self.embeddings()
         self.adapter_layers()

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import engine
+from engine import finish
+from engine.conditions import _numbers
 from launch import generate
 from tests.tiny import REFINER, TINY_VAE, XL, tiny_folder
 
@@ -92,3 +95,68 @@ def test_wrong_flags_are_told(models, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     assert not pictures(tmp_path)
+
+
+# ---- what both are told of sizes
+
+
+@pytest.mark.parametrize(
+    ("told", "cond", "uncond"),
+    [
+        ({}, [16, 24, 0, 0, 16, 24], [16, 24, 0, 0, 16, 24]),
+        (
+            {"original_size": "64x32", "crop_from": "5,3"},
+            [32, 64, 3, 5, 16, 24],
+            [32, 64, 3, 5, 16, 24],
+        ),
+        (
+            {"target_size": "8x9", "negative_size": "1x2"},
+            [16, 24, 0, 0, 9, 8],
+            [2, 1, 0, 0, 9, 8],
+        ),
+    ],
+)
+def test_sizes_that_are_told(models, told, cond, uncond):
+    pipe = engine.load(models / "xl")
+    settings = pipe.settings(2, height=16, width=24, **told)
+    for numbers, expected in zip(_numbers(pipe.model, 2, settings), (cond, uncond), strict=True):
+        np.testing.assert_array_equal(numbers, [expected] * 2)
+    refiner = engine.load(models / "refiner")
+    for numbers, expected, score in zip(
+        _numbers(refiner.model, 1, settings), (cond, uncond), (6, 2.5), strict=True
+    ):
+        np.testing.assert_array_equal(numbers, [[*expected[:4], score]])
+
+
+def test_they_change_pictures_which_remember_them(models, tmp_path):
+    told = ["--original_size", "64x32", "--crop_from", "5,3"]
+    assert generate.run(["a red fox", *flags(models, tmp_path / "a"), *told]) == 0
+    assert generate.run(["a red fox", *flags(models, tmp_path / "b")]) == 0
+    ((name, ours),) = pictures(tmp_path / "a").items()
+    assert np.abs(ours - pictures(tmp_path / "b")[name]).max() > 8
+    settings = finish.read_settings(tmp_path / "a" / name)
+    assert (settings["original_size"], settings["crop_from"]) == ("64x32", "5,3")
+    assert generate.run(["--like", str(tmp_path / "a" / name), "--out", str(tmp_path / "c")]) == 0
+    np.testing.assert_array_equal(pictures(tmp_path / "c")[name], ours)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "message"),
+    [
+        ("xl", ["--original_size", "64"], "original_size='64': write WIDTHxHEIGHT, such as 1024x768"),
+        ("xl", ["--target_size", "0x64"], "target_size='0x64': write WIDTHxHEIGHT, such as 1024x768"),
+        ("xl", ["--crop_from", "3x5"], "crop_from='3x5': write LEFT,TOP in pixels, such as 0,128"),
+        ("xl", ["--original_size", "64x99999"], "original_size='64x99999': write WIDTHxHEIGHT"),
+        (
+            "refiner",
+            ["--target_size", "64x64"],
+            "target_size=64x64: SDXL's refiner is told none",
+        ),
+        ("plain", ["--crop_from", "0,0"], "crop_from=0,0: this model is told nothing of sizes, as SDXL is"),
+    ],
+)
+def test_sizes_that_cannot_be_told(models, tmp_path, capsys, model, flags, message):
+    if model == "plain":
+        tiny_folder(models / "plain")
+    assert generate.run(["a red fox", "--model", str(models / model), "--out", str(tmp_path), *flags]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")

@@ -76,6 +76,9 @@ class How(NamedTuple):
     control_start: float | None = None
     control_end: float | None = None
     hires: float | None = None  # with `strength`
+    told: tuple[
+        tuple[int, int], ...
+    ] = ()  # original size, top and left of the crop, target size, negative original
     # (folder) -> what `engine.load` is given beside it, and what does the same to a pipeline of diffusers
     beside: Callable[[pathlib.Path], tuple[dict, Callable]] | None = None
 
@@ -111,6 +114,7 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         given=[Given(*each) for each in zip(*_given(how), _controls(how), strict=True)],
         strength=None if how.hires else how.strength,
         hires=how.hires,
+        **_told_here(how),
         hires_strength=how.strength if how.hires else None,
         refiner_start=how.start if how.refiner else None,
         guidance_end=how.guidance_end,
@@ -134,6 +138,14 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         images, masks = _given(how)
         there = np.where(np.stack(masks)[..., None] == 1, there, np.stack(images))
     return here, there
+
+
+def _told_here(how: How) -> dict[str, str]:
+    if not how.told:
+        return {}
+    (height, width), (top, left), (high, wide), (least_high, least_wide) = how.told
+    sizes = {"original_size": f"{width}x{height}", "target_size": f"{wide}x{high}"}
+    return sizes | {"crop_from": f"{left},{top}", "negative_size": f"{least_wide}x{least_high}"}
 
 
 def draw_in_pytorch(folder: pathlib.Path, latents: np.ndarray, **options: Any) -> np.ndarray:
@@ -220,6 +232,10 @@ def drawn_there(
     words = {"num_inference_steps": how.steps, "guidance_scale": how.scale}
     if how.guidance_rescale is not None:
         words["guidance_rescale"] = how.guidance_rescale
+    if how.told:
+        names = "original_size", "crops_coords_top_left", "target_size", "negative_original_size"
+        words |= dict(zip(names, how.told, strict=True))
+        words |= {f"negative_{name}": words[name] for name in names[1:3]}
     if how.negatives is not None:
         many = isinstance(how.negatives, list) or "XL" not in type(pipeline).__name__
         words["negative_prompt"] = how.negatives if many else [how.negatives] * 2
@@ -254,6 +270,14 @@ def drawn_there(
     else:
         options["latents"] = torch.from_numpy(nchw(start_noise(how)).copy())
         options |= dict(zip(("height", "width"), how.size, strict=True))
+    if how.told:  # of several at once, it tells the negative sizes to some of the prompts
+        latents, negatives = options.pop("latents"), words.pop("negative_prompt")
+        each = zip(PROMPTS, negatives, latents[:, None], strict=True)
+        alone = [
+            pipeline([prompt], negative_prompt=[negative], latents=own, **options, **words).images
+            for prompt, negative, own in each
+        ]
+        return np.round(np.concatenate(alone) * 255).astype(np.uint8)
     if refiner is None:
         return np.round(pipeline(PROMPTS, **options, **words).images * 255).astype(np.uint8)
     options |= {"denoising_end": how.start, "output_type": "latent"}

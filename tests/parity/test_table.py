@@ -163,6 +163,11 @@ ROWS = {
     "SDXL, no guidance": (LEAST_XL, "dpmpp_2m", ALONE),
     "SDXL, img2img": (LEAST_XL, "euler", How(negatives=ONE, image=True, strength=0.6)),
     "SDXL, drawn over at twice the size": (LEAST_XL, "euler", How(negatives=ONE, hires=2, strength=0.6)),
+    "SDXL, told other sizes and a crop": (
+        LEAST_XL,
+        "euler",
+        How(negatives=ONE, told=((40, 24), (3, 5), (30, 16), (7, 9))),
+    ),
     "SDXL, a masked part": (LEAST_XL, "euler", How(negatives=ONE, image=True, mask=True, strength=0.6)),
     "SDXL, a refiner by euler": (XL, "euler", How(negatives=ONE, refiner=REFINER)),
     "SDXL, a refiner by dpmpp_2m, contrast given back": (
