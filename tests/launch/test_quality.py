@@ -13,7 +13,7 @@ from engine import finish
 from engine.evaluate import fid, frechet
 from engine.evaluate import sheet as sheets
 from engine.evaluate.clip_score import ClipScorer
-from launch import cli, evaluate, judging
+from launch import cli, evaluate, judging, quality
 from tests.instruments import random_inception, tiny_clip
 from tests.jobs.s3_server import s3, s3_server  # noqa: F401
 from tests.launch.conftest import ROWS, Outcome
@@ -21,6 +21,11 @@ from tests.tiny import compiled_quickly
 
 SEED, STEPS = 7, 2
 FORMATS = ["files", "webdataset", "arrayrecord", "parquet"]
+
+
+def test_help_names_every_flag():
+    named = {name for group in (*evaluate.FLAGS.values(), *quality.FLAGS.values()) for name in group}
+    assert named == {**evaluate.KINDS, **quality.KINDS}.keys()
 
 
 @pytest.fixture(scope="module")
