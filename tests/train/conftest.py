@@ -1,6 +1,7 @@
 """Training steps, as all that is tiny, are compiled quickly; and runs that are disturbed."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from engine.config import DataConfig, FinetuneConfig, FinetuneStage, OptimConfig
 from engine.loading import use_compilation_cache
-from engine.train import loop
+from engine.train import loop, plot
 from tests.backgrounds import few
 from tests.tiny import SHALLOW, compiled_quickly, tiny_folder
 from tests.train.sharing import shared
@@ -32,6 +33,16 @@ def few_backgrounds():
 @pytest.fixture(scope="module", autouse=True)
 def shared_steps():
     with shared():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plots(request):
+    """Of each stage, in half a second: drawn where that is tested, and where whole models are trained."""
+    if request.module.__name__.rpartition(".")[2] in ("test_progress", "test_own"):
+        yield
+        return
+    with mock.patch.object(plot, "loss_plot", plot.lines_of):
         yield
 
 
