@@ -64,10 +64,8 @@ class Passes:
     ) -> tuple[Finished, Frames | None, jax.Array | None]:
         """One batch: what is finished, frames, heat; see `Pipeline.stream`."""
         devices, traced = self.programs.devices, frames > 0 or heat
-        size = settings.batch_size * devices.count
-        requests = [*requests, *[requests[-1]] * (size - len(requests))]
-        keys = noise.image_keys([r.seed for r in requests], [r.index for r in requests])
-        start = None if latents is None else devices.shard_batch(pad(latents, size))
+        requests, keys = self._filled(requests, settings)
+        start = None if latents is None else devices.shard_batch(pad(latents, len(requests)))
         passes = [self._go(requests, contexts, settings, keys, start, traced, progress)]
         first = passes[0]
         heats = None
@@ -83,6 +81,28 @@ class Passes:
             images, finite = self.enlarging(images, finite)
         finished = devices.gather(Finished(images, finite, safe))
         return finished, self._frames(passes, frames) if frames else None, heats
+
+    def prepare(self, requests: Sequence[Request], settings: Settings, traced: bool) -> None:
+        """Has the compiler begin with the first pass of such a batch, while its words are read.
+
+        Not where how many there are matters, nor where it would look at pictures for it.
+        """
+        if not self.programs.compiling.useful or self.programs.texts.reading.long:
+            return
+        if any(r.given.image is not None or r.given.control or r.given.image_prompt for r in requests):
+            return
+        requests, keys = self._filled(requests, settings)
+        blank = self.programs.texts.blank(len(requests))
+        contexts = {text: blank for r in requests for text in (r.prompt, r.negative_prompt)}
+        batched, start = self._batched(requests, contexts, settings, keys, {}, None)
+        way, *_ = ways_of(settings, self.programs, self.refiner)
+        self.programs.compile_ahead(way, start, batched, traced)
+
+    def _filled(self, requests: Sequence[Request], settings: Settings) -> tuple[list[Request], noise.Keys]:
+        """As many as a batch takes, and the keys of their noise."""
+        size = settings.batch_size * self.programs.devices.count
+        requests = [*requests, *[requests[-1]] * (size - len(requests))]
+        return requests, noise.image_keys([r.seed for r in requests], [r.index for r in requests])
 
     def _over(self, first: Pass, requests, contexts, larger: Settings, keys, traced, progress) -> Pass:
         """What was drawn, enlarged and drawn over."""
@@ -109,15 +129,10 @@ class Passes:
           start: unit noise; None: that of the keys.
           given: pictures to change, on the devices; None: those of the requests.
         """
-        programs, devices = self.programs, self.programs.devices
-        beside = [r.given for r in requests]
-        own, shown = devices.shard_batch((edits.pixels(beside), controls.pixels(beside)))
-        given = own if given is None else given
-        shown = tuple(self.sizing(each, settings.height, settings.width) for each in shown)
-        tokens = self.prompting(adapters.pixels(beside, programs.adapters))
-        batched = programs.batched(requests, contexts, settings, keys, given, shown, tokens)
-        if start is None:
-            start = programs.noise(batched, latent_shape(programs, settings))
+        programs = self.programs
+        if given is None:
+            given = programs.devices.shard_batch(edits.pixels([r.given for r in requests]))
+        batched, start = self._batched(requests, contexts, settings, keys, given, start)
         config, sigmas = grid_of(settings, programs.model)
         way, *more_ways = ways_of(settings, programs, self.refiner)
         x, traces = programs.sample(way, start, batched, traced, progress)
@@ -130,6 +145,15 @@ class Passes:
         final = x * schedules.final_scale(config, sigmas)
         images, finite = programs.decode(final, given or NOTHING)
         return Pass(start, final, traces, images, finite, batched)
+
+    def _batched(self, requests, contexts, settings, keys, given, start) -> tuple[dict[str, Any], jax.Array]:
+        """What differs from picture to picture, and the noise that each begins with, as in `_go`."""
+        programs, beside = self.programs, [r.given for r in requests]
+        shown = programs.devices.shard_batch(controls.pixels(beside))
+        shown = tuple(self.sizing(each, settings.height, settings.width) for each in shown)
+        tokens = self.prompting(adapters.pixels(beside, programs.adapters))
+        batched = programs.batched(requests, contexts, settings, keys, given, shown, tokens)
+        return batched, programs.noise(batched, latent_shape(programs, settings)) if start is None else start
 
     def _frames(self, passes: Sequence[Pass], count: int) -> Frames:
         """`count` stages, evenly spread over the steps of all passes, at the size of the last one."""

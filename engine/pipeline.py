@@ -219,13 +219,14 @@ class Pipeline:
         self.check_given(given, settings)
         if heat:
             check_heat(settings, self.programs, self.refiner)
-        contexts = self.encode([*prompts, *negatives, *self.beside], settings.batch_size)
         batches = self.batches(prompts, negatives, settings)
         indices = range(first_index, first_index + len(prompts))
         requests = [
             Request(prompt, negative, seed, index, settings.guidance_scale, each, image_guidance_scale)
             for prompt, negative, index, each in zip(prompts, negatives, indices, given, strict=True)
         ]
+        self._passes.prepare([requests[i] for i in batches[0]], settings, frames > 0 or heat)
+        contexts = self.encode([*prompts, *negatives, *self.beside], settings.batch_size)
         for batch in batches:
             first, rows = batch.start, slice(batch.start, batch.stop)
             start = None if latents is None else latents[rows]

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from engine import adapters, conditions, controls, edits
+from engine.compiling import Compiling
 from engine.diffusion import caching, guidance, noise, samplers, schedules
 from engine.diffusion.parameterization import denoiser
 from engine.diffusion.scheduler_config import for_sampler
@@ -74,6 +75,7 @@ class Programs:
         self.segment_program = functools.cache(self._build_segment)
         self.steering_program = functools.cache(self._build_steering)
         self._noise = functools.cache(self._build_noise)
+        self.compiling, self._begun = Compiling(devices), set()
 
     def of(self, model: Model) -> "Programs":
         """The same, compiled as they are, for a model that differs in its params alone."""
@@ -134,22 +136,12 @@ class Programs:
         Args:
           x: unit noise, or if the way is not from noise the latents where another model stopped.
         """
-        small = {
-            "sigmas": jnp.asarray(way.sigmas),
-            "initial_scale": jnp.float32(way.initial_scale),
-            "anew": jnp.float32(way.anew),
-        }
-        if way.kind.in_part:
-            small["within"] = jnp.float32(way.within)
-        if way.kind.rescaled:
-            small["rescale"] = jnp.float32(way.rescale)
-        if way.fresh is not None:
-            small["fresh"] = jnp.asarray(way.fresh)
-        shared = self._shared(way, small)
+        self.compile_ahead(way, x, batched, traced)
+        shared, length = self._shared(way), segment_length(way.steps)
+        segment = self.segment_program(way.kind, length, traced)
         state, told = self.begin_program(way.kind, way.from_noise)(shared, {**batched, "x": x})
         batched = {**batched, **told}
-        length = segment_length(way.steps)
-        segment = self.segment_program(way.kind, length, traced)
+        self.compiling.wait(segment)
         traces = []
         for first in range(0, way.steps, length):
             shared["first"] = self.devices.share(jnp.int32(first))
@@ -159,6 +151,20 @@ class Programs:
                 jax.block_until_ready(state.carry.x)
                 progress(length)
         return state.carry.x, traces
+
+    def compile_ahead(self, way: Way, x: jax.Array, batched: Mapping[str, Any], traced: bool = False) -> None:
+        """Has the compiler begin with the programs of `sample`, for arguments like these, and of `decode`."""
+        length = segment_length(way.steps)
+        known = way.kind, way.from_noise, length, traced, x.shape, batched["cond"].context.words.shape
+        if not self.compiling.useful or known in self._begun:
+            return
+        self._begun.add(known)
+        shared = self._shared(way)
+        state, told = self.begin_program(way.kind, way.from_noise).eval_shape(shared, {**batched, "x": x})
+        shared["first"] = jax.ShapeDtypeStruct((), jnp.int32)
+        segment = self.segment_program(way.kind, length, traced)
+        self.compiling.begin(segment, shared, {**batched, **told, "state": state})
+        self.compiling.begin(self.decoder_program, self.model.vae.params, x)
 
     def steering(
         self, way: Way, traces: Sequence[samplers.Trace], batched: Mapping[str, Any]
@@ -171,11 +177,22 @@ class Programs:
         before, chosen = samplers.find(way.sampler).steps_before, watched(way)
         x = np.concatenate(self.devices.fetch([trace.x for trace in traces]), axis=1)
         stages = self.devices.shard_batch(x[:, [before(i) - 1 for i in chosen]])
-        shared = self._shared(way, {"levels": jnp.asarray(way.sigmas[chosen])})
+        shared = self._shared(way, levels=jnp.asarray(way.sigmas[chosen]))
         return self.steering_program(way.kind)(shared, {**batched, "stages": stages})
 
-    def _shared(self, way: Way, small: dict[str, jax.Array]) -> dict[str, Any]:
+    def _shared(self, way: Way, **small: jax.Array) -> dict[str, Any]:
         """What all devices have: the networks, and beside them a few numbers."""
+        small |= {
+            "sigmas": jnp.asarray(way.sigmas),
+            "initial_scale": jnp.float32(way.initial_scale),
+            "anew": jnp.float32(way.anew),
+        }
+        if way.kind.in_part:
+            small["within"] = jnp.float32(way.within)
+        if way.kind.rescaled:
+            small["rescale"] = jnp.float32(way.rescale)
+        if way.fresh is not None:
+            small["fresh"] = jnp.asarray(way.fresh)
         found = {"unet": self.model.unet.params}
         if self.nets:
             small = small | {"net_scales": jnp.float32([net.scale for net in self.nets])}
@@ -193,6 +210,7 @@ class Programs:
 
     def decode(self, latents: jax.Array, given: Mapping[str, Any] = NOTHING) -> tuple[Any, Any]:
         """Pictures (uint8), pasted into the given ones where a mask says so, and which of them are finite."""
+        self.compiling.wait(self.decoder_program)
         images, finite = self.decoder_program(self.model.vae.params, latents)
         if "mask" in given:
             images = self.paste_program((), (images, given))

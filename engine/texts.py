@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from engine import conditions
 from engine.parallel import Devices, pad
@@ -39,6 +40,12 @@ class Texts:
         parts += [conditions.empty(part) for part in parts if conditions.has_weights(part)]
         contexts = self._said(list(dict.fromkeys(map(conditions.key_of, parts))), size)
         return {prompt: conditions.joined(self._model, each, contexts) for prompt, each in read.items()}
+
+    def blank(self, size: int) -> Context:
+        """What `encode` gives of a prompt in batches of `size`, of zeros: nothing is computed."""
+        ids, params = conditions.ids_of(self._model, [""] * size), conditions.params_of(self._model)
+        found = self.program.eval_shape(params, self._devices.shard_batch(ids))
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), found)
 
     def length(self, prompt: str, negative_prompt: str, guidance_scale: float) -> int:
         """In how many parts the two are read, the longer one if both are."""

@@ -35,6 +35,7 @@ class Watched(Devices):
             self.calls[f.__name__] = (mapped, (shared, batched))
             return mapped(shared, batched)
 
+        run.lower, run.eval_shape = mapped.lower, mapped.eval_shape
         return run
 
     def temporaries(self) -> dict[str, int]:

@@ -27,7 +27,7 @@ LAYERS = [
     ["engine.weights"],
     [
         *("engine.conditions", "engine.edits", "engine.controls", "engine.adapters", "engine.way"),
-        *("engine.parts", "engine.sizing"),
+        *("engine.parts", "engine.sizing", "engine.compiling"),
     ],
     ["engine.texts"],
     ["engine.programs"],

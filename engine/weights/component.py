@@ -88,13 +88,30 @@ def load_component(
     Raises:
       UserError: anything missing, broken, unexpected or of another shape; all such keys in one line.
     """
+    return outlined(folder, kind, dtype, variant, place, changes)()
+
+
+def outlined(
+    folder: str | Path,
+    kind: str,
+    dtype: DTypeLike = jnp.float32,
+    variant: str | None = None,
+    place: Place | None = None,
+    changes: Sequence[Change] = (),
+) -> Callable[[], Component]:
+    """`load_component` in two: all that can be missing or of another shape is told now, and what it gives
+    reads the model. That is no work of Python's, so that another can be outlined beside it.
+    """
     folder, dtype = Path(folder), as_dtype(dtype)
     config = read_config(folder / "config.json", kind)
     graphdef, shapes = abstract(kind, config)
     weights = find_weights(folder, KNOWN[kind].stem, variant)
     sources = match(kind, shapes, read_headers(weights), f"{weights} does not fit {folder / 'config.json'}")
-    params = read_params(kind, shapes, sources, dtype, place, changes)
-    return Component(kind, config, graphdef, params)
+
+    def read() -> Component:
+        return Component(kind, config, graphdef, read_params(kind, shapes, sources, dtype, place, changes))
+
+    return read
 
 
 def read_params(

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,7 +31,7 @@ from engine.weights.component import (
     Change,
     Component,
     Place,
-    load_component,
+    outlined,
     read_config,
     write_component,
 )
@@ -131,10 +132,13 @@ def load_folder(
     check_parts_fit(configs, tokenizers, folder)
     if clip_skip:
         _check_clip_skip(clip_skip, {kind: configs[kind] for kind in texts})
-    parts = {
-        kind: there.get(kind) or load_component(folder / kind, kind, dtype, variant, place, changes)
-        for kind in configs
-    }
+    with ThreadPoolExecutor(1, "reading") as reader:  # one after the other, each with threads of its own
+        reading = {
+            kind: reader.submit(outlined(folder / kind, kind, dtype, variant, place, changes))
+            for kind in configs
+            if kind not in there
+        }
+    parts = {kind: there.get(kind) or reading[kind].result() for kind in configs}
     readers = {name: tokenizers.get(kind) for kind, name in TOKENIZERS.items()}
     whole = dict.fromkeys(index.PARTS) | parts
     model = Model(**whole, **readers, scheduler=scheduler, zeros=found.zeros, clip_skip=clip_skip)

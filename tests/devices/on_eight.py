@@ -84,6 +84,7 @@ class Watched(Devices):
             self.calls[f.__name__] = Call(mapped, (shared, batched), result)
             return result
 
+        run.lower, run.eval_shape = mapped.lower, getattr(mapped, "eval_shape", None)  # pmap has none
         return run
 
 
