@@ -22,7 +22,7 @@ class Compiling:
         self.useful = devices.alone and devices.mode != "pmap"
         self._devices = devices
         self._threads = ThreadPoolExecutor(THREADS, "compiling")
-        self._under_way: dict[Callable, Future] = {}
+        self._under_way: dict[Callable, list[Future]] = {}
 
     def begin(self, program: Any, shared: Any, batched: Any) -> None:
         """Has a program of `Devices.map` compiled for arguments like these: arrays, or shapes of them.
@@ -32,12 +32,11 @@ class Compiling:
         if self.useful:
             whole, split = self._devices.whole_sharding, self._devices.batch_sharding
             lowered = program.lower(_placed(shared, whole), _placed(batched, split))
-            self._under_way[program] = self._threads.submit(lowered.compile)
+            self._under_way.setdefault(program, []).append(self._threads.submit(lowered.compile))
 
     def wait(self, program: Any) -> None:
         """Waits for it, if it was begun: or it would be compiled twice. What went wrong its call tells."""
-        if (begun := self._under_way.pop(program, None)) is not None:
-            wait([begun])
+        wait(self._under_way.pop(program, []))
 
 
 def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:

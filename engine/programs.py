@@ -164,7 +164,8 @@ class Programs:
         shared["first"] = jax.ShapeDtypeStruct((), jnp.int32)
         segment = self.segment_program(way.kind, length, traced)
         self.compiling.begin(segment, shared, {**batched, **told, "state": state})
-        self.compiling.begin(self.decoder_program, self.model.vae.params, x)
+        if way.from_noise:  # what a refiner makes the model before it decodes
+            self.compiling.begin(self.decoder_program, self.model.vae.params, x)
 
     def steering(
         self, way: Way, traces: Sequence[samplers.Trace], batched: Mapping[str, Any]
