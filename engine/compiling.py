@@ -4,7 +4,7 @@ Both are the compiler's work, not Python's: while it goes on, the next program c
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,11 +18,13 @@ class Compiling:
     """What is under way for some devices. Calls are as they were; they only find what is there already."""
 
     def __init__(self, devices: Devices):
-        # Processes that draw together compile in one order; pmap does not share what was compiled ahead.
-        self.useful = devices.alone and devices.mode != "pmap"
+        # Processes that draw together compile in one order. What is compiled ahead pmap does not find, nor a
+        # call that is profiled for its compiler.
+        profiled = getattr(jax.config, "jax_enable_pgle", False)
+        self.useful = devices.alone and devices.mode != "pmap" and not profiled
         self._devices = devices
         self._threads = ThreadPoolExecutor(THREADS, "compiling")
-        self._under_way: dict[Callable, list[Future]] = {}
+        self._under_way: dict[Callable, Future] = {}
 
     def begin(self, program: Any, shared: Any, batched: Any) -> None:
         """Has a program of `Devices.map` compiled for arguments like these: arrays, or shapes of them.
@@ -30,13 +32,23 @@ class Compiling:
         Shapes in `shared` are of what `Devices.share` gives, and in `batched` of what such programs give.
         """
         if self.useful:
-            whole, split = self._devices.whole_sharding, self._devices.batch_sharding
-            lowered = program.lower(_placed(shared, whole), _placed(batched, split))
-            self._under_way.setdefault(program, []).append(self._threads.submit(lowered.compile))
+            devices = self._devices
+            whole, split = devices.whole_sharding, devices.batch_sharding
+            # What shard_map gives on one device is not split, as JAX says it.
+            given = whole if devices.count == 1 and devices.mode == "shard_map" else split
+            lowered = program.lower(_placed(shared, whole), _placed(batched, given))
+            self._under_way[program] = self._threads.submit(lowered.compile)
 
     def wait(self, program: Any) -> None:
-        """Waits for it, if it was begun: or it would be compiled twice. What went wrong its call tells."""
-        wait(self._under_way.pop(program, []))
+        """Waits for what was begun last of it: within JAX's contexts a call would compile it once more.
+
+        Raises:
+          jax.errors.JaxRuntimeError: the compiler's, such as that memory does not suffice.
+        """
+        if (begun := self._under_way.pop(program, None)) is not None:
+            error = begun.exception()
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise error  # all else the call will meet, or not
 
 
 def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -45,6 +57,6 @@ def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     def placed(leaf: Any) -> Any:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type)
 
     return jax.tree.map(placed, tree)

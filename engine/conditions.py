@@ -183,7 +183,7 @@ def _numbers(model: Model, count: int, settings: Settings) -> tuple[np.ndarray |
     own = settings.height, settings.width
 
     def told(name: str, default: tuple[int, int]) -> tuple[int, int]:
-        return default if (value := getattr(settings, name)) is None else told_size(name, value)
+        return told_size(name, value) if (value := getattr(settings, name)) else default
 
     original, crop, target = told("original_size", own), told("crop_from", (0, 0)), told("target_size", own)
     ends = ((BEAUTIFUL,), (UGLY,)) if model.scored else (target, target)

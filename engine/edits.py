@@ -57,7 +57,7 @@ def checked(given: Sequence[Given], made: str, settings: Settings) -> None:
         raise UserError("some prompts have a picture and others have none: draw them one after the other")
     if edits and settings.larger:
         why = f"hires={settings.hires} is for pictures that are drawn from noise alone, not from a given one"
-        raise UserError(f"{why}: leave one of them out")
+        raise UserError(f"{why}: leave one of them out, or write --hires 1")
     if not edits:
         if any(each.mask is not None for each in given):
             raise UserError("a mask without a picture: give its image, too")

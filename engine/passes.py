@@ -38,7 +38,7 @@ class Pass(NamedTuple):
     traces: list[Trace | None]
     images: jax.Array
     finite: jax.Array
-    batched: dict[str, Any]  # what steered the model, see `Programs.batched`
+    watched: tuple  # what `Programs.steering` takes of the model's part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +63,19 @@ class Passes:
         progress: Progress = None,
     ) -> tuple[Finished, Frames | None, jax.Array | None]:
         """One batch: what is finished, frames, heat; see `Pipeline.stream`."""
-        devices, traced = self.programs.devices, frames > 0 or heat
+        devices = self.programs.devices
         requests, keys = self._filled(requests, settings)
         start = None if latents is None else devices.shard_batch(pad(latents, len(requests)))
-        passes = [self._go(requests, contexts, settings, keys, start, traced, progress)]
+        passes = [self._go(requests, contexts, settings, keys, start, frames > 0, heat, progress)]
         first = passes[0]
         heats = None
         if heat:
-            way, *_ = ways_of(settings, self.programs, self.refiner)
-            heats = devices.gather(self.programs.steering(way, first.traces, first.batched))
+            heats = devices.gather(self.programs.steering(*first.watched))
         images, finite = first.images, first.finite
         if settings.larger:
-            passes.append(self._over(first, requests, contexts, settings.larger, keys, frames > 0, progress))
+            if self.enlarging:
+                images, finite = self.enlarging(images, finite)
+            passes.append(self._over(images, requests, contexts, settings.larger, keys, frames > 0, progress))
             images, finite = passes[-1].images, passes[-1].finite & finite
         safe = self.checking(images) if self.checking else finite
         if self.enlarging and not settings.larger:
@@ -87,16 +88,19 @@ class Passes:
 
         Not where how many there are matters, nor where it would look at pictures for it.
         """
-        if not self.programs.compiling.useful or self.programs.texts.reading.long:
+        programs, asked = self.programs, (settings, traced)
+        if not programs.compiling.useful or programs.texts.reading.long or asked in programs.prepared:
             return
         if any(r.given.image is not None or r.given.control or r.given.image_prompt for r in requests):
             return
+        programs.prepared.add(asked)
         requests, keys = self._filled(requests, settings)
-        blank = self.programs.texts.blank(len(requests))
+        blank = programs.texts.blank(len(requests))
         contexts = {text: blank for r in requests for text in (r.prompt, r.negative_prompt)}
-        batched, start = self._batched(requests, contexts, settings, keys, {}, None)
-        way, *_ = ways_of(settings, self.programs, self.refiner)
-        self.programs.compile_ahead(way, start, batched, traced)
+        start = jax.ShapeDtypeStruct((len(requests), *latent_shape(programs, settings)), np.float32)
+        batched, _ = self._batched(requests, contexts, settings, keys, {}, start)
+        way, *_ = ways_of(settings, programs, self.refiner)
+        programs.compile_ahead(way, start, batched, traced)
 
     def _filled(self, requests: Sequence[Request], settings: Settings) -> tuple[list[Request], noise.Keys]:
         """As many as a batch takes, and the keys of their noise."""
@@ -104,13 +108,12 @@ class Passes:
         requests = [*requests, *[requests[-1]] * (size - len(requests))]
         return requests, noise.image_keys([r.seed for r in requests], [r.index for r in requests])
 
-    def _over(self, first: Pass, requests, contexts, larger: Settings, keys, traced, progress) -> Pass:
+    def _over(self, images, requests, contexts, larger: Settings, keys, framed, progress) -> Pass:
         """What was drawn, enlarged and drawn over."""
-        images = first.images
-        if self.enlarging:
-            images, _ = self.enlarging(images, first.finite)  # a NaN of it is gone when it is drawn over
         given = {"image": self.sizing(images, larger.height, larger.width)}
-        return self._go(requests, contexts, larger, noise.larger_keys(keys), None, traced, progress, given)
+        return self._go(
+            requests, contexts, larger, noise.larger_keys(keys), None, framed, False, progress, given
+        )
 
     def _go(
         self,
@@ -119,7 +122,8 @@ class Passes:
         settings: Settings,
         keys: noise.Keys,
         start: jax.Array | None,
-        traced: bool,
+        framed: bool,
+        heat: bool,
         progress: Progress,
         given: Mapping[str, Any] | None = None,
     ) -> Pass:
@@ -127,6 +131,7 @@ class Passes:
 
         Args:
           start: unit noise; None: that of the keys.
+          framed, heat: whether stages are to be shown, and which word steered what.
           given: pictures to change, on the devices; None: those of the requests.
         """
         programs = self.programs
@@ -135,18 +140,21 @@ class Passes:
         batched, start = self._batched(requests, contexts, settings, keys, given, start)
         config, sigmas = grid_of(settings, programs.model)
         way, *more_ways = ways_of(settings, programs, self.refiner)
-        x, traces = programs.sample(way, start, batched, traced, progress)
+        x, traces = programs.sample(way, start, batched, framed or heat, progress)
+        watched = way, tuple(traces), batched
         if self.refiner:
             of_refiner = {prompt: context.refiner for prompt, context in contexts.items()}
             further = noise.further_keys(keys)
-            told = self.refiner.batched(requests, of_refiner, settings, further, given)
-            x, more = self.refiner.sample(*more_ways, x, told, traced, progress)
+            # A picture to change says nothing more on its part of the way, but for what a mask keeps.
+            seen = given if "mask" in given or self.refiner.made_for != edits.WORDS else {}
+            told = self.refiner.batched(requests, of_refiner, settings, further, seen)
+            x, more = self.refiner.sample(*more_ways, x, told, framed, progress)
             traces += more
         final = x * schedules.final_scale(config, sigmas)
         images, finite = programs.decode(final, given or NOTHING)
-        return Pass(start, final, traces, images, finite, batched)
+        return Pass(start, final, traces, images, finite, watched)
 
-    def _batched(self, requests, contexts, settings, keys, given, start) -> tuple[dict[str, Any], jax.Array]:
+    def _batched(self, requests, contexts, settings, keys, given, start) -> tuple[dict[str, Any], Any]:
         """What differs from picture to picture, and the noise that each begins with, as in `_go`."""
         programs, beside = self.programs, [r.given for r in requests]
         shown = programs.devices.shard_batch(controls.pixels(beside))

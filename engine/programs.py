@@ -76,6 +76,7 @@ class Programs:
         self.steering_program = functools.cache(self._build_steering)
         self._noise = functools.cache(self._build_noise)
         self.compiling, self._begun = Compiling(devices), set()
+        self.prepared: set[Any] = set()  # see engine.passes
 
     def of(self, model: Model) -> "Programs":
         """The same, compiled as they are, for a model that differs in its params alone."""
@@ -152,10 +153,11 @@ class Programs:
                 progress(length)
         return state.carry.x, traces
 
-    def compile_ahead(self, way: Way, x: jax.Array, batched: Mapping[str, Any], traced: bool = False) -> None:
+    def compile_ahead(self, way: Way, x: Any, batched: Mapping[str, Any], traced: bool = False) -> None:
         """Has the compiler begin with the programs of `sample`, for arguments like these, and of `decode`."""
         length = segment_length(way.steps)
-        known = way.kind, way.from_noise, length, traced, x.shape, batched["cond"].context.words.shape
+        sizes = x.shape, batched["cond"].context.words.shape, len(way.sigmas), tuple(sorted(batched))
+        known = way.kind, way.from_noise, length, traced, sizes
         if not self.compiling.useful or known in self._begun:
             return
         self._begun.add(known)

@@ -6,7 +6,7 @@ import numpy as np
 
 from engine import edits
 from engine.conditions import steered_away
-from engine.config import MAX_UPSCALE, TOLD, told_size
+from engine.config import MAX_UPSCALE, TOLD, check_hires, told_size
 from engine.diffusion import samplers, schedules
 from engine.diffusion.samplers import Sampler
 from engine.diffusion.scheduler_config import SchedulerConfig, for_sampler
@@ -95,6 +95,7 @@ def check_settings(settings: Settings, programs: Programs, refiner: Programs | N
             good = min(max(round(side / scale), 1) * scale, MAX_SIDE)
             raise UserError(f"{name}={side}: this model makes multiples of {scale}; write {good}")
     _check_told(settings, programs.model)
+    check_hires(settings)
     if settings.hires is not None:
         _check_hires(settings, programs, refiner)
 
@@ -102,7 +103,7 @@ def check_settings(settings: Settings, programs: Programs, refiner: Programs | N
 def _check_told(settings: Settings, model: Model) -> None:
     """UserError where a model that is told nothing of sizes is told something."""
     for name in TOLD:
-        if (value := getattr(settings, name)) is None:
+        if not (value := getattr(settings, name)):
             continue
         told_size(name, value)
         if model.text_encoder_2 is None:
@@ -128,10 +129,13 @@ def _check_hires(settings: Settings, programs: Programs, refiner: Programs | Non
         )
     try:
         grid_of(larger, programs.model)
-        edits.check_strength(larger, "hires_strength")
+    except UserError as error:  # the first pass's is fine: it is of the steps
+        raise UserError(f"hires_{error}") from None
+    edits.check_strength(larger, "hires_strength")
+    try:
         ways_of(larger, programs, refiner)
     except UserError as error:
-        raise UserError(f"hires={settings.hires}: {error}") from None
+        raise UserError(f"hires={settings.hires}: {error}, or a larger hires_strength") from None
 
 
 def check_refiner_start(given: float | None, refined: bool) -> float | None:

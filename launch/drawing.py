@@ -35,7 +35,7 @@ WHAT |= {
 }
 FOLDERS = ("decoder", "refiner", "controlnet", "image_encoder", "safety_checker")
 # Flags by which other pixels of the same file are seen, or other files.
-_SIZES = ("height", "width", "model", "image")
+_SIZES = ("height", "width", "model", "image", "hires")
 MADE_OTHERWISE_BY = dict.fromkeys(("image", "mask", "control_image"), _SIZES)
 MADE_OTHERWISE_BY |= {"image_encoder": ("ip_adapter", "model")}
 MADE_OTHERWISE_BY |= {"image_prompt": ("ip_adapter", "image_encoder", "model")}
@@ -141,7 +141,8 @@ def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:
     settings = plan.settings
     steps = pipe.steps_of(settings)
     half = settings.batch_size // 2
-    smaller = f"--batch_size {half}" if half else "--tile 512, or a smaller --height and --width"
+    lower = "--hires" if settings.larger else "--height and --width"
+    smaller = f"--batch_size {half}" if half else f"--tile 512, or a smaller {lower}"
     if plan.config.upscaler and not plan.config.tile:  # it takes one picture after another, of any batch
         smaller = f"--tile 512, or {smaller.removeprefix('--tile 512, or ')}"
     progress = Progress([len(batch) for batch in pictures.batches(plan, pipe)], steps)

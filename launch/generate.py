@@ -230,7 +230,8 @@ FLAGS: cli.Groups = {
         "upscaler": (
             "FILE",
             "enlarge them on the devices by a network made for it: the .safetensors of an ESRGAN, a\n"
-            "Real-ESRGAN or a compact one. Its own factor decides, unless --upscale says another",
+            "Real-ESRGAN or a compact one. Its own factor decides, unless --upscale says\n"
+            "another, or --hires",
         ),
         "frames": ("N", "beside each picture a strip of N stages from static to picture"),
         "animate": ("", "beside each picture an animated WebP of its stages"),

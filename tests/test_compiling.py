@@ -2,6 +2,7 @@
 
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -89,3 +90,33 @@ def test_what_fails_in_a_thread_is_compiled_where_it_is_called(folder, monkeypat
     plain = kind.submit
     monkeypatch.setattr(kind, "submit", lambda self, given: submit(self, given))
     np.testing.assert_array_equal(draw(pipe), expected)
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "jit"])
+def test_once_within_what_jax_keeps_for_a_thread(folder, mode):
+    """Where a call waits for what was begun: what the thread compiles is found in another context, too."""
+    before = COMPILED.copy()
+    with jax.default_matmul_precision("highest"):
+        draw(engine.load(folder, parallel=mode))
+    assert {name: (COMPILED - before)[name] for name in AHEAD} == dict.fromkeys(AHEAD, 1)
+
+
+def test_what_the_compiler_says_is_told(folder, monkeypatch):
+    def fail(self):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    pipe = engine.load(folder)
+    kind = type(pipe.programs.compiling._threads)
+    plain = kind.submit
+    monkeypatch.setattr(kind, "submit", lambda self, given: plain(self, fail, None))
+    before = COMPILED.copy()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        draw(pipe)
+    assert (COMPILED - before)["jit(segment)"] == 0
+
+
+def test_what_is_compiled_already_is_not_prepared_again(folder, told, monkeypatch):
+    pipe = engine.load(folder)
+    draw(pipe)
+    monkeypatch.setattr(Texts, "blank", None)  # to be called again
+    draw(pipe, seed=8)

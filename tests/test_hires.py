@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 import engine
 from engine.diffusion import noise
@@ -11,7 +12,7 @@ from engine.requests import Given, Settings
 from engine.types import UserError
 from tests.compiled import COMPILED
 from tests.tiny import REFINER, XL, shallow, tiny_controlnet, tiny_folder
-from tests.upscalers import tiny_upscaler
+from tests.upscalers import Compact, randomised, tiny_upscaler
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -180,7 +181,8 @@ PICTURE = Given(np.zeros((16, 16, 3), np.uint8))
         ({"hires": 2, "hires_strength": 0.0}, "hires_strength=0.0: write a number above 0 and up to 1"),
         ({"hires": 2, "hires_strength": 1.5}, "hires_strength=1.5: write a number above 0"),
         ({"hires": 2, "hires_strength": 0.2}, "hires_strength=0.2 takes none of 4 steps: write 0.25 or more"),
-        ({"hires": 2, "hires_steps": 0}, "hires=2: steps=0 is out of range; write 1 to 1000"),
+        ({"hires": 2, "hires_steps": 0}, "hires_steps=0 is out of range; write 1 to 1000"),
+        ({"hires_steps": 3}, "hires_steps=3 without a larger picture: write --hires 2, too"),
         ({"hires": 16, "height": 2048}, "hires=16 makes 256 x 32768 pixels of 16 x 2048; this model makes"),
         ({"hires": 2, "given": [PICTURE] * 3}, "hires=2 is for pictures that are drawn from noise alone"),
     ],
@@ -195,3 +197,11 @@ def test_a_model_that_changes_pictures_has_nothing_to_begin_with(tmp_path):
     pipe = engine.load(tiny_folder(tmp_path / "model", **shallow({"unet": {"in_channels": 8}})))
     with pytest.raises(UserError, match="this model changes pictures, and there is none"):
         draw(pipe, **HIRES)
+
+
+def test_what_an_upscaler_spoils_is_told(folder, tmp_path):
+    state = randomised(Compact()).state_dict()
+    state["body.0.bias"][0] = np.nan
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(FloatingPointError, match=r"index \[0, 1, 2\] of seed 7"):
+        draw(engine.load(folder, upscaler=tmp_path / "nan.safetensors"), **HIRES)

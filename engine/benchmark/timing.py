@@ -1,18 +1,20 @@
 """Times of things that are done again and again, one beside the other."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-_compiled: list[float] = []  # seconds of each program
+_compiled: list[tuple[float, float]] = []  # when each program's compilation began and ended
 
 
 def _note(event: str, seconds: float, **_: Any) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
-        _compiled.append(seconds)
+        now = time.perf_counter()
+        _compiled.append((now - seconds, now))
 
 
 jax.monitoring.register_event_duration_secs_listener(_note)
@@ -22,14 +24,23 @@ class First(NamedTuple):
     """Of the first call."""
 
     seconds: float  # all of it
-    compiling: float  # in XLA, the sum over its programs, some of which it compiles at the same time
+    compiling: float  # of these, those in which XLA compiled something
 
 
 def first_call(call: Callable[[], Any]) -> First:
     """Calls what has not been compiled yet, and waits for it."""
     before, start = len(_compiled), time.perf_counter()
     call()
-    return First(time.perf_counter() - start, sum(_compiled[before:]))
+    return First(time.perf_counter() - start, _covered(_compiled[before:]))
+
+
+def _covered(stretches: Sequence[tuple[float, float]]) -> float:
+    """Seconds in some of these stretches, which may overlap."""
+    seconds, until = 0.0, -math.inf
+    for start, end in sorted(stretches):
+        seconds += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return seconds
 
 
 def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

@@ -12,6 +12,7 @@ from engine.config.drawing import (
     GenerateConfig,
     JobConfig,
     check_count,
+    check_hires,
     told_size,
 )
 from engine.config.finetuning import (
@@ -78,6 +79,7 @@ __all__ = [
     "TrainConfig",
     "WordsStage",
     "check_count",
+    "check_hires",
     "from_json",
     "nearest",
     "to_json",

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.config.reader import nearest
 from engine.errors import UserError
@@ -63,15 +63,22 @@ def check_count(of: str, found: int, count: int) -> None:
     raise UserError(f"{each}: write one for each, with commas between them")
 
 
-def told_size(name: str, value: str) -> tuple[int, int]:
+def told_size(name: str, value: object) -> tuple[int, int]:
     """Height and width of WIDTHxHEIGHT, or top and left of LEFT,TOP; UserError where an option is neither."""
-    form, least = (r"(\d+),(\d+)", 0) if name == "crop_from" else (r"(\d+)x(\d+)", 1)
-    found = re.fullmatch(form, value)
+    form, least = (r"(\d{1,5}),(\d{1,5})", 0) if name == "crop_from" else (r"(\d{1,5})x(\d{1,5})", 1)
+    found = re.fullmatch(form, value) if isinstance(value, str) else None
     sides = [int(side) for side in found.groups()] if found else []
     if not found or not all(least <= side <= MAX_TOLD for side in sides):
         write = "LEFT,TOP in pixels, such as 0,128" if not least else "WIDTHxHEIGHT, such as 1024x768"
         raise UserError(f"{name}={value!r}: write {write}; up to {MAX_TOLD}")
     return sides[1], sides[0]
+
+
+def check_hires(how: Any) -> None:
+    """UserError where something is asked of larger pictures, and there are none; how: has those options."""
+    for name in ("hires_strength", "hires_steps"):
+        if (value := getattr(how, name)) is not None and how.hires is None:
+            raise UserError(f"{name}={value} without a larger picture: write --hires 2, too")
 
 
 @dataclasses.dataclass
@@ -122,7 +129,7 @@ class GenerateConfig:
     hires: float | None = None  # times as wide and high that the picture is drawn over; None, 1: it is not
     hires_strength: float | None = None  # how much of it is forgotten then; None: 0.5
     hires_steps: int | None = None  # of the grid for that; None: as many as `steps`
-    # What SDXL is told of the size of a picture, see `told_size`; None: that it was never scaled nor cropped
+    # What SDXL is told of the size of a picture, see `told_size`; None, "": that it was not scaled or cropped
     original_size: str | None = None  # before it was
     crop_from: str | None = None  # where the crop begins
     target_size: str | None = None  # behind it
@@ -262,13 +269,12 @@ class GenerateConfig:
         for name in ("image_prompt", "image_encoder", "ip_adapter_layers"):
             if (value := getattr(self, name)) and not self.ip_adapter:
                 raise UserError(f"{name}={value} without an IP-Adapter: write --ip_adapter FILE, too")
-        for name in ("hires_strength", "hires_steps"):
-            if (value := getattr(self, name)) is not None and self.hires is None:
-                raise UserError(f"{name}={value} without a larger picture: write --hires 2, too")
+        check_hires(self)
         if self.image and self.hires not in (None, 1):
-            raise UserError(f"hires={self.hires} with a picture to change: leave one of them out")
+            why = f"hires={self.hires} with a picture to change"
+            raise UserError(f"{why}: leave one of them out, or write --hires 1")
         for name in TOLD:
-            if (value := getattr(self, name)) is not None:
+            if value := getattr(self, name):
                 told_size(name, value)
         self.loras()
         self.embeddings()

@@ -152,7 +152,9 @@ class Job:
         ]
         options = {name: getattr(self.config, name) for name in FINGERPRINT}
         version = {"version": engine.__version__, "rows": self.rows.digest, **self.digests}
-        version |= {name: value for name in ADDED if (value := getattr(self.config, name))}
+        nothing = ("hires", "hires_strength", "hires_steps") if self.config.hires in (None, 1) else ()
+        named = (name for name in ADDED if name not in nothing)
+        version |= {name: value for name in named if (value := getattr(self.config, name))}
         if self.given:
             version |= {"given": self.given} | {name: getattr(self.config, name) for name in CHANGING}
         sizes = {"shards": self.shards, "pictures": self.pictures, "row_count": len(self.rows)}

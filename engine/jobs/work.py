@@ -255,15 +255,15 @@ class Worker:
             return
         settings = group.settings
         assert settings is not None
-        size = f"{settings.width} x {settings.height}"
+        height, width = settings.size
+        size = f"{width} x {height}"
         if not self.pipe.devices.alone:  # the other hosts may have had room
             raise UserError(f"out of memory at {size}; write --batch_size {max(batch_size // 2, 1)}")
         if batch_size == 1:
             smaller = "" if self.pipe.devices.platform == "cpu" else "--dtype bfloat16 or "
             smaller = smaller if self.job.config.tile else f"--tile 512 or {smaller}"
-            raise UserError(
-                f"out of memory with one picture of {size} a device; write {smaller}a smaller size"
-            )
+            lower = "a smaller --hires" if settings.larger else "a smaller size"
+            raise UserError(f"out of memory with one picture of {size} a device; write {smaller}{lower}")
         self._halved[group.program.compiled] = batch_size // 2
         self.tell(
             f"out of memory at {size}: {batch_size // 2} pictures a device from here on, not {batch_size}"
@@ -324,7 +324,8 @@ class Worker:
         facts = {**address, "prompt": request.prompt, "negative_prompt": request.negative_prompt}
         if (words := said(request.prompt, self.pipe.reading)) != request.prompt:
             facts["caption"] = words  # without marks, for who trains on it
-        facts |= {name: settings[name] for name in ("guidance_scale", "steps", "sampler", "height", "width")}
+        facts |= {name: settings[name] for name in ("guidance_scale", "steps", "sampler")}
+        facts |= dict(zip(("height", "width"), how.size, strict=True))
         edit = {name: value for name, value in changed.items() if value != "" or name == "lora"}
         facts |= {"edit": edit} if changed else {}
         facts |= {"sha256": hashlib.sha256(png).hexdigest(), "extra": row.extra}

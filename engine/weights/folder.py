@@ -132,13 +132,16 @@ def load_folder(
     check_parts_fit(configs, tokenizers, folder)
     if clip_skip:
         _check_clip_skip(clip_skip, {kind: configs[kind] for kind in texts})
-    with ThreadPoolExecutor(1, "reading") as reader:  # one after the other, each with threads of its own
+    reader = ThreadPoolExecutor(1, "reading")  # one part after the other, each with threads of its own
+    try:
         reading = {
             kind: reader.submit(outlined(folder / kind, kind, dtype, variant, place, changes))
             for kind in configs
             if kind not in there
         }
-    parts = {kind: there.get(kind) or reading[kind].result() for kind in configs}
+        parts = {kind: there.get(kind) or reading[kind].result() for kind in configs}
+    finally:
+        reader.shutdown(wait=False, cancel_futures=True)  # of which none is left, unless something failed
     readers = {name: tokenizers.get(kind) for kind, name in TOKENIZERS.items()}
     whole = dict.fromkeys(index.PARTS) | parts
     model = Model(**whole, **readers, scheduler=scheduler, zeros=found.zeros, clip_skip=clip_skip)

@@ -50,11 +50,16 @@ def test_a_job_draws_the_same(job, draw, tmp_path):
     rows = [{"prompt": "a red fox", "seed": 3, "steps": 4}, {"prompt": "a wide car", "seed": 4, "width": 24}]
     assert job("--hires", 2, rows=rows).code == cli.DONE
     fox, car = sorted((tmp_path / "out").rglob("*.png"))
+    (manifest,) = (tmp_path / "out" / "manifests").glob("*00.json")
+    (of_fox,) = json.loads(manifest.read_text())["pictures"]
+    assert (of_fox["height"], of_fox["width"]) == (32, 32)
     (single,) = draw("a red fox", *FLAGS, "--out", tmp_path / "single").paths
     assert np.abs(pixels(fox) - pixels(single)).max() <= 1
     assert pixels(car).shape == (32, 48, 3)
     refused = job("--hires", 1.5, rows=rows)
     assert refused.code == cli.MISTAKE and "another job" in refused.told[-1] and "hires" in refused.told[-1]
+    none = job("--out", tmp_path / "none", rows=rows[:1])
+    assert none.code == job("--out", tmp_path / "none", "--hires", 1, rows=rows[:1]).code == cli.DONE
 
 
 def test_in_a_job_rows_with_a_picture_are_refused_and_those_of_controlnets_seen(job, draw, tmp_path):
@@ -74,6 +79,8 @@ def test_in_a_job_rows_with_a_picture_are_refused_and_those_of_controlnets_seen(
     (path,) = (tmp_path / "out").rglob("*.png")
     single = draw("a red fox", *FLAGS, *flags, "--control_image", tmp_path / "edges.png").paths[0]
     assert np.abs(pixels(path) - pixels(single)).max() <= 1
+    again = draw("--like", single, "--hires", 1, "--out", tmp_path / "again")
+    assert not any("has changed since" in line for line in again.told)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +94,7 @@ def test_in_a_job_rows_with_a_picture_are_refused_and_those_of_controlnets_seen(
         (("--hires", 2, "--hires_strength", 2), "hires_strength=2.0 is out of range; write 0 to 1"),
         (
             ("--hires", 2, "--hires_strength", 0.1),
-            "hires=2.0: hires_strength=0.1 takes none of 2 steps: write 0.5",
+            "hires_strength=0.1 takes none of 2 steps: write 0.5 or more",
         ),
     ],
 )

@@ -138,6 +138,9 @@ def test_they_change_pictures_which_remember_them(models, tmp_path):
     assert (settings["original_size"], settings["crop_from"]) == ("64x32", "5,3")
     assert generate.run(["--like", str(tmp_path / "a" / name), "--out", str(tmp_path / "c")]) == 0
     np.testing.assert_array_equal(pictures(tmp_path / "c")[name], ours)
+    unsaid = ["--original_size", "", "--crop_from", "", "--out", str(tmp_path / "d")]
+    assert generate.run(["--like", str(tmp_path / "a" / name), *unsaid]) == 0
+    np.testing.assert_array_equal(pictures(tmp_path / "d")[name], pictures(tmp_path / "b")[name])
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,7 @@ def test_they_change_pictures_which_remember_them(models, tmp_path):
         ("xl", ["--original_size", "64"], "original_size='64': write WIDTHxHEIGHT, such as 1024x768"),
         ("xl", ["--target_size", "0x64"], "target_size='0x64': write WIDTHxHEIGHT, such as 1024x768"),
         ("xl", ["--crop_from", "3x5"], "crop_from='3x5': write LEFT,TOP in pixels, such as 0,128"),
+        ("xl", ["--original_size", "9" * 5000 + "x64"], "original_size='99"),
         ("xl", ["--original_size", "64x99999"], "original_size='64x99999': write WIDTHxHEIGHT"),
         (
             "refiner",
