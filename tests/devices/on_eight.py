@@ -32,6 +32,7 @@ from engine.train.samples import Samples
 from engine.types import UserError
 from engine.weights.network import load
 from engine.weights.upscaler import look
+from tests import long
 from tests.adapters import tiny_adapter, tiny_encoder
 from tests.compiled import COMPILED
 from tests.tiny import (
@@ -354,7 +355,10 @@ def test_a_parameter_without_a_rule_stops_the_loading(folder):
         engine.load(folder, parallel=Devices("jit", rules=rules))
 
 
-@pytest.mark.parametrize("shard_params", [False, True], ids=["copies", "shards"])
+# Copies of a model train as one in tests/processes, too.
+@pytest.mark.parametrize(
+    "shard_params", [pytest.param(False, marks=long.LONG), True], ids=["copies", "shards"]
+)
 def test_training_over_eight_devices_is_training_over_one(tmp_path, capsys, shard_params):
     config = get_config()
     optimizing = OptimConfig(learning_rate=1e-3, warmup_steps=0)

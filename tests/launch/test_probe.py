@@ -9,8 +9,10 @@ import pytest
 
 from engine.evaluate import reader, reader_training
 from launch import cli, probe
+from tests.long import LONG
 
 
+@LONG  # the trainer is that of all stages
 def test_its_training_learns_and_goes_on(tmp_path):
     stage = dataclasses.replace(reader_training.stage(12), batch_size=16, ema=(0.5,), checkpoint_every=8)
     stage.optim = dataclasses.replace(stage.optim, warmup_steps=2, decay_steps=2)

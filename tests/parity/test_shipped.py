@@ -12,11 +12,11 @@ from engine import world
 from engine.loading import SHIPPED, SHIPPED_NAME
 from engine.text.prompts import unread
 from tests import compiling
+from tests.long import LONG
 from tests.parity.pictures import NEGATIVES, PROMPTS, draw_in_pytorch, psnr
 
 MOST_BYTES = 64 * 2**20
 STEPS = 10
-THIRTY = pytest.mark.skipif(not os.environ.get("FOGSCULPT_LONG"), reason="with FOGSCULPT_LONG=1")
 
 
 def test_it_is_small():
@@ -30,7 +30,7 @@ def test_it_knows_the_words_of_its_world():
     assert "zeppelin" in unread(["a zeppelin"], tokenizer)[0]
 
 
-@pytest.mark.parametrize("steps", [STEPS, pytest.param(30, marks=THIRTY)])
+@pytest.mark.parametrize("steps", [STEPS, pytest.param(30, marks=LONG)])
 def test_same_picture_as_pytorch(steps):
     pipe = engine.load()
     assert pipe.name == SHIPPED_NAME

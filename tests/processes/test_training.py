@@ -9,6 +9,7 @@ from PIL import Image
 from engine.weights.component import load_component
 from launch import cli
 from launch import train as train_command
+from tests.long import LONG
 from tests.processes.together import started
 from tests.tiny import SHALLOW, tiny_folder
 from tests.train.sharing import shared
@@ -87,6 +88,7 @@ def test_two_processes_train_and_save_and_one_goes_on(folder, shard_params, caps
     np.testing.assert_allclose(weights(folder, run), weights(folder, "alone"), atol=2e-3)
 
 
+@LONG  # as they draw together, and as one draws a prior
 def test_two_processes_draw_a_prior_together(folder):
     """Each its share, and none twice: which picture is which does not depend on who draws it."""
     flags = [*finetuning(folder, 1), "--config.prior.prompt=a fox", "--config.prior.num_images=20"]
@@ -101,6 +103,7 @@ def test_two_processes_draw_a_prior_together(folder):
     assert losses(folder, "prior-two")[1] == pytest.approx(losses(folder, "prior-one")[1], rel=1e-3)
 
 
+@LONG  # each stage as in the tests below
 def test_two_processes_train_a_model_from_scratch(folder):
     """Tokenizer, latents' scale and model are the first one's; the losses are those of a single process.
 

@@ -32,6 +32,7 @@ from launch import cache as cache_command
 from launch import cli
 from launch import export as export_command
 from launch import train as train_command
+from tests.long import LONG
 from tests.tiny import SHALLOW, tiny_folder
 from tests.train.conftest import COLOURS, paint
 
@@ -263,6 +264,7 @@ def test_too_little_memory_is_one_line(pictures, tmp_path, monkeypatch, capsys):
     assert "out of memory; write a smaller --config.finetune.batch_size, or " in told and "--dry_run" in told
 
 
+@LONG  # each objective learns four pictures in test_objectives.py
 def test_four_pictures_are_learned_by_heart(config, tmp_path):
     """160 steps on 4 plain pictures reach a low loss and redraw them, each at its own words."""
     # Two levels: what one level sees at once is no whole picture.

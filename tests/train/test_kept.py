@@ -13,6 +13,7 @@ from engine.train import kept, stages
 from engine.train.data import captioned_pictures
 from engine.train.stage_data import Scenes
 from engine.types import UserError
+from tests.long import LONG
 from tests.tiny import tiny_tokenizer
 from tests.train.tiny_run import get_config, plain_steps
 
@@ -94,6 +95,7 @@ def test_hosts_share_each_batch(config, vae, tmp_path):
     np.testing.assert_allclose(whole["mean"], joined, atol=2e-3)
 
 
+@LONG  # of what is tested above, and the stages of test_own.py
 def test_a_training_with_them(config, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "CAPTIONS_FOR_TOKENIZER", 200)
     monkeypatch.setattr(stages, "LATENT_IMAGES", 16)
