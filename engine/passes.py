@@ -68,9 +68,7 @@ class Passes:
         start = None if latents is None else devices.shard_batch(pad(latents, len(requests)))
         passes = [self._go(requests, contexts, settings, keys, start, frames > 0, heat, progress)]
         first = passes[0]
-        heats = None
-        if heat:
-            heats = devices.gather(self.programs.steering(*first.watched))
+        heats = devices.gather(self.programs.steering(*first.watched)) if heat else None
         images, finite = first.images, first.finite
         if settings.larger:
             if self.enlarging:

@@ -106,10 +106,11 @@ def _check_told(settings: Settings, model: Model) -> None:
         if not (value := getattr(settings, name)):
             continue
         told_size(name, value)
+        without = f"leave it out, or write --{name} '' where a picture remembers it"
         if model.text_encoder_2 is None:
-            raise UserError(f"{name}={value}: this model is told nothing of sizes, as SDXL is; leave it out")
+            raise UserError(f"{name}={value}: this model is told nothing of sizes, as SDXL is; {without}")
         if model.scored and name == "target_size":
-            raise UserError(f"{name}={value}: SDXL's refiner is told none; leave it out")
+            raise UserError(f"{name}={value}: SDXL's refiner is told none; {without}")
 
 
 def _check_hires(settings: Settings, programs: Programs, refiner: Programs | None) -> None:
