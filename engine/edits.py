@@ -111,15 +111,14 @@ def looked_at(vae: nnx.Module, given: dict[str, Array], made: str) -> dict[str, 
     image = given["image"].astype(jnp.float32) / 127.5 - 1
     if made == FOLLOWS:
         return {"extra": vae.encode(image).mean}
-    scale = vae.config.scaling_factor
-    known = {"known": scale * vae.encode(image).mean}
+    known = {"known": vae.config.scaled(vae.encode(image).mean)}
     if "mask" not in given:
         return known
     anew = given["mask"][..., None] >= MASKED
     mask = _by_cell(anew.astype(jnp.float32), vae.config.scale)
     if made == WORDS:
         return known | {"mask": mask}
-    rest = scale * vae.encode(jnp.where(anew, 0.0, image)).mean
+    rest = vae.config.scaled(vae.encode(jnp.where(anew, 0.0, image)).mean)
     return known | {"extra": jnp.concatenate([mask, rest], -1)}
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from engine.diffusion.parameterization import at_least_float32
@@ -21,4 +22,4 @@ def computed(params: Any, devices: Devices) -> Any:
     """Params as the arithmetic takes them. CPUs have no fast convolution but in float32."""
     if devices.platform != "cpu":
         return params
-    return jax.tree.map(at_least_float32, quantized.wide(params))
+    return jax.tree.map(lambda x: x if x.dtype == np.float32 else at_least_float32(x), quantized.wide(params))

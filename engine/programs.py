@@ -224,9 +224,8 @@ class Programs:
     def _decode(self, params: Any, latents: Any) -> Any:
         params = self.devices.whole(self._in_type(params))
         config, decode = self.model.vae.config, module(self.model.vae, params).decode
-        scaled = latents / config.scaling_factor
         with self.kernels_here():
-            image = decode_in_tiles(decode, scaled, self.tile // config.scale, config.scale)
+            image = decode_in_tiles(decode, config.unscaled(latents), self.tile // config.scale, config.scale)
         axes = (1, 2, 3)
         finite = jnp.isfinite(latents).all(axes) & jnp.isfinite(image).all(axes)
         return to_uint8(jnp.nan_to_num(image)), finite

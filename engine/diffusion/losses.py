@@ -143,10 +143,12 @@ def by_timestep(
 
 
 def check_terminal(scheduler: SchedulerConfig) -> None:
-    """Refuses to learn eps where the last timestep shows nothing but eps (Lin et al. 2023, section 3.2).
+    """Refuses EDMs; and to learn eps where the last timestep is all eps (Lin et al. 2023, section 3.2).
 
     The network would copy its input there, and x0 = x - sigma eps, of no finite sigma, is not to be had.
     """
+    if scheduler.is_edm:
+        raise UserError("scheduler: an EDM (Playground 2.5, CosXL) is not trained here")
     if scheduler.rescale_betas_zero_snr and scheduler.prediction_type == "epsilon":
         raise UserError(
             "scheduler: prediction_type='epsilon' cannot learn from pure noise, where rescale_betas_zero_snr "

@@ -11,6 +11,11 @@ or for a flow model (1 - t) x0 + t eps with t = sigma / (1 + sigma). What F stan
     v_prediction     F = alpha eps - alpha sigma x0     x0 = alpha^2 x - alpha sigma F
     sample           F = x0                             x0 = F
     flow_prediction  F = eps - x0                       x0 = (1 - t) x - t F
+
+An EDM (Karras et al. 2022, table 1) sees c_in x, with c_in = 1 / sqrt(sigma^2 + sigma_data^2), and tells
+
+    epsilon          x0 = (c_in sigma_data)^2 x + c_in sigma sigma_data F
+    v_prediction     x0 = (c_in sigma_data)^2 x - c_in sigma sigma_data F
 """
 
 from collections.abc import Callable
@@ -52,6 +57,13 @@ def coefficients(sigma: Sigma, prediction_type: str) -> Coefficients:
     )
 
 
+def edm_coefficients(sigma: Sigma, sigma_data: float, prediction_type: str) -> Coefficients:
+    """The same of an EDM. What diffusers calls epsilon and v_prediction there differs in the sign alone."""
+    c_in = 1 / jnp.sqrt(sigma**2 + sigma_data**2)
+    sign = {"epsilon": 1, "v_prediction": -1}[prediction_type]
+    return Coefficients(c_in, (c_in * sigma_data) ** 2, sign * c_in * sigma * sigma_data)
+
+
 def denoiser(apply: Apply, prediction_type: str, schedule: Schedule) -> Denoise:
     """The denoiser of a network: (x (B H W C), sigma () or (B,)) -> x0, float32 whatever the network's dtype.
 
@@ -59,10 +71,15 @@ def denoiser(apply: Apply, prediction_type: str, schedule: Schedule) -> Denoise:
       UserError: an unknown prediction type.
     """
 
+    def of(sigma: Sigma) -> Coefficients:
+        if schedule.sigma_data is None:
+            return coefficients(sigma, prediction_type)
+        return edm_coefficients(sigma, schedule.sigma_data, prediction_type)
+
     def denoise(x: Latents, sigma: Sigma) -> Latents:
         x = at_least_float32(x)
         sigma = jnp.asarray(sigma, x.dtype)
-        c_in, c_skip, c_out = (per_image(c, x) for c in coefficients(sigma, prediction_type))
+        c_in, c_skip, c_out = (per_image(c, x) for c in of(sigma))
         t = jnp.broadcast_to(schedule.sigma_to_t(sigma), x.shape[:1])
         F = apply(c_in * x, t)
         return c_skip * x + c_out * F.astype(x.dtype)

@@ -9,7 +9,8 @@ from engine.types import UserError
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("linspace", "leading", "trailing")
-GRIDS = (*SPACINGS, "sgm_uniform", "karras", "exponential")
+SHAPED = ("karras", "exponential")
+GRIDS = (*SPACINGS, "sgm_uniform", *SHAPED)
 
 
 class Rules(NamedTuple):
@@ -17,7 +18,7 @@ class Rules(NamedTuple):
 
     sampler: str
     spacing: str  # its default timestep_spacing
-    family: str  # "vp": latents kept variance-preserving; "ve": x0 + sigma eps; "flow"
+    family: str  # "vp": latents kept variance-preserving; "ve": x0 + sigma eps; "flow"; "edm": "ve" of EDMs
     reads: tuple[str, ...]  # options beyond COMMON. Others are leftovers of another class, and do nothing
 
 
@@ -33,16 +34,20 @@ COMMON = (
 )
 SHAPES = ("use_karras_sigmas", "use_exponential_sigmas")
 FINAL = "final_sigmas_type"
-SOLVER = (*SHAPES, "solver_order", "solver_type", "lower_order_final")
+ORDERS = ("solver_order", "solver_type", "lower_order_final")
+SOLVER = (*SHAPES, *ORDERS)
+DPM = (FINAL, "algorithm_type", "euler_at_final")
+EDM = ("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho")
 DPM_SOLVER, FLOW = "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
 DEIS, UNIPC = "DEISMultistepScheduler", "UniPCMultistepScheduler"
 LCM, TCD = "LCMScheduler", "TCDScheduler"
+EDM_DPM_SOLVER = "EDMDPMSolverMultistepScheduler"
 MULTISTEP = (DPM_SOLVER, DEIS, UNIPC)  # one code in diffusers, as to the grid
 RULES = {
     "DDIMScheduler": Rules("ddim", "leading", "vp", ("set_alpha_to_one",)),
     "DDPMScheduler": Rules("ddpm", "leading", "vp", ()),
     "PNDMScheduler": Rules("pndm", "leading", "vp", ("set_alpha_to_one", "skip_prk_steps")),
-    DPM_SOLVER: Rules("dpmpp_2m", "linspace", "vp", (*SOLVER, FINAL, "algorithm_type", "euler_at_final")),
+    DPM_SOLVER: Rules("dpmpp_2m", "linspace", "vp", (*SOLVER, *DPM)),
     DEIS: Rules("deis", "linspace", "vp", (*SOLVER, "algorithm_type")),
     UNIPC: Rules("unipc", "linspace", "vp", (*SOLVER, FINAL, "sigma_min", "sigma_max")),
     "EulerDiscreteScheduler": Rules("euler", "linspace", "ve", (*SHAPES, FINAL, "sigma_min", "sigma_max")),
@@ -55,8 +60,11 @@ RULES = {
     LCM: Rules("lcm", "leading", "vp", ("original_inference_steps", "timestep_scaling")),
     TCD: Rules("tcd", "leading", "vp", ("original_inference_steps",)),
     FLOW: Rules("euler", "linspace", "flow", ("shift",)),
+    "EDMEulerScheduler": Rules("euler", "linspace", "edm", (*EDM, FINAL)),
+    EDM_DPM_SOLVER: Rules("dpmpp_2m", "linspace", "edm", (*EDM, *ORDERS, *DPM)),
 }
-CLASSES = {rules.sampler: name for name, rules in RULES.items() if name != FLOW} | {
+ON_A_TABLE = {name: rules for name, rules in RULES.items() if rules.family in ("vp", "ve")}
+CLASSES = {rules.sampler: name for name, rules in ON_A_TABLE.items()} | {
     "dpmpp_2m_sde": DPM_SOLVER,
     # k-diffusion's: no class that does the same. On the grid that k-diffusion starts from
     "dpmpp_2s_ancestral": "EulerDiscreteScheduler",
@@ -102,6 +110,7 @@ SOLVERS: dict[str, dict[str, tuple]] = {
         "lower_order_final": (True,),
     },
 }
+SOLVERS[EDM_DPM_SOLVER] = SOLVERS[DPM_SOLVER]
 INERT = (
     *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"),
     *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "noise_sampler_seed"),
@@ -137,6 +146,9 @@ class SchedulerConfig:
     original_inference_steps: int = 50  # of the distillation: the grid is a part of these timesteps
     timestep_scaling: float = 10.0  # of lcm's boundary condition
     shift: float = 1.0  # of flow timesteps: t -> shift t / (1 + (shift - 1) t)
+    sigma_data: float = 0.5  # of an EDM: the spread of the latents that it was trained on
+    sigma_schedule: str = "karras"  # of an EDM: its grid, or "exponential"
+    rho: float = 7.0  # of an EDM's karras grid
 
     @classmethod
     def from_json(cls, options: Mapping[str, Any], where: str) -> "SchedulerConfig":
@@ -155,6 +167,8 @@ class SchedulerConfig:
             defaults["skip_prk_steps"] = False
         if name == FLOW:
             defaults["prediction_type"] = "flow_prediction"
+        if RULES[name].family == "edm":
+            defaults |= {"sigma_min": 0.002, "sigma_max": 80.0}
         if name.startswith(("Heun", "KDPM2", "DPMSolverSDE", "LCM", "TCD")):
             defaults |= {"beta_start": 0.00085, "beta_end": 0.012}
         if name in (LCM, TCD):
@@ -165,8 +179,9 @@ class SchedulerConfig:
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` and diffusers read: what the class reads, and any leftovers."""
         own = {"_class_name", "num_train_timesteps", *self.rules.reads}
-        own |= set() if self.is_flow else set(COMMON)
-        default = SchedulerConfig(self.class_name, prediction_type=self.prediction_type)
+        own |= set(COMMON) if self.class_name in ON_A_TABLE else {"prediction_type"} if self.is_edm else set()
+        ends = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max} if self.is_edm else {}
+        default = SchedulerConfig(self.class_name, prediction_type=self.prediction_type, **ends)
         options = reader.to_json(self, self.class_name)
         del options["class_name"]
         kept = {
@@ -179,18 +194,20 @@ class SchedulerConfig:
     def __post_init__(self):
         """Refuses, with a UserError, values that the engine does not implement."""
         predictions = ("flow_prediction",) if self.is_flow else ("epsilon", "v_prediction", "sample")
+        predictions = predictions[:2] if self.is_edm else predictions
         choices: dict[str, tuple] = {
             "class_name": tuple(RULES),
             "beta_schedule": BETA_SCHEDULES,
             "prediction_type": predictions,
             "timestep_spacing": (None, *SPACINGS),
             "final_sigmas_type": ("zero", "sigma_min"),
+            "sigma_schedule": SHAPED,
         } | SOLVERS.get(self.class_name, {})
         if self.class_name == "PNDMScheduler":
             choices["skip_prk_steps"] = (True,)
-        if self.is_flow:
+        if self.class_name not in ON_A_TABLE:
             choices |= {name: (False, None) for name in SHAPES}
-        if self.class_name == DPM_SOLVER and self.final_sigmas_type == "sigma_min":
+        if self.class_name in (DPM_SOLVER, EDM_DPM_SOLVER) and self.final_sigmas_type == "sigma_min":
             choices |= {"lower_order_final": (True,), "euler_at_final": (False,)}
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
@@ -202,6 +219,10 @@ class SchedulerConfig:
             raise UserError("original_inference_steps must be 1 to num_train_timesteps")
         if self.num_train_timesteps < 2 or self.shift <= 0:
             raise UserError("num_train_timesteps must be at least 2, and shift above 0")
+        if self.is_edm and not 0 < (self.sigma_min or 0) < (self.sigma_max or 0):
+            raise UserError("sigma_min must be above 0, and sigma_max above sigma_min")
+        if min(self.sigma_data, self.rho) <= 0:
+            raise UserError("sigma_data and rho must be above 0")
         if not all(0 < beta < 1 for beta in self.trained_betas or (self.beta_start, self.beta_end)):
             raise UserError("beta_start, beta_end and trained_betas must lie between 0 and 1")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
@@ -221,6 +242,11 @@ class SchedulerConfig:
     def is_flow(self) -> bool:
         return self.class_name == FLOW
 
+    @property
+    def is_edm(self) -> bool:
+        """Whether the model was trained as Karras et al. 2022 say, not on a table of noise levels."""
+        return self.rules.family == "edm"
+
     def option(self, name: str, inert: Any) -> Any:
         """The option's value, or `inert` where the class does not read it."""
         return getattr(self, name) if name in self.rules.reads else inert
@@ -235,12 +261,20 @@ def sampler_name(config: SchedulerConfig) -> str:
 def for_sampler(config: SchedulerConfig, sampler: str) -> SchedulerConfig:
     """The same noise schedule with the grid of another sampler's class, as diffusers' from_config makes it.
 
-    A flow model keeps its config: its grid does not depend on the sampler.
+    A flow model and an EDM keep their configs: their grids do not depend on the sampler.
+
+    Raises:
+      UserError: an unknown sampler, or one for timesteps that the model has not.
     """
     if sampler not in CLASSES:
         near = reader.nearest(sampler, CLASSES)
         raise UserError(f"sampler={sampler!r} is unknown{near}; write one of {', '.join(CLASSES)}")
-    if config.is_flow or sampler == sampler_name(config):
+    if config.is_edm and sampler in (RULES[LCM].sampler, RULES[TCD].sampler):
+        raise UserError(
+            f"sampler={sampler!r} is for distilled models, and this one is an EDM: write another, as "
+            f"{sampler_name(config)}"
+        )
+    if config.class_name not in ON_A_TABLE or sampler == sampler_name(config):
         return config
     name, changes = CLASSES[sampler], {"skip_prk_steps": True}
     for option, allowed in SOLVERS.get(name, {}).items():

@@ -4,7 +4,8 @@ Everything here is in the variance-exploding scaling of Karras et al. 2022 (EDM)
 A variance-preserving model sees x / sqrt(1 + sigma^2), with alphas_cumprod = 1 / (1 + sigma^2); a flow
 model sees x / (1 + sigma) = (1 - t) x0 + t eps, with sigma = t / (1 - t), t from 0 (clean) to 1 (noise).
 That choice of sigma keeps the signal-to-noise ratio 1 / sigma^2 the same in all scalings, so every
-sampler serves every model, and Euler steps in sigma *are* the flow's Euler steps in t.
+sampler serves every model, and Euler steps in sigma *are* the flow's Euler steps in t. An EDM, a model that
+learned as Karras et al. say (Playground 2.5, CosXL), has no table of noise levels: any sigma is as good.
 
 Pure noise (t = 1, or zero terminal SNR) has no finite sigma. It is capped at SIGMA_CAP: there the image's
 share of x is 1e-6 of the noise's, below what float32 arithmetic and any model can see.
@@ -25,6 +26,7 @@ from engine.diffusion.scheduler_config import (
     GRIDS,
     LCM,
     MULTISTEP,
+    SHAPED,
     SPACINGS,
     TCD,
     UNIPC,
@@ -82,7 +84,9 @@ def alphas_cumprod(config: SchedulerConfig) -> np.ndarray:
 
 
 def _table(config: SchedulerConfig) -> np.ndarray:
-    """sigma of every training timestep, (T,) float64, rising."""
+    """sigma of every training timestep, (T,) float64, rising. Of an EDM: its grid of as many steps."""
+    if config.is_edm:
+        return _edm_grid(config, config.num_train_timesteps, None)[::-1]
     if config.is_flow:
         t = np.arange(1, config.num_train_timesteps + 1) / config.num_train_timesteps
         return _flow_sigma(_shifted(t, config.shift))
@@ -108,11 +112,14 @@ class Schedule:
       sigmas: (T,) float32, rising: sigma of each training timestep.
       flow: timesteps are T sigma / (1 + sigma), not positions in the table.
       whole: the model is only shown whole timesteps, the nearest ones (as diffusers' DPM-Solver does).
+      sigma_data: of an EDM, whose timesteps are log(sigma) / 4, and which sees x and is read in its own way
+        (engine.diffusion.parameterization); None: it is none.
     """
 
     sigmas: Any
     flow: bool = dataclasses.field(default=False, metadata={"static": True})
     whole: bool = dataclasses.field(default=False, metadata={"static": True})
+    sigma_data: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     def sigma_to_t(self, sigma: Sigma) -> Float[Array, "*B"]:
         """Timestep that the model is given for a noise level, 0 to T, by log-linear interpolation.
@@ -123,6 +130,8 @@ class Schedule:
         T = sigmas.shape[0]
         if self.flow:
             return T * sigma / (1 + sigma)
+        if self.sigma_data is not None:
+            return jnp.log(sigma) / 4
         low = jnp.clip(jnp.sum(sigma[..., None] >= sigmas, -1) - 1, 0, T - 2)
         sigma = jnp.clip(sigma, sigmas[0], sigmas[-1])
         # log of ratios, not a difference of logs: neighbouring levels differ by less than 1 %
@@ -135,6 +144,8 @@ class Schedule:
         T = sigmas.shape[0]
         if self.flow:
             return t / jnp.maximum(T - t, t / SIGMA_CAP)
+        if self.sigma_data is not None:
+            return jnp.exp(4 * t)
         low = jnp.clip(jnp.floor(t).astype(int), 0, T - 2)
         weight = jnp.clip(t - low, 0, 1)
         return sigmas[low] * (sigmas[low + 1] / sigmas[low]) ** weight
@@ -143,7 +154,8 @@ class Schedule:
 def schedule_for(config: SchedulerConfig) -> Schedule:
     """The noise levels of a scheduler config."""
     whole = config.class_name in MULTISTEP
-    return Schedule(_table(config).astype(np.float32), flow=config.is_flow, whole=whole)
+    sigma_data = config.sigma_data if config.is_edm else None
+    return Schedule(_table(config).astype(np.float32), config.is_flow, whole, sigma_data)
 
 
 def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None) -> np.ndarray:
@@ -164,9 +176,13 @@ def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None) -> 
     T = config.num_train_timesteps
     if not 1 <= steps <= T:
         raise UserError(f"steps={steps} is out of range; write 1 to {T} (the model's training timesteps)")
-    if grid is not None and (grid not in GRIDS or config.is_flow):
-        allowed = "none: a flow model has one grid" if config.is_flow else ", ".join(GRIDS)
-        raise UserError(f"grid={grid!r} is not supported{nearest(grid, GRIDS)}; supported: {allowed}")
+    grids = () if config.is_flow else SHAPED if config.is_edm else GRIDS
+    if grid is not None and grid not in grids:
+        allowed = ", ".join(grids) or "none: a flow model has one grid"
+        raise UserError(f"grid={grid!r} is not supported{nearest(grid, grids)}; supported: {allowed}")
+    if config.is_edm:
+        end = _final_sigma(config, np.array([config.sigma_min]))
+        return np.append(_edm_grid(config, steps, grid), end).astype(np.float32)
     if config.is_flow:
         # The original shifts its smallest t twice: once in the table, once with the rest of the grid.
         t = np.linspace(1, _shifted(1 / T, config.shift), steps)
@@ -192,7 +208,12 @@ def intervals_above(config: SchedulerConfig, sigmas: np.ndarray, share: float) -
     """How many intervals of a grid begin in the first `share` of the training timesteps, noise to picture.
 
     As the handover from SDXL to its refiner in diffusers (`denoising_end`).
+
+    Raises:
+      UserError: of an EDM, which has no timesteps.
     """
+    if config.is_edm:
+        raise UserError("an EDM (Playground 2.5, CosXL) has no refiner: leave --refiner out")
     T = config.num_train_timesteps
     cut = schedule_for(config).t_to_sigma(jnp.float32(min(round(T - share * T), T - 1)))
     return int(np.sum(sigmas[:-1] >= float(cut) * (1 - 1e-5)))
@@ -206,6 +227,15 @@ def levels(sigmas: np.ndarray, steps: range) -> tuple[float, float]:
     high = np.inf if steps.start == 0 else float(sigmas[steps.start]) * (1 + 1e-4)
     low = -1.0 if steps.stop == len(sigmas) - 1 else float(sigmas[steps.stop]) * (1 + 1e-4)
     return low, high
+
+
+def _edm_grid(config: SchedulerConfig, steps: int, grid: str | None) -> np.ndarray:
+    """Of an EDM, falling from sigma_max to sigma_min, (steps,) float64. One step begins at sigma_max."""
+    assert config.sigma_min is not None and config.sigma_max is not None
+    ends = config.sigma_min, config.sigma_max
+    if (grid or config.sigma_schedule) == "karras":
+        return karras(steps, *ends, config.rho)
+    return exponential(steps, *ends)
 
 
 def _shape(config: SchedulerConfig, grid: str | None) -> Callable | None:
@@ -291,6 +321,8 @@ def initial_scale(config: SchedulerConfig, sigmas: np.ndarray) -> float:
     family = config.rules.family
     if family == "flow":
         return 1 + sigma
+    if family == "edm":
+        return (1 + sigma**2) ** 0.5
     return sigma if family == "ve" and config.spacing != "leading" else (1 + sigma**2) ** 0.5
 
 

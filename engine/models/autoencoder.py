@@ -23,7 +23,7 @@ from engine.models.layers import (
 from engine.types import UserError
 
 EPSILON = 1e-6
-FIXED = {"shift_factor": (None, 0.0), "latents_mean": (None,), "latents_std": (None,)}
+FIXED = {"shift_factor": (None, 0.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,8 @@ class AutoencoderConfig:
     norm_num_groups: int = 32
     sample_size: int | tuple[int, ...] = 32
     scaling_factor: float = 0.18215
+    latents_mean: tuple[float, ...] | None = None  # of each channel, as Playground 2.5 has them
+    latents_std: tuple[float, ...] | None = None
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -72,6 +74,15 @@ class AutoencoderConfig:
             *("in_channels", "out_channels", "block_out_channels", "layers_per_block"),
             *("latent_channels", "norm_num_groups"),
         )
+        if (self.latents_mean is None) != (self.latents_std is None):
+            raise UserError("latents_mean and latents_std go together: write both or none")
+        for name in ("latents_mean", "latents_std"):
+            if (values := getattr(self, name)) is not None and len(values) != self.latent_channels:
+                raise UserError(
+                    f"{name} has {len(values)} numbers for latent_channels={self.latent_channels}"
+                )
+        if min(self.latents_std or (1.0,)) <= 0:
+            raise UserError(f"latents_std={self.latents_std}: write numbers above 0")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise UserError(f"norm_num_groups={self.norm_num_groups} does not divide {channels} channels")
@@ -80,6 +91,18 @@ class AutoencoderConfig:
     def scale(self) -> int:
         """How many pixels a latent spans, along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    def scaled(self, latents: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        """Of the autoencoder's own, those that a U-Net learns to draw."""
+        if self.latents_mean is None:
+            return latents * self.scaling_factor
+        return (latents - jnp.array(self.latents_mean)) * (self.scaling_factor / jnp.array(self.latents_std))
+
+    def unscaled(self, latents: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        """What `scaled` was made of."""
+        if self.latents_mean is None:
+            return latents / self.scaling_factor
+        return latents * (jnp.array(self.latents_std) / self.scaling_factor) + jnp.array(self.latents_mean)
 
 
 class Posterior(NamedTuple):

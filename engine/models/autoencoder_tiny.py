@@ -75,6 +75,13 @@ class AutoencoderTinyConfig:
         """How many pixels a latent spans, along one side."""
         return self.upsampling_scaling_factor ** (len(self.num_decoder_blocks) - 1)
 
+    def scaled(self, latents: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        """As of an `AutoencoderConfig`."""
+        return latents * self.scaling_factor
+
+    def unscaled(self, latents: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        return latents / self.scaling_factor
+
 
 class AutoencoderTinyBlock(nnx.Module):
     """Three convolutions beside the way straight on, and a ReLU (whatever `act` is) over their sum."""

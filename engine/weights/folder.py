@@ -185,6 +185,8 @@ def load_trainable(path: str | Path, clip_skip: int = 0) -> Model:
         raise UserError(f"{path} is a refiner, and is not trained: give its base")
     if unet.time_cond_proj_dim is not None:
         raise UserError(f"{path} was distilled (time_cond_proj_dim), and is not trained: give its base")
+    if getattr(model.vae.config, "latents_mean", None) is not None:
+        raise UserError(f"{path}: a model whose autoencoder has latents_mean is not trained here")
     return model
 
 

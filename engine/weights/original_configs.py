@@ -79,7 +79,6 @@ STRANGERS = {
 }
 _TEXTS = tuple(dict.fromkeys(prefix for family in FAMILIES for prefix in family.texts.values()))
 NEEDED = {"U-Net": (UNET,), "autoencoder": (VAE,), "text encoder": _TEXTS}
-OTHER_NOISE = re.compile(r"edm_(mean|std|vpred\.)")  # in files of SDXL that were trained on another
 BARE_VAE = re.compile(r"(encoder|decoder)\.(down|up|mid)\.")  # as autoencoders are published alone
 
 
@@ -87,8 +86,6 @@ def family_of(header: Header, path: Path) -> Family:
     """Which Stable Diffusion a file holds; UserError, with what it is instead, where it is none."""
     found = {prefix for prefix in (UNET, VAE, *_TEXTS) if any(k.startswith(prefix) for k in header)}
     lacking = [name for name, prefixes in NEEDED.items() if found.isdisjoint(prefixes)]
-    if noise := next(filter(OTHER_NOISE.match, header), None):
-        raise UserError(f"{path} is of Playground 2.5 or CosXL ({noise}), whose noise schedules are not read")
     if not lacking:
         texts = found - {UNET, VAE}
         if family := next((each for each in FAMILIES if set(each.texts.values()) == texts), None):

@@ -67,6 +67,13 @@ BUFFERS = re.compile(
 )
 SCALE = "scale_factor"  # of some files: the vae's scaling_factor
 V_MARK, NO_SIGNAL_MARK = "v_pred", "ztsnr"  # the same: v-prediction; betas rescaled to end in noise alone
+# Of Playground 2.5, an EDM: its latents. Of CosXL, another: the ends of its noise levels.
+EDM_LATENTS = {"latents_mean": "edm_mean", "latents_std": "edm_std"}
+EDM_ENDS = {"sigma_min": "edm_vpred.sigma_min", "sigma_max": "edm_vpred.sigma_max"}
+PLAYGROUND = {"_class_name": "EDMDPMSolverMultistepScheduler"}
+PLAYGROUND_SCALE = 0.5
+MOST_BESIDE = 64  # numbers of a tensor that is none of a network
+COSXL = {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "sigma_schedule": "exponential"}
 
 
 class Piece(NamedTuple):
@@ -174,9 +181,10 @@ def understand(path: Path, prediction_type: str | None = None) -> Single:
         if family is SECOND:
             size = V_PREDICTION_SIZE if predicted == "v_prediction" else EPSILON_SIZE
             options["unet"]["sample_size"] = size
-        options["vae"] |= _read_scale(path, header)
+        options["vae"] |= _read_scale(path, header) | _read_latents(path, header)
         configs = {kind: built(kind, option, path) for kind, option in options.items()}
-        scheduler = SchedulerConfig.from_json(family.architecture.scheduler, family.name)
+        noise = _edm(path, header) or family.architecture.scheduler
+        scheduler = SchedulerConfig.from_json(noise, family.name)
         scheduler = dataclasses.replace(scheduler, rescale_betas_zero_snr=NO_SIGNAL_MARK in header)
         zeros = family.zeros
     else:
@@ -196,16 +204,39 @@ def understand(path: Path, prediction_type: str | None = None) -> Single:
 
 def _predicted(header: Header, family: Family, in_channels: int) -> str:
     """What the U-Net was trained to predict. Those of 2 that look at pictures as well predict eps."""
-    return "v_prediction" if V_MARK in header or (family is SECOND and in_channels == 4) else "epsilon"
+    marked = any(mark in header for mark in (V_MARK, *EDM_ENDS.values()))
+    return "v_prediction" if marked or (family is SECOND and in_channels == 4) else "epsilon"
 
 
 def _read_scale(path: Path, header: Header) -> dict[str, float]:
     """The scaling_factor that some files have: those of models that measured it."""
-    scale = header.get(SCALE)
-    if scale is None or scale.code not in DTYPES or math.prod(scale.shape) != 1:
-        return {}
+    scale = _read_floats(path, header, SCALE)
+    return {"scaling_factor": scale[0]} if len(scale) == 1 else {}
+
+
+def _read_latents(path: Path, header: Header) -> dict[str, Any]:
+    """What Playground 2.5 says of its latents."""
+    found = {name: _read_floats(path, header, key) for name, key in EDM_LATENTS.items()}
+    return {**found, "scaling_factor": PLAYGROUND_SCALE} if all(found.values()) else {}
+
+
+def _edm(path: Path, header: Header) -> dict[str, Any] | None:
+    """The scheduler of a model that was not trained on a table of noise levels; None: of others."""
+    if any(key in header for key in EDM_LATENTS.values()):
+        return PLAYGROUND
+    if not any(key in header for key in EDM_ENDS.values()):
+        return None
+    ends = {name: _read_floats(path, header, key) for name, key in EDM_ENDS.items()}
+    return COSXL | {name: found[0] for name, found in ends.items() if found}
+
+
+def _read_floats(path: Path, header: Header, key: str) -> tuple[float, ...]:
+    """The numbers of a small tensor beside the weights; none where there is none of numbers."""
+    tensor = header.get(key)
+    if tensor is None or tensor.code not in DTYPES or math.prod(tensor.shape) > MOST_BESIDE:
+        return ()
     with open(path, "rb") as file:
-        return {"scaling_factor": float(read_tensor(file, SCALE, scale).reshape(()))}
+        return tuple(map(float, read_tensor(file, key, tensor).ravel()))
 
 
 def _read_notes(path: Path, family: Family) -> tuple[dict[str, Any], SchedulerConfig, bool] | None:
@@ -228,7 +259,8 @@ def _read_notes(path: Path, family: Family) -> tuple[dict[str, Any], SchedulerCo
 
 def _told_of(path: Path, header: Header, family: Family, takes: str | None) -> list[str]:
     """A line for each thing that is not read, or to be known. takes: see `index.channels`."""
-    known = (*family.prefixes.values(), SCALE, V_MARK, NO_SIGNAL_MARK)
+    beside = (SCALE, V_MARK, NO_SIGNAL_MARK, *EDM_LATENTS.values(), *EDM_ENDS.values())
+    known = (*family.prefixes.values(), *beside)
     outside = [key for key in header if not key.startswith(known) and not BUFFERS.match(key)]
     averaged = [key for key in outside if key.startswith(AVERAGED)]
     others = [key for key in outside if not key.startswith(AVERAGED)]

@@ -182,4 +182,5 @@ def _narrow(value: Any) -> Any:
 def _schedule(scheduler: SchedulerConfig) -> dict[str, Any]:
     """What belongs to a model; the rest of its scheduler is a matter of taste."""
     fields = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-    return {name: getattr(scheduler, name) for name in (*fields, "rescale_betas_zero_snr")}
+    options = {name: getattr(scheduler, name) for name in (*fields, "rescale_betas_zero_snr")}
+    return options | {"of an EDM": scheduler.is_edm}

@@ -186,7 +186,11 @@ def test_options_of_another_model_are_refused(tmp_path):
     """Of SDXL, of an inpainting helper, of CLIP's generic keys that could change a forward pass."""
     for name, value in (("addition_embed_type", "image"), ("class_embed_type", "timestep")):
         assert name in refused("unet", UNET_1_5 | {name: value})
-    assert "latents_mean" in refused("vae", VAE_1_5 | {"latents_mean": [0.0] * 4})
+    assert "latents_std go together" in refused("vae", VAE_1_5 | {"latents_mean": [0.0] * 4})
+    ends = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 3}
+    assert "latents_std has 3 numbers for latent_channels=4" in refused("vae", VAE_1_5 | ends)
+    ends["latents_std"] = [1.0, 1.0, 0.0, 1.0]
+    assert "write numbers above 0" in refused("vae", VAE_1_5 | ends)
     assert "pruned_heads" in refused("text_encoder", TEXT_1_5 | {"pruned_heads": {"0": [1]}})
     file = tmp_path / "config.json"
     for kind, name, wanted in (

@@ -45,6 +45,14 @@ SCHEDULERS = {
     "dpmpp_2m": scenes.get_config().scheduler,
     "lcm": {"_class_name": "LCMScheduler", **SCALED, **LEADING},
     "tcd": {"_class_name": "TCDScheduler", **SCALED, **LEADING},
+    "edm": {"_class_name": "EDMDPMSolverMultistepScheduler"},
+    "edm, v": {
+        "_class_name": "EDMEulerScheduler",
+        "sigma_max": 120.0,
+        "sigma_data": 1.0,
+        "sigma_schedule": "exponential",
+        **V,
+    },
 }
 PROMPTS = ["a red fox at night", "a cat above a dog"]
 NEGATIVES = ["a blue car", ""]

@@ -42,7 +42,9 @@ DPM2, DPM2A = "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"
 DPM_SDE = "DPMSolverSDEScheduler"
 LCM, TCD = "LCMScheduler", "TCDScheduler"
 FLOW = "FlowMatchEulerDiscreteScheduler"
+EDM, EDM_DPM = "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"
 MODULES = {DDIM: "ddim", DDPM: "ddpm", EULER: "euler_discrete", ANCESTRAL: "euler_ancestral_discrete"}
+MODULES |= {EDM_DPM: "edm_dpmsolver_multistep"}
 MODULES |= {DPM: "dpmsolver_multistep", DPM2A: "k_dpm_2_ancestral_discrete", LCM: "lcm", TCD: "tcd"}
 
 KARRAS, EXPONENTIAL = {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}
@@ -50,6 +52,7 @@ ZERO_SNR = {"rescale_betas_zero_snr": True}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 THIRD, BH1 = {"solver_order": 3}, {"solver_type": "bh1"}
 SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
+COSXL = {"sigma_max": 120.0, "sigma_data": 1.0, "sigma_schedule": "exponential"}
 EPS, V, X0 = "epsilon", "v_prediction", "sample"
 
 
@@ -301,6 +304,14 @@ TRAJECTORIES = [
     (FLOW, "flow_prediction", None, 10, {}, None),
     (FLOW, "flow_prediction", None, 10, {"shift": 3.0}, None),
     (FLOW, "flow_prediction", None, 1, {"shift": 3}, None),
+    (EDM, EPS, None, 10, {}, None),
+    (EDM, V, None, 10, COSXL, None),
+    (EDM, V, None, 10, SIGMA_MIN | {"rho": 5.0, "sigma_min": 0.01}, None),
+    (EDM_DPM, EPS, None, 10, {}, None),  # Playground 2.5
+    (EDM_DPM, EPS, None, 20, {"sigma_schedule": "exponential", "sigma_data": 0.7}, None),
+    (EDM_DPM, V, None, 10, COSXL | SIGMA_MIN, None),
+    (EDM_DPM, EPS, None, 1, {}, None),
+    (EDM_DPM, EPS, None, 10, SDE, None),
 ]
 
 
@@ -322,7 +333,9 @@ def _name(case) -> str:
 def test_trajectory_equals_the_originals(case, monkeypatch):
     class_name, prediction_type, spacing, steps, options, eta = case
     if class_name != FLOW:
-        options = {**options, "prediction_type": prediction_type, "timestep_spacing": spacing}
+        options = {**options, "prediction_type": prediction_type}
+    if spacing:
+        options["timestep_spacing"] = spacing
     config = config_of(class_name, options)
     sampler, sigmas, keys = sampler_name(config), sigmas_for(config, steps), image_keys(11, [4, 9])
     noise = np.asarray(initial_noise(keys, (4, 3, 2)))
@@ -343,7 +356,7 @@ def test_trajectory_equals_the_originals(case, monkeypatch):
     for i, theirs in enumerate(samples):
         sigma = float(sigmas[level(i)])
         ours = np.asarray(trace.x[i]) / spread(config, sigma)
-        theirs = theirs / (spread(config, sigma) if config.rules.family == "ve" else 1)
+        theirs = theirs / (spread(config, sigma) if config.rules.family in ("ve", "edm") else 1)
         assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), f"step {i}"
     for i, theirs in enumerate(predictions):
         assert np.abs(trace.denoised[i] - theirs).max() <= tolerance * np.abs(theirs).max(), f"denoised {i}"
@@ -420,6 +433,21 @@ def test_flow_grid_equals_the_originals(shift):
         scheduler.set_timesteps(steps)
         sigmas = sigmas_for(config, steps)
         np.testing.assert_allclose(sigmas / (1 + sigmas), scheduler.sigmas, atol=2e-6)
+
+
+@pytest.mark.parametrize("class_name", [EDM, EDM_DPM])
+@pytest.mark.parametrize("options", [{}, COSXL, {"rho": 3.0} | SIGMA_MIN])
+def test_edm_grid_equals_the_originals(class_name, options):
+    config = config_of(class_name, options)
+    scheduler, schedule = original(config), schedule_for(config)
+    for steps in (2, 10, 28):
+        scheduler.set_timesteps(steps)
+        sigmas = sigmas_for(config, steps)
+        np.testing.assert_allclose(sigmas, scheduler.sigmas, rtol=2e-5)
+        t = schedule.sigma_to_t(jnp.asarray(sigmas[:-1]))
+        np.testing.assert_allclose(t, scheduler.timesteps, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(schedule.t_to_sigma(t), sigmas[:-1], rtol=1e-4)
+        assert initial_scale(config, sigmas) == pytest.approx(float(scheduler.init_noise_sigma), 1e-5)
 
 
 @pytest.mark.parametrize("class_name", [DDIM, PNDM, DPM, EULER])

@@ -37,6 +37,8 @@ SSD = {
 }
 # Where the sampler is tested, or what it begins with: most of the time is the compiler's.
 LEAST, LEAST_XL, LEAST_REFINER = shallow(SD), shallow(XL), shallow(REFINER)
+CHANNELS = {"latents_mean": (-0.4, 0.3, -0.2, 0.5), "latents_std": (0.8, 1.2, 0.7, 1.1)}
+PLAYGROUND = shallow({**XL, "vae": CHANNELS})
 WORDS, ALONE = How(), How(scale=1.0)
 DEEP = {kind: {"num_hidden_layers": 3} for kind in ("text_encoder", "text_encoder_2")}
 ONE = "a blue car"  # negative prompt, of both
@@ -208,6 +210,11 @@ ROWS = {
         How(negatives=ONE, image=True, guidance_rescale=0.7),
     ),
     "SSD-1B, words": (SSD, "euler", XL_WORDS),
+    "Playground 2.5, words": (PLAYGROUND, "edm", XL_WORDS),
+    "Playground 2.5, img2img": (PLAYGROUND, "edm", How(negatives=ONE, image=True, strength=0.6)),
+    "CosXL, words": (LEAST_XL, "edm, v", XL_WORDS),
+    # diffusers' inpainting forgets latents_mean where it encodes, so there is no such row of Playground
+    "CosXL, a masked part": (LEAST_XL, "edm, v", How(negatives=ONE, image=True, mask=True, strength=0.6)),
     "SDXL refiner alone, img2img": (LEAST_REFINER, "euler", How(negatives=ONE, image=True, strength=0.6)),
 }
 

@@ -237,6 +237,40 @@ def test_a_measured_scale(at, tmp_path):
     assert understand(file).configs["vae"].scaling_factor == 0.25
 
 
+def test_edms(at, tmp_path):
+    """Playground 2.5 and CosXL are told by what they have beside the networks, in any shape."""
+    mean, std = np.float32([[[[-1.5]], [[2]], [[0]], [[1]]]]), np.full(4, 8, np.float32)
+    latents = {"edm_mean": mean, "edm_std": std}
+    found = understand(changed(at, 1, tmp_path / "playground.safetensors", latents))
+    assert found.scheduler.to_json() == {
+        "_class_name": "EDMDPMSolverMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        **{"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras", "rho": 7.0},
+        **{"solver_order": 2, "lower_order_final": True, "algorithm_type": "dpmsolver++"},
+        **{"euler_at_final": False, "final_sigmas_type": "zero"},
+    }
+    vae = found.configs["vae"]
+    assert (vae.latents_mean, vae.latents_std) == ((-1.5, 2.0, 0.0, 1.0), (8.0,) * 4)
+    assert vae.scaling_factor == 0.5 and not found.notes
+
+    ends = {"edm_vpred.sigma_max": np.float32([120]), "edm_vpred.sigma_min": np.full((), 0.01, np.float32)}
+    found = understand(changed(at, 1, tmp_path / "cosxl.safetensors", ends))
+    assert found.scheduler.class_name == "EDMEulerScheduler" and not found.notes
+    assert found.scheduler.prediction_type == "v_prediction"
+    assert (found.scheduler.sigma_min, found.scheduler.sigma_max) == (pytest.approx(0.01), 120)
+    assert (found.scheduler.sigma_data, found.scheduler.sigma_schedule) == (1.0, "exponential")
+    assert found.configs["vae"].latents_mean is None
+
+    folder = tmp_path / "folder"
+    to_folder(tmp_path / "playground.safetensors", folder, at / "sd1")
+    assert load_folder(folder).vae.config.latents_std == (8.0,) * 4
+    (told,) = to_file(folder, tmp_path / "again.safetensors")
+    assert "scheduler of an EDM False, not True" in told and "vae latents_mean" in told
+    again = understand(tmp_path / "again.safetensors")
+    assert (again.scheduler, again.configs["vae"]) == (load_folder(folder).scheduler, vae)
+
+
 # ---- refused
 
 
@@ -248,10 +282,6 @@ STRANGERS = {
     "SDXL with one text encoder": (
         only("conditioner.embedders.0.transformer.x", f"{UNET}input_blocks.0.0.weight", f"{VAE}x"),
         "has the text encoders conditioner.embedders.0.transformer.*: leave those of one model",
-    ),
-    "CosXL": (
-        only("edm_vpred.sigma_max", "conditioner.embedders.0.model.x", f"{UNET}x", f"{VAE}x"),
-        "is of Playground 2.5 or CosXL (edm_vpred.sigma_max), whose noise schedules are not read",
     ),
     "a LoRA of kohya": (only("lora_unet_down_blocks_0.lora_up.weight"), "it is a LoRA: give it to --lora"),
     "a LoRA of diffusers": (only("unet.down_blocks.0.attn1.to_q.lora_A.weight"), "it is a LoRA"),
