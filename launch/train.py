@@ -39,6 +39,7 @@ import ast
 import pathlib
 import re
 import tempfile
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,8 +159,10 @@ def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     except KeyError as error:  # a field of a dataclass, or a key of a dict, in the words of ml_collections
         unknown = [a for a in argv if a.partition("=")[0].rpartition(".")[2] in str(error)]
         raise UserError(f"the config has no such setting: {' '.join(unknown) or error}") from None
-    except (OSError, SyntaxError, AttributeError) as error:
+    except (OSError, SyntaxError) as error:
         raise UserError(f"--config cannot be read: {' '.join(str(error).split())}") from None
+    except Exception as error:  # whatever a config file of one's own does
+        raise UserError(f"--config cannot be read: {_where(error)}") from None
     if others:
         raise UserError(f"{others[0]!r} is no flag: write --config={others[0]}")
     for flag in (config,) if dry_run.value else (config, workdir):
@@ -173,6 +176,13 @@ def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     chosen.scheduler.update({name: literal(text) for name, text in of_scheduler.items()})
     names = ("workdir", "dry_run", "processes", "process_id", "coordinator")
     return chosen, {name: values[name].value for name in names}
+
+
+def _where(error: Exception) -> str:
+    """An error that a config file made, and its line there."""
+    told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return f"{last.filename}, line {last.lineno}: {told}"
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def tcd(
             sigma_s = jnp.minimum(schedule.t_to_sigma(s), sigma_next)  # below timestep 0: sigma_next itself
         x = D + sigma_s / sigma * (x - D)
         if eta > 0:
-            x += jnp.sqrt(sigma_next**2 - sigma_s**2) * step_noise(keys, i, x.shape[1:])
+            # not below 0, which they are where a compiler rounds one of the squares of equal numbers later
+            spread = jnp.sqrt(jnp.maximum(sigma_next**2 - sigma_s**2, 0))
+            x += spread * step_noise(keys, i, x.shape[1:])
         return Carry(x, ()), Trace(x, D)
 
     return remembering(0), step

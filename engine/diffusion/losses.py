@@ -9,6 +9,7 @@ is the same loss whatever the network predicts, flows included (Kingma & Gao 202
 exception: 1 in the network's own target, which is what its users mean by no weighting.
 """
 
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -19,6 +20,7 @@ from engine.config import ObjectiveConfig
 from engine.diffusion.parameterization import Apply, at_least_float32, coefficients, per_image, target
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.diffusion.schedules import Schedule
+from engine.errors import UserNotice
 from engine.types import Latents, Sigma, UserError
 
 TIME_BINS = 10  # of `by_timestep`
@@ -142,8 +144,8 @@ def by_timestep(
     return {"loss_by_time": losses @ member, "count_by_time": member.sum(0)}
 
 
-def check_terminal(scheduler: SchedulerConfig) -> None:
-    """Refuses EDMs; and to learn eps where the last timestep is all eps (Lin et al. 2023, section 3.2).
+def check_terminal(scheduler: SchedulerConfig, objective: ObjectiveConfig) -> None:
+    """Refuses EDMs, and to learn eps where the last timestep is all eps (Lin et al. 2023, section 3.2).
 
     The network would copy its input there, and x0 = x - sigma eps, of no finite sigma, is not to be had.
     """
@@ -153,4 +155,11 @@ def check_terminal(scheduler: SchedulerConfig) -> None:
         raise UserError(
             "scheduler: prediction_type='epsilon' cannot learn from pure noise, where rescale_betas_zero_snr "
             "ends: write prediction_type='v_prediction', or rescale_betas_zero_snr=False"
+        )
+    if scheduler.rescale_betas_zero_snr and objective.time_sampling != "uniform":
+        warnings.warn(
+            f"time_sampling={objective.time_sampling!r} hardly ever draws the pure noise in which "
+            "rescale_betas_zero_snr ends, and from which pictures begin: write time_sampling='uniform'",
+            UserNotice,
+            stacklevel=2,
         )

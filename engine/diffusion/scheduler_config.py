@@ -74,6 +74,7 @@ CLASSES = {rules.sampler: name for name, rules in ON_A_TABLE.items()} | {
 # Options of the originals that the engine has for these values only, and those that such values switch off.
 FIXED: dict[str, tuple] = {
     "clip_sample": (False,),
+    "predict_epsilon": (True, None),
     "thresholding": (False,),
     "variance_type": (None, "fixed_small", "fixed_small_log"),
     "predict_x0": (True,),
@@ -113,6 +114,7 @@ SOLVERS: dict[str, dict[str, tuple]] = {
 SOLVERS[EDM_DPM_SOLVER] = SOLVERS[DPM_SOLVER]
 INERT = (
     *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"),
+    *("tensor_format", "timestep_values"),  # of the first diffusers
     *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "noise_sampler_seed"),
 )
 

@@ -37,7 +37,9 @@ FIXED = {
 }
 # The keys of any config of transformers that the arithmetic of an encoder never reads: who wrote it and in
 # which dtype, how training began, the names of classes, and which outputs a call returns.
+LARGEST_ID = 2  # as an eos_token_id: text ends at the largest id
 UNREAD = (
+    *("use_cache", "gradient_checkpointing", "tie_word_embeddings", "max_length"),
     *("transformers_version", "torch_dtype", "dtype", "initializer_factor", "initializer_range"),
     *("id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
 )
@@ -185,7 +187,7 @@ class CLIPTextTransformer(nnx.Module):
         states = self.encoder(self.embeddings(ids))
         last = self.final_layer_norm(states[-1])
         # Configs written before transformers 4.31 say 2 and mean the largest id, which was CLIP's end token.
-        ends = ids if self.eos_token_id == 2 else (ids == self.eos_token_id).astype(jnp.int32)
+        ends = ids if self.eos_token_id == LARGEST_ID else (ids == self.eos_token_id).astype(jnp.int32)
         pooled = jnp.take_along_axis(last, ends.argmax(-1)[:, None, None], axis=1)[:, 0]
         return TextOutput(last, pooled, states)
 

@@ -1,5 +1,6 @@
 """Checkpoints of a training run, by Orbax: whole or not at all, written beside the training."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -7,7 +8,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from engine.train.step import Tally, TrainState
 from engine.types import Params, UserError
 
 BROKEN = "broken-"  # before the name of what could not be read
+NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 @dataclasses.dataclass
@@ -77,9 +79,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        """Waits until the last checkpoint is whole."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until the last checkpoint is whole; UserError where there was no space for it."""
+        with self._where_space_ends():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Starts writing; returns before the files are whole. `position`: the data's, and the key's."""
@@ -93,7 +96,21 @@ class Checkpoints:
         self._policy.losses[step] = counted["loss"]
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         args["position"] = ocp.args.JsonSave(position | {"digest": _digest(position)})
-        self._manager.save(step, args=ocp.args.Composite(**args))
+        with self._where_space_ends():  # of the one before, too
+            self._manager.save(step, args=ocp.args.Composite(**args))
+
+    @contextlib.contextmanager
+    def _where_space_ends(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of Orbax, TensorStore or the system, in any of their types
+            if not any(told in str(error) for told in NO_SPACE):
+                raise
+            kept = whole_steps(self._folder)
+            last = f"that of step {kept[-1]} is whole" if kept else "none is whole yet"
+            raise UserError(
+                f"no space for a checkpoint in {self._folder}; {last}: free some, and give the command again"
+            ) from None
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state that can be read, if any, with the shapes, dtypes and devices of `like`.
@@ -232,6 +249,11 @@ def _by_first(act: Callable[[], Any], folder: pathlib.Path) -> None:
         raise UserError(problem)
 
 
+def whole_steps(folder: pathlib.Path) -> list[int]:
+    """Of which steps there are checkpoints, rising. Those that are being written have other names."""
+    return sorted(int(each.name) for each in folder.glob("*") if each.name.isdigit())
+
+
 def restore_params(folder: pathlib.Path, which: str = "params", step: int | None = None) -> Params:
     """One item of a checkpoint alone, on the first device: "params", or an average such as "ema_0.999".
 
@@ -242,7 +264,7 @@ def restore_params(folder: pathlib.Path, which: str = "params", step: int | None
       UserError: there is no such checkpoint or item, or it cannot be read.
     """
     folder = folder.absolute()
-    steps = sorted(int(each.name) for each in folder.glob("*") if each.name.isdigit())
+    steps = whole_steps(folder)
     if not steps or step not in (None, *steps):
         raise UserError(f"{folder} has no checkpoint {step or ''}; it has {steps or 'none'}")
     step = steps[-1] if step is None else step

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from engine import finish
 from engine.config import GIVEN, FinetuneConfig
+from engine.errors import UserNotice
 from engine.loading import SHIPPED, SHIPPED_NAME
 from engine.parallel import exchanged
 from engine.train import adapters, controlling, inversion, latents, loop, objectives, optim
@@ -33,6 +35,8 @@ from engine.weights.lora import XL_KINDS, Lora, merged_on_host
 # settings that a run keeps
 SETTLED = ("model", "what", "seed", "clip_skip", "scheduler", "lora", "inversion", "controlnet.kind")
 PRIOR_BATCH = 16
+# options of a scheduler that belong to what a model learned, unlike its grid
+MODEL_OF_NOISE = {"prediction_type", "rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,7 @@ def train(
     config.validate()
     check_same_run(config, workdir, SETTLED)
     task = begin(config)
+    _tell_of_scheduler(config, task)
     loss, frozen, around = objective(config, task)
     folder = workdir / "samples"
     samples = Samples(config.samples, task.model, config.finetune, folder, task.net, task.sight)
@@ -102,6 +107,19 @@ def train(
         return None
     place = "controlnet" if task.net else "" if task.is_file else "model"
     return export(task, params, workdir / place, overwrite=True)
+
+
+def _tell_of_scheduler(config: FinetuneConfig, task: Task) -> None:
+    """What is trained beside a model is drawn with by the model's own scheduler."""
+    changed = MODEL_OF_NOISE & config.scheduler.keys()
+    if changed and (task.is_file or task.net):
+        told = f"{', '.join(sorted(changed))} of config.scheduler"
+        warnings.warn(
+            f"{told}: what is trained here does not keep it, and draws with a model alone whose "
+            "scheduler_config.json says the same",
+            UserNotice,
+            stacklevel=2,
+        )
 
 
 def folder_of(config: FinetuneConfig) -> pathlib.Path:
@@ -142,7 +160,8 @@ def objective(config: FinetuneConfig, task: Task) -> Objective:
         loss = objectives.cached_loss(
             model.unet.graphdef, model.scheduler, config.finetune, model.vae.config.scaling_factor
         )
-        frozen = {"unet": model.unet.params, "empty": latents.empty(pathlib.Path(config.latents), model)}
+        cache = pathlib.Path(config.latents).expanduser()
+        frozen = {"unet": model.unet.params, "empty": latents.empty(cache, model)}
     else:
         how = model.scheduler, config.finetune, model.zeros, model.clip_skip
         control = controlling.control(task.net.graphdef, task.sight) if task.net else None
@@ -181,9 +200,8 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path, shapes_on
     stage, tokenizer = config.finetune, task.model.tokenizers
     hosts = {"process": jax.process_index(), "processes": jax.process_count()}
     if config.latents:
-        return latents.cached_batches(
-            pathlib.Path(config.latents), stage.batch_size, config.data.seed, **hosts
-        )
+        cache = pathlib.Path(config.latents).expanduser()
+        return latents.cached_batches(cache, stage.batch_size, config.data.seed, **hosts)
     options = {
         "size": min(task.model.default_size),
         "keep_tags": stage.keep_tags if stage.caption_shuffle else None,
@@ -197,7 +215,9 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path, shapes_on
         return own
     if shapes_only:
         return lambda step: {**own(step), "prior": own(step)}
-    folder = draw_prior(config, task.model, workdir / "prior")
+    # by the model as it is, not as it is to become
+    as_it_is = dataclasses.replace(task.model, scheduler=read_scheduler(folder_of(config)))
+    folder = draw_prior(config, as_it_is, workdir / "prior")
     # its own metadata, and the size that it is drawn in
     drawn = {"paths": (str(folder),), "kind": "files", "repeats": (1,), "caption_field": "", "min_size": 1}
     prior = training_batches(
@@ -227,7 +247,10 @@ def draw_prior(config: FinetuneConfig, model: Model, folder: pathlib.Path) -> pa
     folder = finish.prepare_folder(folder)
     names = [f"{index:06d}.png" for index in range(wanted)]
     if (folder / names[0]).exists():
-        drawn = finish.read_settings(folder / names[0])["prompt"]
+        try:
+            drawn = finish.read_settings(folder / names[0])["prompt"]
+        except UserError as error:
+            raise UserError(f"{error.args[0].partition(';')[0]}: remove it, and it is drawn anew") from None
         if drawn != prompt:
             raise UserError(f"{folder} has pictures of {drawn!r}, not of {prompt!r}: give another --workdir")
     leads = jax.process_index() == 0
@@ -273,12 +296,21 @@ def export(task: Task, params: Any, folder: pathlib.Path, overwrite: bool) -> pa
         net = dataclasses.replace(task.net, params=params["controlnet"])
         save_controlnet(folder, net, task.sight, overwrite)
         return folder
+    if (task.word or task.lora) and not overwrite:
+        _refuse_to_replace(folder, embeddings.FILE if task.word else lora_files.FILE)
     if task.word is not None:
         return embeddings.save(folder, task.word.embedding(params))
     if task.lora is not None:
         return lora_files.save(folder, Lora(jax.tree.map(np.asarray, params), task.lora.alphas))
     save_folder(folder, trained(task, params), dtype=jnp.float16, overwrite=overwrite)
     return folder
+
+
+def _refuse_to_replace(path: pathlib.Path, name: str) -> None:
+    """UserError where the file that is to be saved exists: `path`, or `name` in that folder."""
+    file = path if path.suffix == ".safetensors" else path / name
+    if file.exists():
+        raise UserError(f"{file} already exists: choose another place, or remove it")
 
 
 def trained(task: Task, params: Mapping[str, Params]) -> Model:

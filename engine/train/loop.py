@@ -197,10 +197,10 @@ class _Run:
                 self._keep_averages(done, state)
             stopping = stopped(last)
             if last or stopping or (done % config.checkpoint_every == 0 and _is_sound(metrics)):
-                place = {"next": done * config.batch_size}
-                self.checkpoints.save(state, {"seed": self.seed, "data": place})
+                self._save(done, state)
             if self.watch and self.watch.every and (last or done % self.watch.every == 0):
-                self._show(done, state, self.watch)
+                with self._kept_whatever_happens(done, state):
+                    self._show(done, state, self.watch)
             if stopping:
                 if self.devices.leads:
                     print(
@@ -209,6 +209,19 @@ class _Run:
                     )
                 return None
         return state
+
+    @contextlib.contextmanager
+    def _kept_whatever_happens(self, done: int, state: steps.TrainState) -> Iterator[None]:
+        """Steps are not lost with a picture that cannot be drawn, but where other hosts would wait."""
+        try:
+            yield
+        except Exception:
+            if self.devices.alone:
+                self._save(done, state)
+            raise
+
+    def _save(self, done: int, state: steps.TrainState) -> None:
+        self.checkpoints.save(state, {"seed": self.seed, "data": {"next": done * self.config.batch_size}})
 
     def _completed(self, step: int, metrics: steps.Metrics) -> None:
         _check_skipped(self.name, step, metrics, self.config)

@@ -172,7 +172,7 @@ def denoising_loss(
       UserError: the objective is wrong, or does not go with the scheduler.
     """
     objective.validate()
-    check_terminal(scheduler)
+    check_terminal(scheduler, objective)
     schedule, build_unet = schedule_for(scheduler), applier(unet)
 
     def loss(params, frozen, batch, key):

@@ -11,6 +11,7 @@ import numpy as np
 from engine import finish, sights
 from engine.config import SamplesConfig, StageConfig
 from engine.controls import ControlNet
+from engine.diffusion.schedules import sigmas_for
 from engine.parallel import SPLIT, Devices
 from engine.pipeline import Pipeline
 from engine.pixels import Crop, Unusable, read_pixels
@@ -75,8 +76,10 @@ class Samples:
         net: a ControlNet that is trained; what it is shown of config.images is `sight`.
 
         Raises:
-          UserError: one of these files cannot be read.
+          UserError: one of these files cannot be read, or there are too many steps.
         """
+        if config.every:  # a mistake in it is told now, not when the first is drawn
+            sigmas_for(model.scheduler, config.steps)
         self.every, self._config, self._folder = config.every, config, folder
         self._drawer = Drawer(model, stage, "in training", folder, net)
         self._given = None

@@ -19,6 +19,7 @@ from engine.models.unet_config import UNetConfig
 from engine.text.reading import cut
 from engine.text.tokenizer import Tokenizer, train_tokenizer
 from engine.train import loop, objectives, optim
+from engine.train.checkpoint import whole_steps
 from engine.train.data import BatchAt, captions_with_facts
 from engine.train.kept import kept_latents
 from engine.train.scaling import scaled_once
@@ -86,7 +87,9 @@ def train(config: TrainConfig, workdir: pathlib.Path, fit: Fit = loop.fit) -> pa
 def build(config: TrainConfig, workdir: pathlib.Path, fit: Fit) -> Model | None:
     """The model that the stages make, one after the other; None where `fit` made None of one."""
     config.validate()
-    check_terminal(_scheduler(config))  # a mistake in it is told now, not when its stage begins
+    check_terminal(
+        _scheduler(config), config.diffusion
+    )  # a mistake in it is told now, not when its stage begins
     part_configs(config, config.vocab_size)  # nor is one in them when all pictures were looked at
     check_same_run(config, workdir, SETTLED)
     check_same_pictures(config, workdir)
@@ -98,6 +101,7 @@ def build(config: TrainConfig, workdir: pathlib.Path, fit: Fit) -> Model | None:
         parts = components(config, tokenizer)
     _remember(config, tokenizer, workdir)
 
+    _check_order(config, workdir)
     run = Run(config, tokenizer, data, workdir, fit)
     for train_parts in (train_autoencoder, train_words, train_diffusion, train_decoder):
         trained = train_parts(run, parts)
@@ -105,6 +109,19 @@ def build(config: TrainConfig, workdir: pathlib.Path, fit: Fit) -> Model | None:
             return None
         parts |= trained
     return Model(**parts, tokenizer=tokenizer, scheduler=_scheduler(config))
+
+
+def _check_order(config: TrainConfig, workdir: pathlib.Path) -> None:
+    """UserError where a stage would go on that a later one has learned from: its latents, or its words."""
+    for name, later in (("autoencoder", ("diffusion", "decoder")), ("words", ("diffusion",))):
+        done, wanted = max(whole_steps(workdir / name), default=0), getattr(config, name).steps
+        learned = [each for each in later if whole_steps(workdir / each)]
+        if done < wanted and learned:
+            raise UserError(
+                f"{name}.steps={wanted}: {workdir} has {done} of them, and its {learned[0]} has learned from "
+                f"what they made: write {name}.steps={done}, or --config.start={workdir}/model and another "
+                "--workdir"
+            )
 
 
 def train_autoencoder(run: Run, parts: Parts) -> Parts | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from engine.models.autoencoder import AutoencoderConfig
 from engine.types import UserError
 from engine.weights.component import Place, load_component, read_config
 from engine.weights.folder import Model
@@ -33,6 +34,13 @@ def with_decoder(
                 f"the decoder {folder} has {getattr(theirs, name)} {what}, the model {getattr(ours, name)}; "
                 "give one that was made for this model's latents, or leave it out"
             )
+    if isinstance(theirs, AutoencoderConfig) and isinstance(ours, AutoencoderConfig):
+        for name in ("scaling_factor", "latents_mean", "latents_std"):
+            if getattr(theirs, name) != getattr(ours, name):
+                raise UserError(
+                    f"the decoder {folder} has {name} {getattr(theirs, name)}, the model {getattr(ours, name)}: "
+                    "it was made for the latents of another"
+                )
     return dataclasses.replace(model, vae=load_component(folder, "vae", dtype, place=place))
 
 

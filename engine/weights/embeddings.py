@@ -22,6 +22,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float
 
+from engine.models.clip import LARGEST_ID
 from engine.text.tokenizer import Tokenizer
 from engine.types import Params, UserError
 from engine.weights import names
@@ -31,7 +32,8 @@ from engine.weights.safetensors_io import DTYPES, Tensor, read_header, read_meta
 
 FILE = "learned_embeds.safetensors"  # in a folder
 NAMELESS = "emb_params"
-FIRST, SECOND = "clip_l", "clip_g"  # of SDXL
+STAR = "*"  # the same, in files that were made of AUTOMATIC1111's
+FIRST, SECOND = "clip_l", "clip_g"  # of SDXL; the first alone, of other models
 TOKEN = "token"  # in its metadata
 TABLE: names.Path = ("text_model", "embeddings", "token_embedding", "embedding")  # of the text encoder
 
@@ -105,7 +107,8 @@ def read(path: str | Path) -> Embedding:
         )
     if not both:
         ((key, tensor),) = header.items()
-        return Embedding(path.stem if key == NAMELESS else key, _vectors(path, key, tensor))
+        nameless = key in (NAMELESS, STAR, FIRST)
+        return Embedding(path.stem if nameless else key, _vectors(path, key, tensor))
     first, second = (_vectors(path, key, header[key]) for key in (FIRST, SECOND))
     if len(first) != len(second):
         raise UserError(
@@ -156,6 +159,8 @@ class Words:
         """The text encoder, which has their table, with a config that says so."""
         table = traverse_util.flatten_dict(text_encoder.params)[TABLE]
         config = dataclasses.replace(text_encoder.config, vocab_size=len(table))
+        if config.eos_token_id == LARGEST_ID:  # which now is one of these
+            config = dataclasses.replace(config, eos_token_id=self.tokenizer.eos_id)
         graphdef, _ = abstract(self.kind, config)
         return dataclasses.replace(text_encoder, config=config, graphdef=graphdef)
 

@@ -256,10 +256,15 @@ def read_scheduler(folder: Path, changes: Mapping[str, Any] = MappingProxyType({
 
     changes: options in place of its own.
     """
-    name = index.read_index(folder).classes["scheduler"]
+    found = index.read_index(folder)
     file = folder / "scheduler" / "scheduler_config.json"
     # the index decides on the class, as in diffusers
-    options = read_json(file) | {"_class_name": name} | changes
+    options = read_json(file) | {"_class_name": found.classes["scheduler"]}
+    if found.offset:  # as diffusers' pipelines of these models have it, whatever the file says
+        options |= {"clip_sample": False}
+        if SchedulerConfig.from_json(options, str(file)).spacing == "leading":
+            options |= {"steps_offset": 1}
+    options |= changes
     return SchedulerConfig.from_json(options, str(file))
 
 

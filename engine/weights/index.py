@@ -22,6 +22,9 @@ _XL = "StableDiffusionXL"
 ENDS = {WORDS: "Pipeline", INPAINTS: "InpaintPipeline", FOLLOWS: "InstructPix2PixPipeline"}
 IMG2IMG = "Img2ImgPipeline"
 NAMES = tuple(family + end for family in (_FIRST, _XL) for end in (*ENDS.values(), IMG2IMG))
+OFFSET = tuple(_FIRST + end for end in (ENDS[WORDS], ENDS[INPAINTS], IMG2IMG))
+# Of LCM, whose U-Net says by itself that it was distilled.
+OF_OTHERS = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
 NOT_READ = (
     *("safety_checker", "feature_extractor", "image_encoder"),
     *("requires_safety_checker", "add_watermarker", "requires_aesthetics_score"),
@@ -36,6 +39,7 @@ class Index(NamedTuple):
 
     classes: Mapping[str, str]  # part -> class
     zeros: bool  # no negative prompt is zeros, in place of what the encoders say of an empty text
+    offset: bool = False  # the timesteps of its grid begin at 1, see `folder.read_scheduler`
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -72,11 +76,13 @@ def read_index(folder: Path) -> Index:
     _check_is_model(folder)
     where = folder / FILE
     index = read_json(where)
-    if (name := index.get("_class_name")) not in NAMES:
-        raise UserError(f"{where} describes a {name}; the engine reads {', '.join(NAMES)}")
+    if (pipeline := index.get("_class_name")) not in (*NAMES, *OF_OTHERS):
+        raise UserError(f"{where} describes a {pipeline}; the engine reads {', '.join((*NAMES, *OF_OTHERS))}")
     if index.pop("is_cosxl_edit", False):
-        raise UserError(f"{where}: is_cosxl_edit: CosXL, which is trained in other noise levels, is not read")
-    wanted, needed = _wanted(name.startswith(_XL))
+        raise UserError(
+            f"{where}: is_cosxl_edit: CosXL Edit, which sees pictures in its own way, is not read"
+        )
+    wanted, needed = _wanted(pipeline.startswith(_XL))
     classes = {}
     for name, value in index.items():
         if name.startswith("_") or name in (*NOT_READ, ZEROS) or value in (None, [None, None]):
@@ -92,7 +98,8 @@ def read_index(folder: Path) -> Index:
         needed |= {"text_encoder", "tokenizer"}
     if missing := needed - classes.keys():
         raise UserError(f"{where} names no {', '.join(sorted(missing))}")
-    return Index(classes, "tokenizer_2" in classes and index.get(ZEROS, True) is True)
+    zeros = "tokenizer_2" in classes and index.get(ZEROS, True) is True
+    return Index(classes, zeros, pipeline in OFFSET)
 
 
 def _wanted(xl: bool) -> tuple[dict[str, tuple[str, ...] | None], set[str]]:

@@ -40,6 +40,7 @@ Kernel = Float[np.ndarray, "O I *K"]
 
 UP, DOWN, MID = "lora_up.weight", "lora_down.weight", "lora_mid.weight"
 HADA = tuple(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
+WHOLE = {"lokr_w1", "lokr_w2"}
 KRON = tuple(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
 ALPHA, DORA = "alpha", "dora_scale"
 KNOWN = (*HADA, *KRON, MID, UP, DOWN, ALPHA, DORA)
@@ -181,7 +182,9 @@ def _fits(parts: Parts, layer: Layer) -> bool:
     """Whether the parts are those of one kind, and make a change of the layer's shape, by numbers."""
     outputs, inputs, *window = names.torch_shape(layer.path, layer.shape)
     kinds = [kind for kind in (HADA, KRON, (UP, DOWN, MID)) if not parts.keys().isdisjoint(kind)]
-    if len(kinds) != 1 or not all(array.size and np.isfinite(array).all() for array in parts.values()):
+    # of two whole factors alpha says nothing, and of large files in half precision it is infinite
+    used = {name: array for name, array in parts.items() if name != ALPHA or not WHOLE <= parts.keys()}
+    if len(kinds) != 1 or not all(array.size and np.isfinite(array).all() for array in used.values()):
         return False
     if ALPHA in parts and parts[ALPHA].size != 1:
         return False

@@ -57,7 +57,8 @@ V_PREDICTION_SIZE, EPSILON_SIZE = 96, 64  # of the latents that Stable Diffusion
 # Beside the weights. Of the text encoders: what only their training, or that of 2 its pictures need.
 _OPEN_CLIPS = "|".join(map(re.escape, (OPEN_CLIP, XL_OPEN_CLIP, REFINER_OPEN_CLIP)))
 NO_WEIGHTS = re.compile(
-    rf"({_OPEN_CLIPS})(logit_scale|attn_mask)$|{re.escape(OPEN_CLIP + PROJECTION)}$"
+    rf"({_OPEN_CLIPS})(logit_scale|attn_mask|.*position_ids)$|{re.escape(OPEN_CLIP + PROJECTION)}$"
+    rf"|({'|'.join(map(re.escape, AS_IN_TRANSFORMERS))})({PROJECTION}\.weight|logit_scale)$"
     rf"|{re.escape(VAE)}(loss|model_ema)\."
 )
 AVERAGED = "model_ema."
@@ -185,7 +186,10 @@ def understand(path: Path, prediction_type: str | None = None) -> Single:
         configs = {kind: built(kind, option, path) for kind, option in options.items()}
         noise = _edm(path, header) or family.architecture.scheduler
         scheduler = SchedulerConfig.from_json(noise, family.name)
-        scheduler = dataclasses.replace(scheduler, rescale_betas_zero_snr=NO_SIGNAL_MARK in header)
+        if NO_SIGNAL_MARK in header:  # in which pictures begin, on such a grid
+            scheduler = dataclasses.replace(
+                scheduler, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+            )
         zeros = family.zeros
     else:
         configs, scheduler, zeros = notes

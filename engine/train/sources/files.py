@@ -10,7 +10,7 @@ What a ControlNet that is trained is to be shown of a picture is named in its ro
 1.control.png. Neither is a picture of its own then.
 
 A row of metadata.jsonl names files below its folder and no others: neither `..` nor a link leads out of it,
-since such files are often someone else's. Links that lie in the folder themselves are read.
+since such files are often someone else's. Links to files that lie in the folder themselves are read.
 """
 
 import io
@@ -35,6 +35,7 @@ from engine.train.sources.item import (
 )
 
 METADATA = "metadata.jsonl"
+OTHERS = (".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".jxl")  # pictures that are not read
 CONTROL_FIELDS = (CONTROL, f"{CONTROL}_file_name")
 
 
@@ -51,7 +52,7 @@ class Files:
 
     def __init__(self, root: str, field: str = "", controlled: bool = False):
         self._root, self._field, self._controlled = root, field, controlled
-        self._beside: set[str] = set()  # names of caption files
+        self._beside: dict[str, str] = {}  # names of caption files, as they are where their suffix is small
         self._controls: dict[str, str] = {}  # name of a picture without its suffix -> that of 1.control.png
         self._entries = self._find()
 
@@ -83,7 +84,7 @@ class Files:
     def _caption(self, name: str) -> str | None:
         stem = os.path.splitext(name)[0]
         for suffix in (".json", ".txt") if self._field else (".txt", ".json"):
-            if (beside := stem + suffix) in self._beside:
+            if (beside := self._beside.get(stem + suffix)) is not None:
                 data = read_text(open_file(os.path.join(self._root, beside)))
                 return caption_of(data) if suffix == ".txt" else caption_in_json(data, self._field)
         return None
@@ -104,8 +105,10 @@ class Files:
                 self._controls[of] = name
             elif suffix in PICTURES and name not in told:
                 entries.append(Entry(name))
+            elif suffix in OTHERS and name not in told:
+                entries.append(Entry(name, problem=f"{suffix} is not read: make it {', '.join(PICTURES)}"))
             elif suffix in (".txt", ".json"):
-                self._beside.add(name)
+                self._beside[stem + suffix] = name
         return sorted(entries, key=lambda entry: (entry.name, entry.caption or ""))
 
     def _control_in(self, row: Any, folder: str, base: str) -> tuple[str | None, str]:
@@ -148,7 +151,10 @@ def file_of(row: dict | str, base: str, field: str = "file_name") -> str:
 
 
 def list_files(root: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """Paths below a folder from it on, sorted and without the hidden; and folders that cannot be read."""
+    """Paths below a folder from it on, sorted and without the hidden; and folders that cannot be read.
+
+    Folders that are links are not followed, as they may lead around in a circle: they are told.
+    """
     names, problems = [], []
 
     def note(error: OSError) -> None:
@@ -157,5 +163,9 @@ def list_files(root: str) -> tuple[list[str], list[tuple[str, str]]]:
     for folder, folders, files in os.walk(root, onerror=note):
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = os.path.relpath(folder, root)
+        for name in folders:
+            if os.path.islink(os.path.join(folder, name)):
+                why = "a link to a folder is not followed: give that folder to data.paths, too"
+                problems.append((os.path.normpath(os.path.join(below, name)), why))
         names += [os.path.normpath(os.path.join(below, f)) for f in files if not f.startswith(".")]
     return sorted(names), problems

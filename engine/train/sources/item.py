@@ -27,14 +27,14 @@ Accept = Callable[[str | None], str]
 
 def required(caption: str | None) -> str:
     """The caption; Unusable without one."""
-    if caption is None:
+    if not caption:
         raise Unusable(NO_CAPTION)
     return caption
 
 
 class Item(NamedTuple):
     file: io.BufferedIOBase  # of the picture; read no further than is asked for, to be closed
-    caption: str | None  # None: it stands inside of the picture, if anywhere
+    caption: str | None  # None: it stands inside of the picture, if anywhere; "": there is none
     control: Callable[[], io.BufferedIOBase] | None = None  # opens what a ControlNet is to be shown
 
 
@@ -133,14 +133,14 @@ def read_text(file: io.BufferedIOBase) -> bytes:
 
 
 def caption_of(text: Any) -> str:
-    """A caption without the space around it. Raises Unusable where there is none, or one of no use."""
+    """A caption without the space around it, "" where there is none. Raises Unusable for one of no use."""
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise Unusable(NOT_UTF8) from None
-    if text is None or (isinstance(text, str) and not text.strip()):
-        raise Unusable(NO_CAPTION)
+    if text is None:
+        return ""
     if not isinstance(text, str):
         raise Unusable("the caption is no text")
     try:

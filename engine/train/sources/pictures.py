@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -26,7 +27,7 @@ class Look(NamedTuple):
 
     width: int
     height: int
-    digest: bytes  # of size and caption
+    digest: bytes  # of both, of the size of the file, and of the caption
 
 
 class Pictures:
@@ -50,7 +51,8 @@ class Pictures:
         with item.file as file:
             header = read_header(file, SETTINGS_KEY)
             caption = item.caption if item.caption is not None else _caption_inside(header.settings)
-        told = f"{header.width} {header.height} {self._accept(caption)}"
+            size = file.seek(0, os.SEEK_END)  # other pixels seldom take as many bytes
+        told = f"{header.width} {header.height} {size} {self._accept(caption)}"
         if self._controlled:
             told += " {} {}".format(*_size_of_control(item, header))
         return Look(header.width, header.height, hashlib.sha256(told.encode()).digest()[:8])
@@ -60,8 +62,8 @@ class Pictures:
         item = self._open(number)
         with item.file as file:
             if item.caption is not None:
-                return item.caption
-            return _caption_inside(read_header(file, SETTINGS_KEY).settings)
+                return required(item.caption)
+            return required(_caption_inside(read_header(file, SETTINGS_KEY).settings))
 
     def read(
         self, number: int, width: int, height: int, crop: Crop

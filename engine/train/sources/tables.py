@@ -105,7 +105,7 @@ def _rows(
         if batch is None:
             return
         images, *controls = (_bytes(pa, batch.column(name)) for name in pictures)
-        texts = [batch.column(name).cast(pa.binary()).to_pylist() for name in captions]
+        texts = [batch.column(name).cast(pa.string()).cast(pa.binary()).to_pylist() for name in captions]
         for i, picture in enumerate(images):
             caption = next((text[i] for text in texts if text[i] is not None), None)
             yield picture, caption, controls[0][i] if controls else None
@@ -131,11 +131,16 @@ def _caption_columns(pa: Any, schema: Any, field: str, path: str) -> list[str]:
     if field and field not in schema.names:
         raise UserError(f"{path}: no column {field!r}; its columns are {', '.join(schema.names)[:200]}")
     wanted = (field,) if field else CAPTIONS
-    is_text = (pa.types.is_string, pa.types.is_large_string)
-    found = [n for n in wanted if n in schema.names and any(is_it(schema.field(n).type) for is_it in is_text)]
+    found = [name for name in wanted if name in schema.names and _holds_text(pa, schema.field(name).type)]
     if field and not found:
         raise UserError(f"{path}: column {field!r} holds no texts; write another caption_field")
     return found
+
+
+def _holds_text(pa: Any, type: Any) -> bool:
+    if pa.types.is_dictionary(type):  # a category of pandas
+        return _holds_text(pa, type.value_type)
+    return pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type)
 
 
 def _holds_bytes(pa: Any, type: Any) -> bool:

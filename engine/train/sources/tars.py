@@ -88,6 +88,8 @@ def _index(path: str) -> Iterator[Entry]:
         for suffix, (name, place) in files.items():
             if f".{suffix}" in PICTURES:
                 yield Entry(path, name, place, captions, control=control)
+            elif suffix.endswith(PICTURES) and not f".{suffix}".startswith(BESIDE):
+                yield Entry(path, name, problem=f"a dot in its name: in a tar it is the {suffix} of another")
     if problem:
         yield Entry(path, "", problem=problem)
 
