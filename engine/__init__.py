@@ -10,17 +10,27 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import UserError
 
 if TYPE_CHECKING:
+    from engine.diffusion.noise import fresh_seed
     from engine.loading import load
     from engine.pipeline import Pipeline
+    from engine.requests import Given
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "UserError", "load"]
+__all__ = ["Given", "Pipeline", "UserError", "fresh_seed", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `Pipeline` bring JAX with them: only when they are asked for."""
+    """These bring JAX with them: only when they are asked for."""
     if name in ("load", "Pipeline"):
         from engine import loading
 
         return getattr(loading, name)
+    if name == "Given":
+        from engine.requests import Given
+
+        return Given
+    if name == "fresh_seed":
+        from engine.diffusion.noise import fresh_seed
+
+        return fresh_seed
     raise AttributeError(f"module 'engine' has no attribute {name!r}")

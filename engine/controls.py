@@ -17,7 +17,7 @@ from engine.config import check_count
 from engine.models.controlnet import Control, ControlNetModel, State
 from engine.models.merging import merging
 from engine.models.watching import unwatched
-from engine.requests import Given, Settings
+from engine.requests import Given, Settings, check_pixels
 from engine.types import Latents, UserError
 from engine.weights.component import Component
 
@@ -36,6 +36,7 @@ def checked(given: Sequence[Given], count: int, settings: Settings) -> None:
     for each in given:
         check_count("controlnet", len(each.control), count)
         for picture in each.control:
+            check_pixels(picture, "control picture")
             if picture.shape != shape:
                 raise UserError(f"a control picture of shape {picture.shape}: it must be {shape}")
 

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from engine.requests import Given, Settings
+from engine.requests import Given, Settings, check_mask, check_pixels
 from engine.types import Denoise, Latents, UserError
 from engine.weights.folder import Model
 from engine.weights.index import FOLLOWS, INPAINTS, WORDS, channels
@@ -68,6 +68,9 @@ def checked(given: Sequence[Given], made: str, settings: Settings) -> None:
     if len({edit.mask is None for edit in edits}) > 1:
         raise UserError("some pictures have a mask and others have none: draw them one after the other")
     for edit in edits:
+        check_pixels(edit.image, "picture")
+        if edit.mask is not None:
+            check_mask(edit.mask)
         if edit.image.shape != (height, width, 3):
             raise UserError(f"a picture of shape {edit.image.shape}: it must be {(height, width, 3)}")
         if edit.mask is not None and edit.mask.shape != (height, width):

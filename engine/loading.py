@@ -16,6 +16,7 @@ from engine.controls import ControlNet
 from engine.models.tiles import check_tile
 from engine.parallel import Devices
 from engine.pipeline import Pipeline
+from engine.requests import check_scaled
 from engine.text.reading import Reading
 from engine.types import UserError
 from engine.weights import ip_adapter as ip_adapters
@@ -89,6 +90,8 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}; write {' or '.join(DTYPES)}")
+    for name, entries in (("lora", lora), ("controlnet", controlnet), ("ip_adapter", ip_adapter)):
+        check_scaled(name, entries)
     devices = Devices(parallel) if isinstance(parallel, str) else parallel
     use_compilation_cache()
     folder, place = SHIPPED if model is None else pathlib.Path(model).expanduser(), devices.place

@@ -26,12 +26,12 @@ from engine.parallel import Devices
 from engine.passes import Passes, latent_shape
 from engine.programs import Programs
 from engine.prompting import Prompting
-from engine.requests import Batch, Context, Finished, Frames, Given, OfTheWay, Request, Settings
+from engine.requests import Batch, Context, Finished, Frames, Given, OfTheWay, Request, Settings, check_scaled
 from engine.sizing import Sizing
-from engine.text.prompts import check_negative_prompts, check_prompts
+from engine.text.prompts import check_negative_prompts, check_prompts, unread
 from engine.text.reading import PLAIN, Reading, words
 from engine.types import UserError
-from engine.ways import check_heat, check_refiner_start, check_settings, ways_of
+from engine.ways import check_frames, check_heat, check_refiner_start, check_settings, ways_of
 from engine.weights.component import Component
 from engine.weights.folder import Model
 from engine.weights.ip_adapter import Adapter
@@ -101,6 +101,7 @@ class Pipeline:
         Raises:
           UserError: a file is no LoRA of the model, or the folder holds another model now.
         """
+        check_scaled("loras", loras)
         if self._read is None:
             raise UserError("this pipeline was not loaded from a folder, and takes no LoRAs now")
         model = self._read(loras, self.model.vae)
@@ -137,12 +138,14 @@ class Pipeline:
         Args:
           negative_prompts: what to steer away from: one for all, or one for each.
           seed: with `first_index` it addresses the noise: picture i has the index first_index + i, and
-            looks the same however many are drawn beside it. None draws a fresh seed.
+            looks the same however many are drawn beside it. None draws a fresh seed, which is not told:
+            give `engine.fresh_seed()`, and keep it, for pictures that are to be drawn again.
           sampler: a name of engine.diffusion.samplers.SAMPLERS; None: the one that the model's folder names.
           guidance_scale: 1 leaves out the unconditional pass.
           height, width: in pixels; None: the size that the model was trained for.
           latents: start noise of unit variance, in place of the seed's.
-          batch_size: pictures a device draws at once; None: all of them.
+          batch_size: pictures a device draws at once; None: all, or as many as are sensible. Each is a
+            program, which is compiled: name one where the number of prompts varies.
           given: pictures beside the words, one `engine.requests.Given` for each prompt: to change, all with a
             mask or all without (`engine.edits`); for ControlNets to see (`engine.controls`); as prompts for
             IP-Adapters (`engine.adapters`).
@@ -158,13 +161,17 @@ class Pipeline:
         if batch_size is None:
             prompts = check_prompts(prompts)
             runs = self.runs(prompts, check_negative_prompts(negative_prompts, len(prompts)), guidance_scale)
-            batch_size = self.share_of(max(map(len, runs)))
+            size = height or self.default_size[0], width or self.default_size[1]
+            batch_size = self.batch_size_for(max(map(len, runs)), *size)
         if strength is None:
             strength = edits.default_strength(given[0] if given else Given(), self.made_for)
         settings = self.settings(
             steps, sampler, guidance_scale, height, width, batch_size, strength, **special
         )
         seed = noise.fresh_seed() if seed is None else seed
+        asked = [*check_prompts(prompts), *check_negative_prompts(negative_prompts, len(prompts))]
+        for warning in unread(asked, self.model.first_tokenizer, self.reading):
+            warnings.warn(warning, UserNotice, 2)
         images = []
         for batch in self.stream(
             prompts,
@@ -217,6 +224,8 @@ class Pipeline:
         if len(given) != len(prompts):
             raise UserError(f"{len(given)} pictures for {len(prompts)} prompts: give one for each")
         self.check_given(given, settings)
+        if frames > 1:
+            check_frames(frames, self.steps_of(settings) + 1)
         if heat:
             check_heat(settings, self.programs, self.refiner)
         batches = self.batches(prompts, negatives, settings)

@@ -1,11 +1,13 @@
 """What goes through a pipeline: what is asked for, how it is drawn, and what comes out."""
 
 import dataclasses
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
+
+from engine.errors import UserError
 
 
 class Context(NamedTuple):
@@ -130,6 +132,13 @@ class Settings:
         return range(first + inside[0], first + inside[-1] + 1) if inside else range(0)
 
 
+def check_scaled(name: str, entries: Any) -> None:
+    """UserError for what is no list of files, each with a scale."""
+    pairs = isinstance(entries, (list, tuple))
+    if not pairs or not all(isinstance(each, (list, tuple)) and len(each) == 2 for each in entries):
+        raise UserError(f"{name}={entries!r}: write files and scales, as {name}=[('FILE.safetensors', 0.8)]")
+
+
 class Given(NamedTuple):
     """Pictures that are given beside the words."""
 
@@ -137,6 +146,28 @@ class Given(NamedTuple):
     mask: Float[np.ndarray, "H W"] | None = None  # of it; 1: to be drawn anew, 0: stays
     control: tuple[UInt8[np.ndarray, "H W 3"], ...] = ()  # one for each ControlNet
     image_prompt: tuple[np.ndarray, ...] = ()  # (H, W, 3) uint8, one for each IP-Adapter, of any size
+
+
+def check_pixels(picture: Any, what: str) -> None:
+    """UserError for what is given as a picture and is none."""
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8:
+        raise UserError(
+            f"a {what} of {_kind(picture)}: write an array of uint8, as np.asarray(image.convert('RGB'))"
+        )
+
+
+def check_mask(mask: Any) -> None:
+    """UserError for what is no mask."""
+    if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "fb":
+        raise UserError(
+            f"a mask of {_kind(mask)}: write an array of floats, 0 to 1, as np.asarray(image) / 255"
+        )
+    if mask.size and not 0 <= mask.min() <= mask.max() <= 1:
+        raise UserError(f"a mask from {mask.min()} to {mask.max()}: write numbers from 0 to 1")
+
+
+def _kind(given: Any) -> str:
+    return str(given.dtype) if isinstance(given, np.ndarray) else type(given).__name__
 
 
 class Request(NamedTuple):

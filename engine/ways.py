@@ -151,6 +151,12 @@ def check_refiner_start(given: float | None, refined: bool) -> float | None:
     return start
 
 
+def check_frames(frames: int, most: int) -> None:
+    """UserError for so many stages from static to picture, where there are `most`."""
+    if not 2 <= frames <= most:
+        raise UserError(f"frames={frames} is out of range; from static to picture: write 2 to {most}")
+
+
 def check_heat(settings: Settings, programs: Programs, refiner: Programs | None) -> None:
     """Raises UserError where the model's own part of the way is too short to see what words do on it."""
     way, *_ = ways_of(settings, programs, refiner)

@@ -110,9 +110,10 @@ def work(job: Job, settle: Settle, pipe: Pipeline, store: Store, part: Claims | 
     mine = range(job.shards) if isinstance(part, Claims) else range(job.shards)[part[0] :: part[1]]
     done = sum(folder.pictures_of(description, int(name)) for name in finished if int(name) in mine)
     total = sum(folder.pictures_of(description, number) for number in mine)
+    programs = f", {job.programs} programs to compile" if len(finished) < job.shards else ""
     cli.tell(
-        f"{job.pictures} pictures of {len(job.rows)} rows in {job.shards} shards, "
-        f"{job.programs} programs to compile" + (f"; {len(finished)} shards are done" if finished else "")
+        f"{job.pictures} pictures of {len(job.rows)} rows in {job.shards} shards{programs}"
+        + (f"; {len(finished)} shards are done" if finished else "")
     )
     tell_of_refused(job, settle)
     stopping = threading.Event()

@@ -108,8 +108,8 @@ FLAGS: cli.Groups = {
         ),
         "decoder": (
             "FOLDER",
-            "decodes with another autoencoder than the model's own, such as TAESD: its folder, or a\n"
-            "model's with vae/ in it",
+            "decodes with another autoencoder than the model's own, such as TAESD: its folder, a model's\n"
+            "with vae/ in it, or a .safetensors file of one that is built as the model's own",
         ),
         "safety_checker": (
             "FOLDER",

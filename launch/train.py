@@ -131,6 +131,16 @@ def literal(text: str) -> Any:
         return text
 
 
+def in_package(arg: str) -> str:
+    """--config=configs/NAME.py, wherever one is: where there is no such file, that of the package."""
+    flag, found, name = arg.partition("=")
+    path = pathlib.Path(name)
+    if flag.lstrip("-") == "config" and found and path.parts[:1] == ("configs",) and not path.exists():
+        own = pathlib.Path(cli.__file__).parents[1] / path
+        return f"{flag}={own}" if own.is_file() else arg
+    return arg
+
+
 def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """The config, with its overrides, and the other flags.
 
@@ -138,7 +148,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
       UserError: for whatever of `argv` cannot be read.
     """
     of_scheduler = dict(found.groups() for arg in argv if (found := SCHEDULER.fullmatch(arg)))
-    argv = [arg for arg in argv if not SCHEDULER.fullmatch(arg)]
+    argv = [in_package(arg) for arg in argv if not SCHEDULER.fullmatch(arg)]
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file(
         "config", flag_values=values, lock_config=False, sys_argv=["", *argv]

@@ -33,7 +33,7 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
         "safety_checker": (
             of_weights(safety_checker.find(config.safety_checker)) if config.safety_checker else ""
         ),
-        "decoder": of_weights(decoder.find(config.decoder)) if config.decoder else "",
+        "decoder": _of_decoder(decoder.find(config.decoder)) if config.decoder else "",
         "upscaler": _of(upscaler.find(config.upscaler)) if config.upscaler else "",
         "refiner": of_weights(pathlib.Path(config.refiner).expanduser()) if config.refiner else "",
     }
@@ -80,6 +80,10 @@ def _of_encoders(config: GenerateConfig, folder: pathlib.Path) -> str:
 def _of_network(path: pathlib.Path) -> str:
     """Of a folder or a file."""
     return of_weights(path)[:16] if path.is_dir() else _of_ends(path)
+
+
+def _of_decoder(path: pathlib.Path) -> str:
+    return of_weights(path) if path.is_dir() else _of_ends(path)
 
 
 def _of(path: pathlib.Path) -> str:

@@ -19,7 +19,7 @@ from engine.pipeline import Pipeline
 from engine.requests import Frames, Given, Settings
 from engine.text.prompts import check_prompt, check_prompts
 from engine.types import UserError
-from engine.ways import check_heat
+from engine.ways import check_frames, check_heat
 
 ANIMATED_FRAMES = 24
 
@@ -102,8 +102,7 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
 def _stages(config: GenerateConfig, most: int) -> int:
     if config.frames is None:
         return min(ANIMATED_FRAMES, most) if config.animate else 0
-    if not 2 <= config.frames <= most:
-        raise UserError(f"frames={config.frames} is out of range; from static to picture: write 2 to {most}")
+    check_frames(config.frames, most)
     return config.frames
 
 

@@ -183,7 +183,7 @@ def _fits(parts: Parts, layer: Layer) -> bool:
     outputs, inputs, *window = names.torch_shape(layer.path, layer.shape)
     kinds = [kind for kind in (HADA, KRON, (UP, DOWN, MID)) if not parts.keys().isdisjoint(kind)]
     # of two whole factors alpha says nothing, and of large files in half precision it is infinite
-    used = {name: array for name, array in parts.items() if name != ALPHA or not WHOLE <= parts.keys()}
+    used = {name: array for name, array in parts.items() if name != ALPHA or not parts.keys() >= WHOLE}
     if len(kinds) != 1 or not all(array.size and np.isfinite(array).all() for array in used.values()):
         return False
     if ALPHA in parts and parts[ALPHA].size != 1:

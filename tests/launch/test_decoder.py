@@ -5,8 +5,11 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from engine import finish
+from engine.weights.original_names import VAE
+from engine.weights.single_file_written import to_file
 from launch import cli
 from tests.tiny import TINY_VAE, tiny_folder
 
@@ -34,6 +37,41 @@ def test_a_decoder_changes_the_picture_which_remembers_it(draw, run, small, tmp_
     (part,) = draw("a red fox", "--seed", 3, "--decoder", small / "vae").paths
     np.testing.assert_array_equal(pixels(part), pixels(with_it))
     np.testing.assert_array_equal(pixels(whole_model), pixels(with_it))  # the rest of the two is the same
+
+
+def test_a_decoder_in_a_file(draw, run, tmp_path):
+    """In the original layout, within a whole model or alone, and in that of diffusers; with its training."""
+    other = tiny_folder(tmp_path / "other", seed=5)
+    to_file(other, whole := tmp_path / "whole.safetensors")
+    tensors = load_file(whole)
+    alone = {key.removeprefix(VAE): array for key, array in tensors.items() if key.startswith(VAE)}
+    alone |= {"loss.logvar": np.zeros((), np.float32), "model_ema.decay": np.zeros((), np.float32)}
+    save_file(alone, bare := tmp_path / "bare.safetensors")
+    theirs = other / "vae" / "diffusion_pytorch_model.safetensors"
+
+    (expected,) = draw("a red fox", "--seed", 3, "--decoder", other).paths
+    for file in (whole, bare, theirs):
+        (path,) = draw("a red fox", "--seed", 3, "--decoder", file).paths
+        np.testing.assert_array_equal(pixels(path), pixels(expected))
+    again = run("--like", path, "--out", tmp_path / "again")
+    assert again.paths[0].read_bytes() == path.read_bytes()
+
+    del alone["decoder.conv_in.bias"]
+    save_file(alone, less := tmp_path / "less.safetensors")
+    for file, told in (
+        (less, "is no autoencoder, or built otherwise than the model's"),
+        (tmp_path / "vae.ckpt", "is in a format that is never opened"),
+        (tmp_path / "none.safetensors", "no decoder"),
+    ):
+        refused = draw("a red fox", "--decoder", file)
+        assert refused.code == cli.MISTAKE and told in refused.told[-1]
+
+
+def test_a_decoder_of_other_latents_is_refused(draw, tmp_path):
+    other = tiny_folder(tmp_path / "other", vae={"scaling_factor": 0.18215})
+    refused = draw("a red fox", "--decoder", other)
+    assert refused.code == cli.MISTAKE
+    assert "has scaling_factor 0.18215, the model 0.5" in refused.told[-1]
 
 
 def test_a_tile_changes_larger_pictures_alone(draw, run, tmp_path):
@@ -95,7 +133,7 @@ def other(**options):
 
 
 MISTAKES = {
-    "missing": (lambda folder, small: folder, "no decoder ", "config.json, or a model's with vae/ in it"),
+    "missing": (lambda folder, small: folder, "no decoder ", "config.json, a model's with vae/ in it, or a"),
     "empty": (empty, "holds no decoder: looked for config.json"),
     "another part": (
         lambda folder, small: small / "unet",
