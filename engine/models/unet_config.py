@@ -1,6 +1,7 @@
 """unet/config.json: the options of a U-Net, and those that a ControlNet has too, read and checked."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ FIXED = ENCODER_FIXED | {
 }
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
+TRAINED_SIZE = 64  # of the latents of Stable Diffusion 1
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 
 
@@ -185,7 +187,14 @@ class UNetConfig(EncoderConfig):
 
     @classmethod
     def from_json(cls, options: Mapping[str, Any], where: str) -> "UNetConfig":
-        """Reads config.json; raises UserError for what the engine does not know."""
+        """Reads config.json; raises UserError for what the engine does not know.
+
+        The first diffusers wrote a sample_size of 32 for Stable Diffusion 1, whose latents have 64; its later
+        versions do not believe it, either.
+        """
+        size = options.get("sample_size")
+        if _before_0_9(options.get("_diffusers_version")) and isinstance(size, int) and size < TRAINED_SIZE:
+            options = {**options, "sample_size": TRAINED_SIZE}
         return from_json(cls, options, where, FIXED)
 
     def __post_init__(self):
@@ -211,3 +220,9 @@ class UNetConfig(EncoderConfig):
             raise UserError(f"{name} has lists in it: write reverse_{name}, for the way up, too")
         count = self.per_block("layers_per_block")[level] + 1
         return self._checked_depths(name, depths, count, self.up_block_types[::-1][level])
+
+
+def _before_0_9(version: Any) -> bool:
+    """Of a version of diffusers, as "0.2.2"."""
+    found = re.match(r"0\.(\d+)\.", version) if isinstance(version, str) else None
+    return found is not None and int(found[1]) < 9

@@ -154,6 +154,8 @@ class _Shapes:
         self.shapes = {
             key.removeprefix(prefix): tensor.shape for key, tensor in header.items() if key.startswith(prefix)
         }
+        if (turned := self.shapes.get(f"{PROJECTION}.weight")) is not None:  # another name, and order, of it
+            self.shapes[PROJECTION] = turned[::-1]
 
     def __contains__(self, key: str) -> bool:
         return key in self.shapes

@@ -62,6 +62,8 @@ NO_WEIGHTS = re.compile(
     rf"|{re.escape(VAE)}(loss|model_ema)\."
 )
 AVERAGED = "model_ema."
+# The projection of the second text encoder of XL, as some programs write it.
+TURNED = tuple(f"{prefix}{PROJECTION}.weight" for prefix in (XL_OPEN_CLIP, REFINER_OPEN_CLIP))
 BUFFERS = re.compile(
     r"(betas|\w*alphas_cumprod(_prev)?|posterior_\w+|lvlb_weights|logvar|global_step|optimizer\w*"
     r"|denoiser\.sigmas)(\.|$)"
@@ -296,6 +298,8 @@ def _find(
                 continue
             used.add(slot.key)
             name, tensor = stored[slot.key]
+            if name == f"{slot.key}.weight":  # as a layer of PyTorch's, whose order is ours
+                slot = slot._replace(transposed=False)
             wanted = slot.shape(shape)
             if tensor.shape not in (wanted, shape + slot.tail[:1], *([shape] if slot.tail else [])):
                 misshapen[name] = f"{name} is {tensor.shape}, not {wanted}"
@@ -336,6 +340,8 @@ def _weights(header: Header, family: Family, configs: Mapping[str, Any]) -> dict
         if prefix := next((each for each in AS_IN_TRANSFORMERS if name.startswith(each)), None):
             own = names.canonical("text_encoder", name.removeprefix(prefix))
             key = own and prefix + own
+        if key in TURNED:
+            key = key.removesuffix(".weight")
         ours = key and key.startswith(prefixes)
         if ours and not NO_WEIGHTS.match(key) and not key.startswith(left_out):
             found[key] = (name, tensor)

@@ -28,16 +28,33 @@ from engine.weights.files import new_file
 from engine.weights.folder import read_scheduler
 from engine.weights.index import ZEROS, read_index
 from engine.weights.kinds import KNOWN
-from engine.weights.original_configs import Family, family_with, told_by_shapes
+from engine.weights.original_configs import XL, Family, family_with, told_by_shapes
 from engine.weights.original_names import Slot
 from engine.weights.safetensors_io import DTYPES, Tensor, as_dtype, read_tensor, write
-from engine.weights.single_file import METADATA, slots_of
+from engine.weights.single_file import (
+    EDM_ENDS,
+    EDM_LATENTS,
+    METADATA,
+    NO_SIGNAL_MARK,
+    V_MARK,
+    slots_of,
+)
 
 # What a picture does not depend on, or hardly: no word is lost over it.
 UNSEEN = ("sample_size", "force_upcast", "upcast_attention")
 UNSEEN += ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim")
 PER_BLOCK = ("layers_per_block", "attention_head_dim", "cross_attention_dim", "transformer_layers_per_block")
 PER_BLOCK += ("only_cross_attention",)
+EDM = "of an EDM"
+# What each of `_marks` tells.
+_OF_NOISE = (("scheduler", "prediction_type"), ("scheduler", EDM))
+_OF_LATENTS = (*_OF_NOISE, ("vae", "latents_mean"), ("vae", "latents_std"))
+TOLD_BY = {
+    V_MARK: _OF_NOISE[:1],
+    NO_SIGNAL_MARK: (("scheduler", "rescale_betas_zero_snr"),),
+    **dict.fromkeys(EDM_LATENTS.values(), _OF_LATENTS),
+    **dict.fromkeys(EDM_ENDS.values(), _OF_NOISE),
+}
 
 
 def to_file(
@@ -86,12 +103,17 @@ def to_file(
     notes = {kind: to_json(config, KNOWN[kind].class_name) for kind, config in configs.items()}
     notes["scheduler"] = scheduler.to_json()
     notes |= {ZEROS: index.zeros} if "text_encoder_2" in configs else {}
-    told = _surprises(file, shapes, family, configs, scheduler, index.zeros)
+    marks = _marks(family, configs, scheduler)
+    told = _surprises(file, shapes, family, configs, scheduler, index.zeros, marks)
+    shapes |= {key: array.shape for key, array in marks.items()}
+    dtypes |= dict.fromkeys(marks, np.dtype(np.float32))
     with contextlib.ExitStack() as stack, new_file(file) as new:
         files = {one.file for stored in parts.values() for one in stored}
         opened = {file: stack.enter_context(open(file, "rb")) for file in files}
 
         def tensor(key: str) -> np.ndarray:
+            if key in marks:
+                return marks[key]
             arrays = [read_tensor(opened[one.file], one.name, one.tensor) for one in parts[key]]
             arrays = [cast(array, dtypes[key], f"{folder}: {key}") for array in arrays]
             arrays = [
@@ -133,6 +155,23 @@ def _gather(folder: Path, family: Family, configs: Mapping[str, Any]) -> dict[st
     return parts
 
 
+def _marks(family: Family, configs: Mapping[str, Any], scheduler: SchedulerConfig) -> dict[str, np.ndarray]:
+    """By which other programs know what an XL was trained to predict, and in which noise."""
+    if family is not XL:
+        return {}
+    vae, marks = configs["vae"], {}
+    if scheduler.is_edm and vae.latents_mean is not None:
+        found = {key: getattr(vae, name) for name, key in EDM_LATENTS.items()}
+        return {key: np.float32(values).reshape(1, -1, 1, 1) for key, values in found.items()}
+    if scheduler.is_edm and scheduler.prediction_type == "v_prediction":
+        return {key: np.float32([getattr(scheduler, name)]) for name, key in EDM_ENDS.items()}
+    if scheduler.prediction_type == "v_prediction":
+        marks[V_MARK] = np.zeros(1, np.float32)
+    if scheduler.rescale_betas_zero_snr:
+        marks[NO_SIGNAL_MARK] = np.zeros(1, np.float32)
+    return marks
+
+
 def _surprises(
     file: Path,
     shapes: Mapping[str, names.Shape],
@@ -140,6 +179,7 @@ def _surprises(
     configs: Mapping[str, Any],
     scheduler: SchedulerConfig,
     zeros: bool,
+    marks: Mapping[str, np.ndarray],
 ) -> list[str]:
     """Where a program that goes by convention would take the model for another."""
     header = {key: Tensor("F32", tuple(shape), 0, 0) for key, shape in shapes.items()}
@@ -148,6 +188,8 @@ def _surprises(
     usual["index"] = {ZEROS: family.zeros}
     ours = {kind: _spread(config) for kind, config in configs.items()}
     ours |= {"scheduler": _schedule(scheduler), "index": {ZEROS: zeros}}
+    for kind, name in (each for mark in marks for each in TOLD_BY[mark]):
+        usual[kind][name] = ours[kind][name]
     usual["unet"] |= {name: _wide(usual["unet"][name], configs["unet"]) for name in PER_BLOCK}
     differing = [
         f"{kind} {name} {_narrow(value)}, not {_narrow(ours[kind][name])}"
@@ -183,4 +225,4 @@ def _schedule(scheduler: SchedulerConfig) -> dict[str, Any]:
     """What belongs to a model; the rest of its scheduler is a matter of taste."""
     fields = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     options = {name: getattr(scheduler, name) for name in (*fields, "rescale_betas_zero_snr")}
-    return options | {"of an EDM": scheduler.is_edm}
+    return options | {EDM: scheduler.is_edm}

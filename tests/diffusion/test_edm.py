@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engine.config import ObjectiveConfig
 from engine.diffusion.losses import check_terminal
 from engine.diffusion.noise import image_keys
 from engine.diffusion.parameterization import denoiser
@@ -122,4 +123,4 @@ def test_what_it_does_not_do():
     with pytest.raises(UserError, match="has no refiner"):
         intervals_above(config, sigmas_for(config, 10), 0.8)
     with pytest.raises(UserError, match="is not trained here"):
-        check_terminal(config)
+        check_terminal(config, ObjectiveConfig())

@@ -1,5 +1,7 @@
 """The training loss on a Gaussian, where the best network and its loss are known in closed form."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ from engine.diffusion.losses import (
 )
 from engine.diffusion.parameterization import PREDICTION_TYPES, coefficients, per_image
 from engine.diffusion.schedules import SchedulerConfig, schedule_for
+from engine.errors import UserNotice
 from engine.types import UserError
 
 FLOW = schedule_for(SchedulerConfig("FlowMatchEulerDiscreteScheduler", prediction_type="flow_prediction"))
@@ -235,13 +238,23 @@ def test_pure_noise_teaches_v_the_image(class_name, weighting):
 
 def test_eps_cannot_be_learned_from_pure_noise():
     with pytest.raises(UserError, match="prediction_type='epsilon' cannot learn from pure noise") as error:
-        check_terminal(SchedulerConfig("DDIMScheduler", rescale_betas_zero_snr=True))
+        check_terminal(SchedulerConfig("DDIMScheduler", rescale_betas_zero_snr=True), UNIFORM)
     assert "write prediction_type='v_prediction'" in str(error.value) and "\n" not in str(error.value)
-    check_terminal(SchedulerConfig("DDIMScheduler"))
+    check_terminal(SchedulerConfig("DDIMScheduler"), ObjectiveConfig())
     for prediction_type in ("v_prediction", "sample"):
-        check_terminal(
-            SchedulerConfig("DDIMScheduler", rescale_betas_zero_snr=True, prediction_type=prediction_type)
-        )
+        zero = SchedulerConfig("DDIMScheduler", rescale_betas_zero_snr=True, prediction_type=prediction_type)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_terminal(zero, UNIFORM)
+        with pytest.warns(UserNotice, match="write time_sampling='uniform'"):
+            check_terminal(zero, ObjectiveConfig(time_sampling="logit_normal"))
+
+
+def test_times_of_a_logit_normal_hardly_end_in_pure_noise():
+    """Which is why `check_terminal` tells of them."""
+    drawn = VP.sigma_to_t(sample_sigmas(KEY, (20000,), VP, ObjectiveConfig(time_sampling="logit_normal")))
+    assert float(jnp.mean(drawn > 990)) < 1e-3
+    assert 5e-3 < float(jnp.mean(VP.sigma_to_t(sample_sigmas(KEY, (20000,), VP, UNIFORM)) > 990)) < 2e-2
 
 
 @pytest.mark.parametrize("schedule", [VP, FLOW], ids=["vp", "flow"])

@@ -166,6 +166,7 @@ def test_metadata_names_no_files_elsewhere(tmp_path):
     found = [reason for _, reason in listed(tmp_path)]
     wanted = [*outside.values(), "invalid JSON", "no file_name", "no caption"]
     wanted += ["no caption"]  # link.png, as a file of the folder
+    wanted += ["a link to a folder is not followed"]  # links
     assert sorted(reason.split(";")[0].split(":")[0] for reason in found) == sorted(wanted)
 
 
@@ -184,6 +185,7 @@ def test_tars_of_others(tmp_path):
         "a/0.jpg": saved(picture(0), "JPEG"),
         "a/0.txt": b"a fox",
         "a/1.PNG": plain_png(1),
+        "a/1.seg.png": plain_png(1),
         "a/1.json": b'{"caption": "a hill"}',
         "b/0.png": plain_png(2),
         "b/1.txt": b"without a picture",
@@ -196,6 +198,7 @@ def test_tars_of_others(tmp_path):
     assert {c for _, captions, *_ in rows(batches, range(9)) for c in captions} == {"a fox", "a hill"}
     assert listed(tmp_path) == [
         (f"{tmp_path}/x.tar/b/0.png", "no caption"),
+        (f"{tmp_path}/x.tar/a/2.seg.png", "a dot in its name: in a tar it is the seg.png of another"),
         (f"{tmp_path}/x.tar/a/3.png", "an empty file"),
     ]
 

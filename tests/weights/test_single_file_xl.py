@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from engine.diffusion.schedules import schedule_for, sigmas_for
 from engine.types import UserError
 from engine.weights.folder import load_folder, save_folder
 from engine.weights.original_names import REFINER_OPEN_CLIP, UNET, XL_CLIP, XL_OPEN_CLIP
@@ -44,6 +46,78 @@ def test_inpainting(at, tmp_path):
     index = json.loads((tmp_path / "back" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionXLInpaintPipeline"
     assert load_folder(tmp_path / "back").unet.config.in_channels == 9
+
+
+def test_the_projection_as_a_layer_of_pytorch(at, tmp_path):
+    """Playground 2 and others have it so, turned."""
+    key = f"{XL_OPEN_CLIP}text_projection"
+    turned = load_file(at / "base.safetensors")[key].T.copy()
+    file = rewritten(
+        at / "base.safetensors", tmp_path / "x.safetensors", {key: None, f"{key}.weight": turned}
+    )
+    assert to_folder(file, tmp_path / "back", at / "base") == []
+    assert contents(tmp_path / "back") == contents(at / "base")
+
+
+def test_what_comfyui_leaves_in_files_is_not_read(at, tmp_path):
+    beside = {
+        f"{XL_CLIP}text_projection.weight": np.eye(64, dtype=np.float32),
+        f"{XL_CLIP}logit_scale": np.ones((), np.float32),
+        f"{XL_OPEN_CLIP}transformer.text_model.embeddings.position_ids": np.arange(16)[None],
+    }
+    file = rewritten(at / "base.safetensors", tmp_path / "x.safetensors", beside)
+    to_folder(file, tmp_path / "back", at / "base")
+    assert contents(tmp_path / "back") == contents(at / "base")
+
+
+NOISE = {
+    "v": ({"prediction_type": "v_prediction"}, {"v_pred"}),
+    "v that ends in noise alone": (
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        {"v_pred", "ztsnr"},
+    ),
+    "CosXL": (
+        {
+            "_class_name": "EDMEulerScheduler",
+            "prediction_type": "v_prediction",
+            "sigma_max": 120.0,
+            "sigma_data": 1.0,
+            "sigma_schedule": "exponential",
+        },
+        {"edm_vpred.sigma_min", "edm_vpred.sigma_max"},
+    ),
+    "Playground 2.5": ({"_class_name": "EDMDPMSolverMultistepScheduler"}, {"edm_mean", "edm_std"}),
+}
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_marks_tell_programs_that_do_not_read_notes(at, tmp_path, noise):
+    """What they predict, and in which noise; and such a file is read here, too."""
+    changes, marks = NOISE[noise]
+    folder = tmp_path / "model"
+    shutil.copytree(at / "base", folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    options = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(options))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"][1] = options["_class_name"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    if noise == "Playground 2.5":
+        vae = folder / "vae" / "config.json"
+        own = {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4, "scaling_factor": 0.5}
+        vae.write_text(json.dumps(json.loads(vae.read_text()) | own))
+    told = to_file(folder, tmp_path / "x.safetensors")
+    assert not any("prediction_type" in line or "an EDM" in line for line in told)
+
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert marks <= tensors.keys()
+    save_file(tensors, tmp_path / "bare.safetensors")  # without notes
+    found, meant = understand(tmp_path / "bare.safetensors"), load_folder(folder)
+    assert schedule_for(found.scheduler).sigma_data == schedule_for(meant.scheduler).sigma_data
+    np.testing.assert_allclose(sigmas_for(found.scheduler, 8), sigmas_for(meant.scheduler, 8), rtol=1e-6)
+    assert found.scheduler.prediction_type == meant.scheduler.prediction_type
+    assert found.configs["vae"].latents_std == meant.vae.config.latents_std
+    assert found.notes == []
 
 
 def test_the_keys_are_the_original_ones(at):

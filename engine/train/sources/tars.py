@@ -85,10 +85,11 @@ def _index(path: str) -> Iterator[Entry]:
         captions = tuple((suffix, files[suffix][1]) for suffix in ("txt", "json") if suffix in files)
         beside = (f"{BESIDE}{suffix}"[1:] for suffix in PICTURES)
         control = next((files[suffix][1] for suffix in beside if suffix in files), None)
+        alone = not any(f".{suffix}" in PICTURES for suffix in files)  # else it goes with that picture
         for suffix, (name, place) in files.items():
             if f".{suffix}" in PICTURES:
                 yield Entry(path, name, place, captions, control=control)
-            elif suffix.endswith(PICTURES) and not f".{suffix}".startswith(BESIDE):
+            elif alone and suffix.endswith(PICTURES) and not f".{suffix}".startswith(BESIDE):
                 yield Entry(path, name, problem=f"a dot in its name: in a tar it is the {suffix} of another")
     if problem:
         yield Entry(path, "", problem=problem)
