@@ -165,6 +165,10 @@ def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     except flags.Error as error:
         if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
             raise UserError(f"--{error.flagname} overrides nothing: write --config=FILE too") from None
+        if found := re.findall(r'File "([^"]+)", line (\d+)', str(error)):  # a traceback, of a config file
+            (file, line), (*_, last) = found[-1], str(error).strip().splitlines()
+            own = next((each for each in reversed(found) if each[0] == config_file(argv)), (file, line))
+            raise UserError(f"--config cannot be read: {own[0]}, line {own[1]}: {last}") from None
         raise cli.mistake(error, values) from None
     except KeyError as error:  # a field of a dataclass, or a key of a dict, in the words of ml_collections
         unknown = [a for a in argv if a.partition("=")[0].rpartition(".")[2] in str(error)]
@@ -186,6 +190,11 @@ def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     chosen.scheduler.update({name: literal(text) for name, text in of_scheduler.items()})
     names = ("workdir", "dry_run", "processes", "process_id", "coordinator")
     return chosen, {name: values[name].value for name in names}
+
+
+def config_file(argv: Sequence[str]) -> str:
+    """The value of --config."""
+    return next((arg.partition("=")[2] for arg in argv if re.match("--?config=", arg)), "")
 
 
 def _where(error: Exception) -> str:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import engine
 from engine import edits
@@ -109,6 +110,10 @@ def test_another_picture_mask_or_prompt_compiles_nothing(pipe):
         ([Given(picture(0))] * 3, {"strength": 0.0}, "strength=0.0: write a number above 0"),
         ([Given(picture(0))] * 3, {"strength": 1.5}, "strength=1.5: write a number above 0 and up to 1"),
         (None, {"strength": 0.5}, "strength=0.5 with nothing to start from: leave it out"),
+        ([Given(picture(0) / 255)] * 3, {}, "a picture of float64: write an array of uint8"),
+        ([Given(Image.fromarray(picture(0)))] * 3, {}, "a picture of Image: write an array of uint8"),
+        ([Given(picture(0), 255 * half())] * 3, {}, "a mask from 0.0 to 255.0: write numbers from 0 to 1"),
+        ([Given(picture(0), half().astype(np.uint8))] * 3, {}, "a mask of uint8: write an array of floats"),
         ([Given(picture(0))] * 2, {}, "2 pictures for 3 prompts: give one for each"),
         ([Given(picture(0))] * 3, {"strength": 0.2}, r"takes none of 4 steps: write 0\.25 or more"),
     ],

@@ -14,10 +14,11 @@ from engine import loading, programs
 from engine.config import OF_THE_WAY
 from engine.diffusion import noise, samplers
 from engine.diffusion.segments import segment_length
+from engine.errors import UserNotice
 from engine.finish import to_uint8
 from engine.parts import module
 from engine.pipeline import Pipeline
-from engine.requests import OfTheWay, Settings
+from engine.requests import OfTheWay, Settings, check_scaled
 from engine.types import UserError
 from tests.compiled import COMPILED
 from tests.tiny import tiny_folder
@@ -319,6 +320,29 @@ def test_a_bad_argument_is_named(pipe, options, message):
 def test_a_bad_argument_of_load_is_named(folder, options, message):
     with pytest.raises(UserError, match=message):
         engine.load(**{"model": folder} | options)
+
+
+def test_what_is_not_read_of_prompts_is_told(pipe):
+    with pytest.warns(UserNotice, match="prompt too long"):
+        draw(pipe, ["a fox " * 40] * 2)
+
+
+def test_more_stages_than_steps_are_refused(pipe):
+    with pytest.raises(UserError, match="frames=9 is out of range; from static to picture: write 2 to 4"):
+        next(stream(pipe, frames=9))
+
+
+def test_files_without_scales_are_a_mistake():
+    for entries in ("x.safetensors", ["x.safetensors"], [("x.safetensors",)]):
+        with pytest.raises(UserError, match=r"lora=.*: write files and scales, as lora=\[\('FILE"):
+            check_scaled("lora", entries)
+    check_scaled("lora", [("x.safetensors", 0.5)])
+
+
+def test_what_the_package_gives_by_name():
+    assert engine.Given().image is None and engine.fresh_seed() != engine.fresh_seed()
+    with pytest.raises(AttributeError, match="has no attribute 'gvien'"):
+        engine.gvien  # noqa: B018
 
 
 # ---- the compilation cache

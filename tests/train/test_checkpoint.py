@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from engine.config import OptimConfig, StageConfig
@@ -113,6 +114,19 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     with Checkpoints(tmp_path, keep_last=1) as checkpoints:
         checkpoints.save(state_at(8, 9.0), {})
     assert steps_in(tmp_path) == [8]
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state_at(1), {})
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    message = f"no space for a checkpoint in {tmp_path}; that of step 1 is whole: free some"
+    with pytest.raises(UserError, match=message), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state_at(2), {})
 
 
 @pytest.mark.parametrize("which", ["params", *NAMES])

@@ -24,6 +24,7 @@ from engine.config import (
 from engine.errors import UserNotice
 from engine.finish import to_uint8
 from engine.train import dry_run, finetune
+from engine.train.checkpoint import whole_steps
 from engine.train.objectives import applier, to_float
 from engine.train.samples import Samples
 from engine.types import UserError
@@ -233,6 +234,38 @@ def test_samples_show_the_way(config, tmp_path):
     assert sheets[0].tobytes() != sheets[1].tobytes()
 
 
+def test_what_goes_wrong_with_a_sample_loses_no_steps(config, tmp_path, monkeypatch):
+    samples = SamplesConfig(prompts=("a cat",), every=3, steps=2)
+
+    def draw(*_):
+        raise RuntimeError("no such picture")
+
+    monkeypatch.setattr(Samples, "draw", draw)
+    with pytest.raises(RuntimeError, match="no such picture"):
+        finetune.train(config(samples=samples, steps=6, stage={"checkpoint_every": 100}), tmp_path)
+    assert whole_steps(tmp_path / "finetune") == [3]
+
+
+def test_the_prior_is_drawn_by_the_model_as_it_is(config, tmp_path, monkeypatch):
+    """Not as what it is to become, of which it knows nothing yet."""
+    seen = []
+    monkeypatch.setattr(finetune, "draw_prior", lambda config, model, folder: seen.append(model) or folder)
+    monkeypatch.setattr(finetune, "training_batches", lambda *_, **__: None)
+    own = config(prior=PriorConfig(prompt="a car", num_images=3))
+    before = finetune.begin(own).model.scheduler.prediction_type
+    other = "epsilon" if before != "epsilon" else "v_prediction"
+    own = dataclasses.replace(own, scheduler={"prediction_type": other})
+    task = finetune.begin(own)
+    finetune.batches(own, task, tmp_path)
+    assert (task.model.scheduler.prediction_type, seen[0].scheduler.prediction_type) == (other, before)
+
+
+def test_a_file_beside_a_model_of_other_noise_is_told_of(config, tmp_path):
+    own = dataclasses.replace(config("lora", steps=1), scheduler={"rescale_betas_zero_snr": True})
+    with pytest.warns(UserNotice, match="rescale_betas_zero_snr of config.scheduler: what is trained here"):
+        finetune._tell_of_scheduler(own, finetune.begin(own))
+
+
 def test_samples_leave_no_copy_of_the_model_on_the_devices(config, tmp_path):
     """Nor does the training: what it does not train of a model stays on the host, but for the step's own."""
     parts = {"samples": SamplesConfig(prompts=("a cat",), every=1, steps=2), "prior": PriorConfig("a dog", 2)}
@@ -346,6 +379,7 @@ def test_export_of_any_average(config, tmp_path, capsys):
         ({"stage": {"weighting": "min_snrr"}}, "did you mean min_snr?"),
         ({"stage": {"snr_gamma": 3.0}}, "write finetune.weighting=min_snr, or leave it out"),
         ({"stage": {"p2_k": 2.0, "weighting": "min_snr"}}, "write finetune.weighting=p2, or leave it out"),
+        ({"samples": SamplesConfig(("a",), 3, steps=2000)}, "steps=2000 is out of range; write 1 to 1000"),
         ({"samples": SamplesConfig(steps=0)}, "samples.steps=0: write a number from 1"),
         ({"samples": SamplesConfig(seed=-1)}, "samples.seed=-1 is out of range; write 0 to"),
         ({"seed": -1}, "seed=-1 is out of range; write 0 to 2147483647"),

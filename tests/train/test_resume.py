@@ -241,3 +241,32 @@ def test_a_mistake_in_an_argument_is_named(tmp_path, capsys, argument, message):
     assert not out and err.startswith("error: ") and err.count("\n") == 1
     assert message in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        (
+            "def get_config():\n    return nothing\n",
+            "own.py, line 2: NameError: name 'nothing' is not defined",
+        ),
+        ("import nowhere\n", "own.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        (
+            "from engine.config import FinetuneStage as F\n\ndef get_config():\n    return F(step=1)\n",
+            "own.py, line 4: TypeError: ",
+        ),
+        ("def get_config(:\n", "invalid syntax"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_named(tmp_path, capsys, text, told):
+    (tmp_path / "own.py").write_text(text)
+    argv = [f"--config={tmp_path / 'own.py'}", f"--workdir={tmp_path / 'run'}"]
+    assert cli.exit_code(train.main, argv) == cli.MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line and "Traceback" not in line and len(line) < 400
+
+
+def test_a_config_of_the_package_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen, _ = train.parse(["--config=configs/lora.py", "--workdir=run"])
+    assert chosen.what == "lora"

@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engine import finish
 from engine.config import DataConfig
@@ -183,6 +184,11 @@ def test_other_data_than_before_is_told(tmp_path, capsys):
     assert "changed" not in begin(config) + begin(config)
     write(tmp_path / "data", {"good.txt": "a wolf"})
     assert "data: changed since this run began" in begin(config)
+    larger = Image.open(tmp_path / "data" / "good.png")
+    larger.putpixel((0, 0), (1, 2, 3))
+    larger.save(tmp_path / "data" / "good.png", compress_level=1)  # retouched: as large as before
+    assert "data: changed since this run began" in begin(config)
+    assert "changed" not in begin(config)
     assert "data: changed since this run began" in begin(dataclasses.replace(config, seed=1))
 
 

@@ -66,6 +66,19 @@ def test_a_stage_with_steps_trains_its_part_alone(config, folder, tmp_path, stag
         assert same(getattr(after, name), getattr(before, name)) == (name != kind)
 
 
+def test_a_stage_that_others_have_learned_from_does_not_go_on(config, tmp_path):
+    """The latents would be others, and what knows the old ones would be exported beside them."""
+    config.diffusion.steps = 2
+    stages.train(config, tmp_path)
+    config.autoencoder.steps = 3
+    with pytest.raises(
+        UserError, match=r"autoencoder\.steps=3: .* has 0 of them, and its diffusion has learned"
+    ):
+        stages.train(config, tmp_path)
+    config.autoencoder.steps, config.diffusion.steps = 0, 3
+    assert stages.train(config, tmp_path)  # the last one may
+
+
 def test_a_run_may_draw_another_size_than_the_model_it_began_with(config, folder, tmp_path):
     config.image_size, config.diffusion.steps = 64, 2
     after, before = load_folder(stages.train(config, tmp_path)), load_folder(folder)

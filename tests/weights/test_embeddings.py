@@ -61,6 +61,9 @@ def test_other_formats_that_are_read(tmp_path):
     style, old = (embeddings.read(tmp_path / f"{name}.safetensors") for name in ("my-style", "old"))
     assert (style.token, style.vectors.shape) == ("my-style", (2, WIDTH))
     assert (old.token, old.vectors.shape, old.vectors.dtype) == ("<old>", (1, WIDTH), np.float32)
+    for key in ("*", "clip_l"):  # no names of words
+        save_file({key: vectors(2)}, tmp_path / "easy.safetensors")
+        assert embeddings.read(tmp_path / "easy.safetensors").token == "easy"
 
 
 # ---- what a model becomes

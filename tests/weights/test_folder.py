@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from engine.types import UserError
-from engine.weights.folder import load_folder, save_folder
+from engine.weights.folder import load_folder, read_scheduler, save_folder
 from engine.weights.random_folder import random_folder
 from tests.tiny import TINY_VAE, tiny_folder
 from tests.weights.test_random_folder import TINY
@@ -119,6 +119,28 @@ def change_json(name, **options):
 
 def change_index(**options):
     return change_json("model_index.json", **options)
+
+
+def test_old_folders_are_read_as_diffusers_pipelines_read_them(folder):
+    ddim = {"_class_name": "DDIMScheduler", "steps_offset": 0, "clip_sample": True, "predict_epsilon": True}
+    old = change_json("scheduler/scheduler_config.json", **ddim, tensor_format="pt", timestep_values=None)
+    old(folder)
+    change_index(scheduler=["diffusers", "DDIMScheduler"])(folder)
+    assert load_folder(folder).scheduler.steps_offset == 1
+    assert read_scheduler(folder, {"steps_offset": 0}).steps_offset == 0  # as somebody wants it
+    change_json("scheduler/scheduler_config.json", timestep_spacing="trailing")(folder)
+    assert load_folder(folder).scheduler.steps_offset == 0  # of which nothing comes
+    change_index(_class_name="StableDiffusionInstructPix2PixPipeline")(folder)
+    with pytest.raises(UserError, match="clip_sample=True"):  # which does not mend it
+        read_scheduler(folder)
+
+    change_index(_class_name="LatentConsistencyModelPipeline")(folder)
+    change_json("scheduler/scheduler_config.json", clip_sample=False)(folder)
+    change_json("unet/config.json", _diffusers_version="0.6.0.dev0", sample_size=8)(folder)
+    model = load_folder(folder)
+    assert model.unet.config.sample_size == 64
+    change_json("unet/config.json", _diffusers_version="0.10.0", sample_size=8)(folder)
+    assert load_folder(folder).unet.config.sample_size == 8
 
 
 WRONG = {

@@ -215,6 +215,21 @@ def test_names_of_the_wild(folder, plain, tmp_path):
     np.testing.assert_allclose(params_of(folder, (file, 1.0))[path], plain[path] + added, atol=1e-6)
 
 
+def test_an_infinite_alpha_beside_whole_factors_says_nothing(folder, tmp_path):
+    """Of a dimension so large that there are no thin ones, in half precision."""
+    path, parts = (*PATHS[LINEAR], "kernel"), lokr(LINEAR, 1, 2)
+    files = [
+        written(
+            tmp_path / f"{name}.safetensors",
+            {LINEAR: parts | {"alpha": np.array(alpha, np.float16)}},
+            alpha=None,
+        )
+        for name, alpha in (("one", 1), ("many", np.inf))
+    ]
+    one, many = (params_of(folder, (file, 1.0))[path] for file in files)
+    np.testing.assert_array_equal(one, many)
+
+
 def test_thin_parts_of_a_convolution_that_are_one_too(folder, plain, tmp_path):
     """w2_b as LyCORIS may shape it: (rank, I, K, K)."""
     flat = lokr(CONV, 1)
