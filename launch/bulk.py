@@ -21,6 +21,7 @@ from engine.jobs.store import Store, open_store
 from engine.jobs.work import Worker
 from engine.parallel import meet
 from engine.pipeline import Pipeline
+from engine.text.prompts import check_prompt
 from engine.text.rows import Rows, read_rows, unread_columns
 from engine.types import UserError
 from launch import cli
@@ -70,6 +71,7 @@ def begin(config: JobConfig, rows: Rows, pipe: Pipeline, store: Store) -> tuple[
     if fresh:
         config = dataclasses.replace(config, seed=fresh_seed())
     given.check_flags(config)
+    check_prompt(config.negative_prompt)
     settle = settle_with(config, pipe)
     height, width = pipe.default_size
     filled = pipe.settings(
@@ -88,8 +90,8 @@ def begin(config: JobConfig, rows: Rows, pipe: Pipeline, store: Store) -> tuple[
     job = make_plan(config, rows, settle, found, progress=Planning(len(rows)).step)
     # A row that cannot be drawn may have had one.
     changed = job.pictured and any(group.program is None or group.program.image for group in job.groups)
-    for name in ("mask", "strength"):
-        if (value := getattr(config, name)) not in (None, "") and not changed:
+    for name in ("mask", "strength", "image_guidance_scale"):
+        if (value := getattr(config, name)) not in (None, "", getattr(JobConfig, name, None)) and not changed:
             raise UserError(
                 f"{name}={value} without a picture: write --image FILE, or a column image in the rows"
             )

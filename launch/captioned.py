@@ -4,6 +4,7 @@ All that can be wrong with them is said before the first is drawn or decoded.
 """
 
 import concurrent.futures
+import contextlib
 import io
 import json
 import os
@@ -29,7 +30,7 @@ from engine.requests import Given
 from engine.text.reading import Reading, said
 from engine.text.rows import Rejected, Row, Rows
 from engine.train.sources.finding import open_source
-from engine.train.sources.item import NO_CAPTION, Source, Unusable, caption_in
+from engine.train.sources.item import Source, Unusable, caption_in, required
 from engine.types import UserError
 from launch import cli
 
@@ -255,14 +256,11 @@ def _caption(source: Source, i: int, needed: bool) -> str | None:
         settings = _settings(read_header(file, SETTINGS_KEY).settings)
     if not BESIDE.isdisjoint(settings):
         return None
-    if item.caption is not None:
-        return item.caption
-    try:
-        return caption_in(settings, "prompt")
-    except Unusable:
-        if needed:
-            raise Unusable(NO_CAPTION) from None
-        return ""
+    caption = item.caption
+    if caption is None:
+        with contextlib.suppress(Unusable):
+            caption = caption_in(settings, "prompt")
+    return required(caption) if needed else caption or ""
 
 
 def _settings(text: Any) -> dict[str, Any]:

@@ -65,5 +65,7 @@ class Busy:
 
 def out_of_memory_or_raise(error: BaseException) -> None:
     """Raises an error of JAX that is another."""
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    # What waits for a program that had too little tells of it in words alone.
+    told = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
+    if isinstance(error, jax.errors.JaxRuntimeError) and not told:
         raise error

@@ -10,7 +10,10 @@ import numpy as np
 from engine.config import GenerateConfig
 from engine.requests import Given
 from engine.weights import controlnet, decoder, embeddings, ip_adapter, lora_files, safety_checker, upscaler
+from engine.weights.files import read_json
+from engine.weights.index import FILE
 
+SUFFIXES = (".json", ".safetensors", ".txt")
 EDGE = 2**20  # bytes at either end of a file of weights that tell it from others
 
 
@@ -97,11 +100,18 @@ def of_weights(folder: pathlib.Path) -> str:
     Weights that were trained on differ everywhere, the last tensor in a file included.
     """
     digest = hashlib.sha256()
-    for path in sorted(
-        path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")
-    ):
+    for path in _own_files(folder):
         _add_ends(digest, path, path.relative_to(folder).as_posix())
     return digest.hexdigest()
+
+
+def _own_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Of a model: its index, and those of the parts that it names; else all. A job may lie beside them."""
+    found = list(folder.glob("*"))
+    if (index := folder / FILE).is_file():
+        parts = [folder / name for name in read_json(index)]
+        found = [index, *(path for part in parts if part.is_dir() for path in part.rglob("*"))]
+    return sorted(path for path in found if path.suffix in SUFFIXES and path.is_file())
 
 
 def _of_ends(path: pathlib.Path) -> str:

@@ -51,6 +51,11 @@ def enter(store: Store, job: Job, any_seed: bool = False) -> Job:
       UserError: the folder holds another job; says how it differs.
     """
     mine = json.dumps(job.describe(), indent=1)
+    if seed_of(store) is None and done(store):
+        raise UserError(
+            f"{store.url} has shards, and no job.json that says of which job they are: bring it back, or "
+            "choose another folder with --out"
+        )
     if store.create("job.json", mine.encode()):
         return job
     theirs = read_job(store)["fingerprint"]

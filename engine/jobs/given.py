@@ -312,7 +312,7 @@ class OfRows:
             return why
         paths = self.paths(row)
         if not paths.image:
-            alone = {name: getattr(row, name) for name in ("mask", "strength")}
+            alone = {name: getattr(row, name) for name in ("mask", "strength", "image_guidance_scale")}
             named = [
                 f"{name}={str(value)[:SHOWN]}" for name, value in alone.items() if value not in (None, "")
             ]

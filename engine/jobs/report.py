@@ -141,6 +141,8 @@ def _verify_shard(
     except ValueError as error:
         return [str(error)]
     pictures, problems = manifest["pictures"], []
+    if any(picture["number"] >= len(times) for picture in pictures):
+        return [f"{name}: its pictures are of another job"]
     expected = folder.pictures_of(job, int(name))
     if manifest["failures"] != len(failures):
         problems.append(

@@ -368,6 +368,8 @@ def _is_empty(name: str, value: Any) -> bool:
 
 
 def _is_text(pa: Any, type: Any) -> bool:
+    if pa.types.is_dictionary(type):  # a category of pandas
+        return _is_text(pa, type.value_type)
     return pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type)
 
 

@@ -14,6 +14,7 @@ from engine.errors import UserError
 from engine.text.tokenizer import Tokenizer
 from engine.train.sources import training_batches
 from engine.train.sources.batches import PictureBatches
+from engine.train.sources.item import required
 from engine.train.sources.skipped import Skipped
 from tests.train.laid_out import (
     GOOD,
@@ -190,6 +191,32 @@ def test_other_data_than_before_is_told(tmp_path, capsys):
     assert "data: changed since this run began" in begin(config)
     assert "changed" not in begin(config)
     assert "data: changed since this run began" in begin(dataclasses.replace(config, seed=1))
+
+
+def test_captions_that_are_empty_or_missing_are_for_who_reads_them_to_judge(tmp_path):
+    """Textual inversion needs none; in capital letters they are captions all the same."""
+    files = {f"{name}.png": plain_png(i) for i, name in enumerate("abc")} | {"a.txt": " ", "c.TXT": "a fox"}
+    write(tmp_path / "data", files)
+    write(tmp_path / "rows", {"d.png": plain_png(3), "metadata.jsonl": '{"file_name": "d.png"}'})
+    config = DataConfig(paths=(str(tmp_path / "data"), str(tmp_path / "rows")))
+    for name, accept, usable in (("all", lambda caption: caption or "", 4), ("told", required, 1)):
+        run = tmp_path / name
+        training_batches(config, 1, None, size=SIZE, workdir=run, accept=accept)
+        file = run / "skipped.jsonl"
+        skipped = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        assert len(skipped) == 4 - usable and all(each["reason"] == "no caption" for each in skipped)
+
+
+def test_categories_and_views_of_parquet_are_texts(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    texts = pa.array(["a fox", "a hill"])
+    for name, column in (("kinds", texts.dictionary_encode()), ("views", texts.cast(pa.string_view()))):
+        table = pa.table({"image": [plain_png(0), plain_png(1)], "caption": column})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        config = DataConfig(paths=(str(tmp_path / f"{name}.parquet"),))
+        batches = PictureBatches(config, 2, SIZE, Skipped(tmp_path / f"{name}.jsonl"))
+        assert (batches.usable, batches.skipped) == (2, 0)
 
 
 def test_the_list_survives_a_kill(tmp_path):
