@@ -65,6 +65,12 @@ class Tally:
     idle: float = 0.0  # share of time in which no batch was on the devices, compilation left out
 
 
+def _nothing(load: Load) -> Drawn:
+    """Of a batch without a picture."""
+    none = np.zeros(0, bool)
+    return Drawn(load, np.zeros((0, 1, 1, 3), np.uint8), none, none, 0)
+
+
 class Worker:
     """Draws shards of a job with a loaded model."""
 
@@ -93,6 +99,7 @@ class Worker:
         # of the last shard whose rows have own LoRAs
         self._said: tuple[Sequence[Request], dict[str, Context]] | None = None
         self._halved: dict[Program, int] = {}  # pictures a device, after out of memory
+        self._no_room: dict[Program, str] = {}  # not for one picture; why its rows are not drawn
         self._busy = Busy()
         self._reader = Reader(settle.pictures, pipe.devices, store)
 
@@ -198,6 +205,8 @@ class Worker:
         requests = load.requests
         if len(requests) > settings.batch_size * self.pipe.devices.count:
             return flying  # it was cut before the batch was halved
+        if load.shard.group.program.compiled in self._no_room:
+            return flying
         pipe = self._wordings.of(load.lora).pipe
         try:
             arrays = pipe.dispatch(requests, load.contexts, settings)
@@ -216,8 +225,7 @@ class Worker:
         """Waits for a batch; where memory ran out, draws it again in smaller ones."""
         load, arrival, batch_size = flying
         if not load.wanted:
-            none = np.zeros(0, bool)
-            return Drawn(load, np.zeros((0, 1, 1, 3), np.uint8), none, none, 0)
+            return _nothing(load)
         if arrival is not None:
             try:
                 each = [array[: len(load.wanted)] for array in arrival.result()]
@@ -229,7 +237,7 @@ class Worker:
 
     def _draw_in_parts(self, load: Load) -> Drawn:
         group, pipe = load.shard.group, self._wordings.of(load.lora).pipe
-        while True:
+        while (why := self._no_room.get(group.program.compiled)) is None:
             settings = self._settings(group)
             size = settings.batch_size * self.pipe.devices.count
             requests = load.requests
@@ -244,13 +252,20 @@ class Worker:
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 out_of_memory_or_raise(error)
                 self._halve(group, settings.batch_size)
+        refused = [*load.refused, *({**wanted.address, "reason": why} for wanted in load.wanted)]
+        self.progress(len(load.wanted))
+        return _nothing(load._replace(wanted=(), given=(), refused=refused))
 
     def _settings(self, group: Group) -> Settings:
         assert group.settings is not None
         return dataclasses.replace(group.settings, batch_size=self._batch_size(group))
 
     def _halve(self, group: Group, batch_size: int) -> None:
-        """Halves the batch of the group, unless a batch before this one did so already."""
+        """Halves the batch of the group, unless a batch before this one did so already.
+
+        Where one picture is too large, and its row wants it so, what is of its size is given up; where all
+        pictures are of that size, UserError.
+        """
         if batch_size != self._batch_size(group):
             return
         settings = group.settings
@@ -263,7 +278,12 @@ class Worker:
             smaller = "" if self.pipe.devices.platform == "cpu" else "--dtype bfloat16 or "
             smaller = smaller if self.job.config.tile else f"--tile 512 or {smaller}"
             lower = "a smaller --hires" if settings.larger else "a smaller size"
-            raise UserError(f"out of memory with one picture of {size} a device; write {smaller}{lower}")
+            told = f"out of memory with one picture of {size} a device; write"
+            if (settings.height, settings.width) == (self.job.config.height, self.job.config.width):
+                raise UserError(f"{told} {smaller}{lower}")
+            self._no_room[group.program.compiled] = f"{told} a smaller size"
+            self.tell(f"out of memory with one picture of {size} a device: such rows are not drawn")
+            return
         self._halved[group.program.compiled] = batch_size // 2
         self.tell(
             f"out of memory at {size}: {batch_size // 2} pictures a device from here on, not {batch_size}"
@@ -318,14 +338,15 @@ class Worker:
             contents["lora"] = lora.mark
         try:
             about = remember(config, request.prompt, request.index, {k: v for k, v in contents.items() if v})
-            png = finish.encode_png(enlarged(image, how.size, config), about)
+            image = enlarged(image, how.size, config)
+            png = finish.encode_png(image, about)
         except UserError as error:
             return {**address, "reason": str(error)}
         facts = {**address, "prompt": request.prompt, "negative_prompt": request.negative_prompt}
         if (words := said(request.prompt, self.pipe.reading)) != request.prompt:
             facts["caption"] = words  # without marks, for who trains on it
         facts |= {name: settings[name] for name in ("guidance_scale", "steps", "sampler")}
-        facts |= dict(zip(("height", "width"), how.size, strict=True))
+        facts |= dict(zip(("height", "width"), image.shape[:2], strict=True))
         edit = {name: value for name, value in changed.items() if value != "" or name == "lora"}
         facts |= {"edit": edit} if changed else {}
         facts |= {"sha256": hashlib.sha256(png).hexdigest(), "extra": row.extra}

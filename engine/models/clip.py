@@ -35,9 +35,9 @@ FIXED = {
     "model_type": ("clip_text_model",),
     **FIXED_OF_ENCODERS,
 }
+LARGEST_ID = 2  # as an eos_token_id: text ends at the largest id
 # The keys of any config of transformers that the arithmetic of an encoder never reads: who wrote it and in
 # which dtype, how training began, the names of classes, and which outputs a call returns.
-LARGEST_ID = 2  # as an eos_token_id: text ends at the largest id
 UNREAD = (
     *("use_cache", "gradient_checkpointing", "tie_word_embeddings", "max_length"),
     *("transformers_version", "torch_dtype", "dtype", "initializer_factor", "initializer_range"),

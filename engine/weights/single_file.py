@@ -197,7 +197,10 @@ def understand(path: Path, prediction_type: str | None = None) -> Single:
         configs, scheduler, zeros = notes
         predicted = prediction_type or scheduler.prediction_type
     scheduler = dataclasses.replace(scheduler, prediction_type=predicted)
-    told = _told_of(path, header, family, channels(configs["unet"], configs["vae"]))
+    takes = channels(configs["unet"], configs["vae"])
+    if scheduler.is_edm and takes == FOLLOWS:
+        raise UserError(f"{path} is CosXL Edit, which sees pictures in its own way, and is not read")
+    told = _told_of(path, header, family, takes)
     if notes is None and prediction_type is None and family is SECOND and V_MARK not in header:
         other = "epsilon" if predicted == "v_prediction" else "v_prediction"
         told.append(

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from engine import finish
-from engine.jobs import digests, folder
-from engine.jobs.account import out_of_memory_or_raise
+from engine.jobs import folder
 from engine.jobs.formats import read_pngs
 from engine.jobs.store import open_store
 from launch import bulk, cli
@@ -368,15 +367,6 @@ def room(load_once, model, monkeypatch):
     return room
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "of another program"])
-def test_out_of_memory_is_told_from_other_errors(wrapped):
-    """On CPUs, a program that waits for one that had too little tells of it so."""
-    told = "INTERNAL: Error dispatching computation: Out of memory allocating 23038734120 bytes."
-    out_of_memory_or_raise(jax.errors.JaxRuntimeError(told) if wrapped else out_of_memory())
-    with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
-        out_of_memory_or_raise(jax.errors.JaxRuntimeError("INTERNAL: another mistake"))
-
-
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
 def test_out_of_memory_halves_the_batch_and_goes_on(job, run, tmp_path, room, late):
     rows = [{"prompt": f"a cat {i}"} for i in range(20)]
@@ -400,53 +390,3 @@ def test_no_room_for_a_single_picture_is_one_line(job, tmp_path, room):
     outcome = job()
     assert outcome.code == cli.MISTAKE
     assert "out of memory with one picture of 16 x 16 a device; write" in outcome.told[-1]
-
-
-def test_shards_without_a_job_are_not_taken_for_those_of_another(job, run, tmp_path):
-    assert job(rows=[{"prompt": "a red fox"}]).code == cli.DONE
-    (tmp_path / "out" / "job.json").rename(tmp_path / "job.json")
-    other = job(rows=[{"prompt": "a dog"}])
-    assert other.code == cli.MISTAKE and "has shards, and no job.json" in other.told[-1]
-    assert not (tmp_path / "out" / "job.json").exists()
-    (tmp_path / "job.json").rename(tmp_path / "out" / "job.json")
-    assert job(rows=[{"prompt": "a red fox"}]).code == cli.DONE
-    manifest = tmp_path / "out" / "manifests" / "000000.json"
-    told = json.loads(manifest.read_text())
-    told["pictures"][0]["number"] = 5
-    manifest.write_text(json.dumps(told))
-    verified = run("--verify", tmp_path / "out")
-    assert verified.code != cli.DONE and any("are of another job" in str(line) for line in verified.paths)
-
-
-def test_what_lies_in_the_folder_of_a_model_makes_no_other_of_it(run, model, prompts, tmp_path):
-    """Not the job itself, a prompt file or a LoRA; nor does a link to nothing stop it."""
-    own = shutil.copytree(model, tmp_path / "own")
-    before = digests.of_weights(own)
-    assert before == digests.of_weights(model)
-    (own / "prompts.txt").write_text("a red fox")
-    (own / "out" / "manifests").mkdir(parents=True)
-    (own / "out" / "job.json").write_text("{}")
-    (own / "unet" / "old.safetensors").symlink_to(tmp_path / "nothing")
-    assert digests.of_weights(own) == before
-    (own / "unet" / "config.json").write_text("{}")
-    assert digests.of_weights(own) != before
-
-
-@pytest.mark.parametrize(
-    ("flags", "rows", "message"),
-    [
-        (["--negative_prompt", "b\udcff"], None, "is not Unicode text"),
-        (["--image_guidance_scale", 9], None, "image_guidance_scale=9.0 without a picture"),
-    ],
-)
-def test_a_mistake_leaves_no_job_behind(job, tmp_path, flags, rows, message):
-    refused = job(*flags)
-    assert refused.code == cli.MISTAKE and message in refused.told[-1]
-    assert job().code == cli.DONE
-
-
-def test_a_row_that_is_told_how_to_keep_to_no_picture(job, tmp_path):
-    outcome = job(rows=[{"prompt": "a fox", "image_guidance_scale": 2.0}, {"prompt": "a cat"}])
-    assert outcome.code == cli.FAILED
-    (failure,) = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
-    assert "image_guidance_scale=2.0 without a picture: write its image, too" in failure

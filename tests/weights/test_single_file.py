@@ -262,6 +262,10 @@ def test_edms(at, tmp_path):
     assert (found.scheduler.sigma_data, found.scheduler.sigma_schedule) == (1.0, "exponential")
     assert found.configs["vae"].latents_mean is None
 
+    wide = {f"{UNET}input_blocks.0.0.weight": np.ones((64, 8, 3, 3), np.float32)}
+    with pytest.raises(UserError, match="is CosXL Edit, which sees pictures in its own way"):
+        understand(changed(at, 1, tmp_path / "edit.safetensors", ends | wide))
+
     folder = tmp_path / "folder"
     to_folder(tmp_path / "playground.safetensors", folder, at / "sd1")
     assert load_folder(folder).vae.config.latents_std == (8.0,) * 4
