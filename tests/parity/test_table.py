@@ -11,6 +11,7 @@ import pytest
 from engine.weights import embeddings, lora_files
 from engine.weights.folder import load_folder
 from engine.weights.lora import KINDS, XL_KINDS
+from tests.long import LONG
 from tests.parity.pictures import PROMPTS, How, both, psnr
 from tests.tiny import REFINER, TINY_VAE, XL, shallow
 
@@ -219,7 +220,19 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("row", ROWS)
+# What differs in the sampler alone, which tests/parity/test_schedulers.py holds step by step, or joins what
+# other rows have one by one.
+ALIKE = (
+    *("SD, heun", "SD, lms", "SD, deis", "SD, unipc", "SD, dpm_2", "SD, ddim of x0", "SD, euler of v"),
+    *("SD, guidance in the first steps of pndm", "SD, features kept, guidance in the first steps"),
+    *("SD, features kept by heun", "SD, most tokens merged", "SD Lightning, four steps"),
+    *("SD, a ControlNet, a share that does not divide the steps", "SD without a mid block, a ControlNet"),
+    *("LCM, a ControlNet in part of the steps, features kept", "SDXL Lightning, four steps"),
+    *("SDXL, features kept, half way", "SDXL inpainting, half way", "InstructPix2Pix, features kept"),
+)
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, marks=LONG) if row in ALIKE else row for row in ROWS])
 def test_draws_as_in_diffusers(row, tmp_path):
     ours, theirs = both(tmp_path, *ROWS[row])
     assert theirs.std() > 20  # pictures, not one colour
