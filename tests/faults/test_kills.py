@@ -6,6 +6,7 @@ import pytest
 
 from tests.faults import kills as faults
 from tests.faults.training import School, kill_and_go_on
+from tests.long import LONG
 
 KILLS, ELASTIC_KILLS, TRAINING_KILLS = 5, 4, 1
 PICTURES, STEPS = 400, 100
@@ -30,6 +31,7 @@ def test_a_worker_that_is_killed_again_and_again(shop, right, tmp_path):
     assert faults.hashes(tmp_path / "out") == right
 
 
+@LONG  # each alone: tests/jobs/test_claims.py, tests/launch/test_bulk.py
 def test_workers_that_come_and_go(shop, right, tmp_path):
     faults.come_and_go(shop, tmp_path / "out", 4, ELASTIC_KILLS, random.Random(2))
     shop.verify(tmp_path / "out")

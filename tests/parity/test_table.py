@@ -229,6 +229,14 @@ ALIKE = (
     *("SD, a ControlNet, a share that does not divide the steps", "SD without a mid block, a ControlNet"),
     *("LCM, a ControlNet in part of the steps, features kept", "SDXL Lightning, four steps"),
     *("SDXL, features kept, half way", "SDXL inpainting, half way", "InstructPix2Pix, features kept"),
+    *(
+        "SD, a masked part by dpmpp_2m",
+        "SD, img2img by dpmpp_2m",
+        "SD, half a LoRA",
+        "SD inpainting, half way",
+    ),
+    *("SD, a ControlNet, img2img, in part of the steps", "SDXL, two ControlNets, img2img"),
+    *("SSD-1B, a ControlNet", "SDXL Turbo, one step"),
 )
 
 

@@ -1,5 +1,6 @@
 """A run that begins with the weights of a folder."""
 
+import contextlib
 import filecmp
 
 import jax
@@ -68,15 +69,18 @@ def test_a_stage_with_steps_trains_its_part_alone(config, folder, tmp_path, stag
 
 def test_a_stage_that_others_have_learned_from_does_not_go_on(config, tmp_path):
     """The latents would be others, and what knows the old ones would be exported beside them."""
-    config.diffusion.steps = 2
-    stages.train(config, tmp_path)
-    config.autoencoder.steps = 3
-    with pytest.raises(
-        UserError, match=r"autoencoder\.steps=3: .* has 0 of them, and its diffusion has learned"
-    ):
+    (tmp_path / "diffusion" / "2").mkdir(parents=True)
+    config.autoencoder.steps = config.diffusion.steps = 3
+    told = r"autoencoder\.steps=3: .* has 0 of them, and its diffusion has learned"
+    with pytest.raises(UserError, match=told):
         stages.train(config, tmp_path)
-    config.autoencoder.steps, config.diffusion.steps = 0, 3
-    assert stages.train(config, tmp_path)  # the last one may
+    config.autoencoder.steps = 0
+    stages._check_order(config, tmp_path)  # the last one may
+    (tmp_path / "words" / "4").mkdir(parents=True)
+    for steps, refused in ((4, False), (5, True)):
+        config.words.steps = steps
+        with pytest.raises(UserError, match=r"words\.steps=5") if refused else contextlib.nullcontext():
+            stages._check_order(config, tmp_path)
 
 
 def test_a_run_may_draw_another_size_than_the_model_it_began_with(config, folder, tmp_path):
