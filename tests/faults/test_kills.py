@@ -38,6 +38,7 @@ def test_workers_that_come_and_go(shop, right, tmp_path):
     assert faults.hashes(tmp_path / "out") == right
 
 
+@LONG  # tests/train/test_resume.py kills one, too
 def test_a_training_that_is_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
     # Most of a life is the compiler's: only the first compiles.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))

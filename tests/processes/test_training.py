@@ -73,7 +73,7 @@ def _leaves(tree):
     return [leaf for key in sorted(tree, key=str) for leaf in _leaves(tree[key])]
 
 
-@pytest.mark.parametrize("shard_params", [False, True], ids=["copies", "shards"])
+@pytest.mark.parametrize("shard_params", [pytest.param(False, marks=LONG), True], ids=["copies", "shards"])
 def test_two_processes_train_and_save_and_one_goes_on(folder, shard_params, capsys):
     run = f"two-{shard_params}"
     told = launched(folder / run, finetuning(folder, 3, shard_params), devices=2, processes=2)

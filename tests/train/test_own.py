@@ -18,6 +18,7 @@ from engine.train.sources import pictures
 from engine.train.stage_data import OwnPictures, Scenes, stage_data
 from engine.types import UserError
 from engine.weights.folder import load_folder
+from tests.long import LONG
 from tests.tiny import tiny_tokenizer
 from tests.train.laid_out import WORDS, listed, noisy, plain_png, with_sidecars, write
 from tests.train.tiny_run import EVERY, STEPS, assert_same_arrays, get_config, saved, steps_in
@@ -142,7 +143,10 @@ def test_a_dry_run_counts_both(config, tmp_path, capsys):
     assert not (tmp_path / "diffusion").exists() and len(counted) == len(STAGES)
 
 
-@pytest.mark.parametrize("stage, kinds", [("autoencoder", ["vae"]), ("diffusion", ["unet", "text_encoder"])])
+AUTOENCODER = pytest.param("autoencoder", ["vae"], marks=LONG)  # as in tests/train/test_start.py
+
+
+@pytest.mark.parametrize("stage, kinds", [AUTOENCODER, ("diffusion", ["unet", "text_encoder"])])
 def test_from_a_folder_a_stage_trains_its_parts_alone(uninterrupted, config, tmp_path, capsys, stage, kinds):
     config.start = str(uninterrupted / "model")
     config.data.buckets, config.data.multiple = 2, 16
