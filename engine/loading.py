@@ -65,7 +65,8 @@ def load(
         its scale: 1 is as trained. They become part of the weights, so that pictures take no longer.
       embeddings: files of textual inversion, in the format of diffusers or of AUTOMATIC1111; prompts may then
         use their words.
-      decoder: the folder of an autoencoder, or of a model, whose autoencoder stands in for the model's own.
+      decoder: the folder of an autoencoder, or of a model, whose autoencoder stands in for the model's own;
+        or the safetensors file of one that is built as the model's.
       refiner: the folder of a model for the same latents that goes the last part of the way to a picture.
       quantize: "int8" or "fp8": the U-Nets' kernels in 8 bits (engine.weights.quantized). "": as `dtype`.
       tile: in pixels; larger pictures are decoded in tiles of this side, for less memory. 0: whole.

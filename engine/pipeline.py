@@ -158,9 +158,10 @@ class Pipeline:
           UserError: an argument is wrong.
           FloatingPointError: a NaN struck a picture; it says which.
         """
+        prompts = check_prompts(prompts)
+        negatives = check_negative_prompts(negative_prompts, len(prompts))
         if batch_size is None:
-            prompts = check_prompts(prompts)
-            runs = self.runs(prompts, check_negative_prompts(negative_prompts, len(prompts)), guidance_scale)
+            runs = self.runs(prompts, negatives, guidance_scale)
             size = height or self.default_size[0], width or self.default_size[1]
             batch_size = self.batch_size_for(max(map(len, runs)), *size)
         if strength is None:
@@ -169,13 +170,12 @@ class Pipeline:
             steps, sampler, guidance_scale, height, width, batch_size, strength, **special
         )
         seed = noise.fresh_seed() if seed is None else seed
-        asked = [*check_prompts(prompts), *check_negative_prompts(negative_prompts, len(prompts))]
-        for warning in unread(asked, self.model.first_tokenizer, self.reading):
+        for warning in unread([*prompts, *negatives], self.model.first_tokenizer, self.reading):
             warnings.warn(warning, UserNotice, 2)
         images = []
         for batch in self.stream(
             prompts,
-            negative_prompts,
+            negatives,
             settings,
             seed=seed,
             first_index=first_index,

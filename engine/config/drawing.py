@@ -93,7 +93,7 @@ class GenerateConfig:
     model: str = "shipped"  # a folder, or this word for the one in the package
     lora: str = ""  # FILE or FILE=SCALE, several with commas between them: see `loras`
     embedding: str = ""  # FILE, several with commas between them: see `embeddings`
-    decoder: str = ""  # a folder, whose autoencoder stands in for the model's own
+    decoder: str = ""  # a folder or a file, whose autoencoder stands in for the model's own
     refiner: str = ""  # a folder, whose model goes the last part of the way
     safety_checker: str = ""  # a folder, whose network holds pictures back
     upscaler: str = ""  # a file, whose network enlarges every picture when it is drawn

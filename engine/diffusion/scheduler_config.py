@@ -37,7 +37,7 @@ FINAL = "final_sigmas_type"
 ORDERS = ("solver_order", "solver_type", "lower_order_final")
 SOLVER = (*SHAPES, *ORDERS)
 DPM = (FINAL, "algorithm_type", "euler_at_final")
-EDM = ("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho")
+EDM = ("prediction_type", "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho")
 DPM_SOLVER, FLOW = "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
 DEIS, UNIPC = "DEISMultistepScheduler", "UniPCMultistepScheduler"
 LCM, TCD = "LCMScheduler", "TCDScheduler"
@@ -181,7 +181,7 @@ class SchedulerConfig:
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` and diffusers read: what the class reads, and any leftovers."""
         own = {"_class_name", "num_train_timesteps", *self.rules.reads}
-        own |= set(COMMON) if self.class_name in ON_A_TABLE else {"prediction_type"} if self.is_edm else set()
+        own |= set(COMMON) if self.class_name in ON_A_TABLE else set()
         ends = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max} if self.is_edm else {}
         default = SchedulerConfig(self.class_name, prediction_type=self.prediction_type, **ends)
         options = reader.to_json(self, self.class_name)

@@ -86,6 +86,7 @@ def _of_network(path: pathlib.Path) -> str:
 
 
 def _of_decoder(path: pathlib.Path) -> str:
+    """Of a folder, as the jobs that are there remember it, or of a file."""
     return of_weights(path) if path.is_dir() else _of_ends(path)
 
 
