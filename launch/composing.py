@@ -5,11 +5,13 @@ import itertools
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 import engine
 from engine import finish, loading, pipeline
@@ -46,7 +48,6 @@ def run(options: Mapping[str, Any]) -> int:
     like = composing.likeness(probe, drawn)
     tell(composing.table(drawn), like)
     write(out, drawn, like, options)
-    cli.tell("looking for the nearest pictures of the training")
     show_nearest(out, probe, drawn, options["train_seed"])
     return cli.DONE
 
@@ -114,14 +115,16 @@ def show_nearest(out: pathlib.Path, probe: Params, drawn: Sequence[composing.Dra
     """Samples of all groups, each with the nearest pictures of the training with `seed` beside it."""
     turns = itertools.zip_longest(*([(each, i) for i in range(len(each.scenes))] for each in drawn))
     samples = [one for turn in turns for one in turn if one][:SAMPLES]
-    found = neighbours.nearest(
-        probe,
-        np.stack([each.images[i] for each, i in samples]),
-        [each.scenes[i] for each, i in samples],
-        seed,
-        range(AMONG),
-        EACH,
-    )
+    images, scenes = zip(*((each.images[i], each.scenes[i]) for each, i in samples), strict=True)
+    cli.tell(f"looking for the nearest of {AMONG:,} pictures of the training")
+    with tqdm(unit=" images", dynamic_ncols=True, disable=None, file=sys.stderr) as bar:
+
+        def report(done: int, total: int) -> None:
+            cli.stop_if_asked()
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = neighbours.nearest(probe, np.stack(images), scenes, seed, range(AMONG), EACH, report)
     rows = []
     for (each, i), own in zip(samples, found, strict=True):
         rows.append((each.images[i], f"drawn: {each.prompts[i]}"))

@@ -1,6 +1,6 @@
 """What a model of the drawn world saw in training that is nearest to what it draws: does it copy?"""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ def nearest(
     seed: int,
     numbers: Iterable[int],
     count: int = 3,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[Neighbour]]:
     """For each picture the `count` nearest of a training's pictures `numbers`, the nearest first.
 
@@ -38,11 +39,16 @@ def nearest(
     Args:
       scenes: what the pictures were to show.
       seed: of the training's scenes, which were drawn with easy=0.
+      report: called with how many of the training's pictures have been looked at, and of how many.
     """
     size = images.shape[1]
     wanted = set().union(*(scene.things for scene in scenes))
     alike = [number for number in numbers if wanted & set(world.tell(seed, number)[1].things)]
-    theirs = [reader.read(probe, _draw(seed, part, size)).features for part in _parts(alike)]
+    theirs, done = [], 0
+    for part in _parts(alike):
+        theirs.append(reader.read(probe, _draw(seed, part, size)).features)
+        done += len(part)
+        report(done, len(alike))
     if not theirs:
         return [[] for _ in images]
     features, spread = _scaled(np.concatenate(theirs))

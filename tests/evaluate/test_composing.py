@@ -68,7 +68,10 @@ def test_a_picture_of_the_training_is_its_own_neighbour(probe, monkeypatch):
     monkeypatch.setattr(neighbours, "AT_ONCE", MANY)
     captions, scenes = world.told(9, 40, FEW)
     images, _, _ = world.batch(9, 40, FEW, 64)
-    found = neighbours.nearest(probe, images, scenes, 9, range(100), count=2)
+    told = []
+    found = neighbours.nearest(probe, images, scenes, 9, range(100), 2, lambda *far: told.append(far))
+    assert told[-1][0] == told[-1][1] >= FEW
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
     for image, caption, own in zip(images, captions, found, strict=True):
         assert own[0].caption == caption
         assert own[0].distance < 0.1 < own[1].distance
