@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Integer
 
 from engine.errors import UserError
 from engine.text.row_files import (
@@ -53,6 +54,9 @@ MAX_EXACT = 2**53  # up to here a float holds every whole number
 MAX_EXTRA = 2**16  # bytes of JSON
 MAX_WARNINGS = 12
 WRITE_AT_ONCE = 2**20  # bytes
+
+
+Hashes = Integer[np.ndarray, " rows"]
 
 
 class Row(NamedTuple):
@@ -135,8 +139,8 @@ class Rows:
             self._write(line)
         self._flush()
         self.digest = digest.hexdigest()
-        for number, first in _repeated(ids):
-            self._reject_repeated(number, first)
+        for numbers in _alike(_named(ids)):
+            self._reject_repeated(numbers)
         self._flush()
 
     def _note(self, given: dict[str, Any]) -> None:
@@ -147,13 +151,16 @@ class Rows:
                 if len(self.columns) >= MAX_COLUMNS:
                     return
 
-    def _reject_repeated(self, number: int, first: int) -> None:
-        row = self[number]
-        if isinstance(row, Row) and row.id == self[first].id:  # not only the hash is the same
-            reason = f"id {row.id[:SHOWN]!r} is that of row {first} already; give each row its own"
-            line = _encode({"id": row.id, "reason": reason})
-            self._starts[number], self._sizes[number] = self._end, len(line)
-            self._write(line)
+    def _reject_repeated(self, numbers: list[int]) -> None:
+        firsts: dict[str, int] = {}  # of each id: rows of one hash may have several
+        for number in numbers:
+            row = self[number]
+            first = firsts.setdefault(row.id, number)
+            if first != number and isinstance(row, Row):
+                reason = f"id {row.id[:SHOWN]!r} is that of row {first} already; give each row its own"
+                line = _encode({"id": row.id, "reason": reason})
+                self._starts[number], self._sizes[number] = self._end, len(line)
+                self._write(line)
 
     def _write(self, line: bytes) -> None:
         self._waiting += line
@@ -214,16 +221,23 @@ def _no_room(error: OSError) -> UserError:
     )
 
 
-def _repeated(ids: "array.array[int]") -> Iterator[tuple[int, int]]:
-    """(row, the first row with the same hash) for all but the first. Hash 0: the row has no id."""
+def _named(ids: "array.array[int]") -> Hashes:
+    """Where some rows have an id (a hash other than 0), the others are called by their numbers."""
     hashes = np.frombuffer(ids, np.int64)
+    if hashes.any():
+        for number in np.flatnonzero(hashes == 0):
+            ids[number] = hash(str(number))
+    return hashes
+
+
+def _alike(hashes: Hashes) -> Iterator[list[int]]:
+    """Rows of one hash, in the order of the file, where there are several. Hash 0: the row has no id."""
     given = np.flatnonzero(hashes)
     order = given[np.argsort(hashes[given], kind="stable")]  # equal ones side by side, as in the file
-    found = hashes[order]
-    places = np.flatnonzero(found[1:] == found[:-1]) + 1
-    firsts = np.searchsorted(found, found[places])
-    for place, first in zip(places, firsts, strict=True):
-        yield int(order[place]), int(order[first])
+    starts = np.flatnonzero(np.diff(hashes[order], prepend=0))  # none is 0
+    sizes = np.diff(starts, append=len(order))
+    for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
+        yield order[start : start + size].tolist()
 
 
 # ---- one row

@@ -272,10 +272,22 @@ def test_an_id_is_given_once():
     assert reason(rows[2]).startswith("steps=0"), "what was wrong first"
 
 
+def test_a_row_without_an_id_is_called_by_its_number_and_no_other_is():
+    ids = ["3", "b", None, "c", None, 5, 8]
+    rows = jsonl(*({"prompt": str(i), "id": id} for i, id in enumerate(ids)))
+    rejected = {row.number: reason(row) for row in rows if isinstance(row, Rejected)}
+    assert rejected == {
+        3: "id '3' is that of row 1 already; give each row its own",
+        6: "id '5' is that of row 5 already; give each row its own",
+    }
+    assert [row.id for row in rows] == ["3", "b", "3", "c", "5", "5", "8"]
+    assert not any(isinstance(row, Rejected) for row in jsonl(*({"prompt": "a"} for _ in range(9))))
+
+
 def test_ids_of_one_hash_are_told_apart(monkeypatch):
     monkeypatch.setattr("engine.text.rows.hash", lambda id: 1, raising=False)
-    rows = jsonl(*({"prompt": "a", "id": id} for id in "abca"))
-    assert [type(row) for row in rows] == [Row, Row, Row, Rejected]
+    rows = jsonl(*({"prompt": "a", "id": id} for id in "abcab"))
+    assert [type(row) for row in rows] == [Row, Row, Row, Rejected, Rejected]
 
 
 def test_invalid_utf8_leaves_the_other_lines(write):
