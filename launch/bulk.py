@@ -152,6 +152,8 @@ def work(job: Job, settle: Settle, pipe: Pipeline, store: Store, part: Claims | 
         f"{tally.pictures} pictures in {tally.shards} shards, {tally.failures} failures, "
         f"{progress.rate():.3g} images/s; the devices were idle for {tally.idle:.1%} of the time"
     )
+    if many := worker.too_long.count:
+        cli.tell(f"warning: {many} pictures have prompts that were too long to be read to their end")
 
 
 def tell_of_refused(job: Job, settle: Settle) -> None:

@@ -1,14 +1,17 @@
 """What a pipeline's text encoders say of the prompts of a job; and which pipeline, as rows may have LoRAs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
 from engine.jobs import digests
 from engine.jobs.account import Recent, out_of_memory_or_raise
 from engine.jobs.loras import Own
+from engine.jobs.plan import Wanted
 from engine.pipeline import Pipeline
 from engine.requests import Context, Request
+from engine.text.prompts import unread
+from engine.text.reading import cut
 from engine.types import UserError
 
 TEXT_BATCH = 16  # prompts a device encodes at once
@@ -32,6 +35,26 @@ class Wording:
         for text, context in found.items():
             self._contexts.add(text, context)
         return known | found
+
+
+class TooLong:
+    """Counts the pictures whose prompts are not read to their end, and tells of the first."""
+
+    def __init__(self, pipe: Pipeline, tell: Callable[[str], None]):
+        self.count = 0
+        self._reading, self._tell = (pipe.model.first_tokenizer, pipe.reading), tell
+
+    def look_at(self, wanted: Sequence[Wanted]) -> None:
+        is_cut: dict[str, bool] = {}
+        for one in wanted:
+            texts = one.request.prompt, one.request.negative_prompt
+            for text in texts:
+                if text not in is_cut:
+                    is_cut[text] = cut(text, *self._reading) is not None
+            if long := [text for text in texts if is_cut[text]]:
+                if not self.count:
+                    self._tell(f"warning: row {one.row.number}: {unread(long[:1], *self._reading)[0]}")
+                self.count += 1
 
 
 class Changed(UserError):

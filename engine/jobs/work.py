@@ -40,7 +40,7 @@ from engine.jobs.plan import Group, Job, Shard, Wanted
 from engine.jobs.reading import Reader
 from engine.jobs.settling import Program, Settle
 from engine.jobs.store import Store
-from engine.jobs.wording import Changed, Wordings
+from engine.jobs.wording import Changed, TooLong, Wordings
 from engine.pipeline import Pipeline
 from engine.requests import Context, Finished, Request, Settings
 from engine.text.reading import said
@@ -95,6 +95,7 @@ class Worker:
         self.tell, self.progress, self.still_ours, self.check = tell, progress, still_ours, check
         self.tally = Tally()
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self.too_long = TooLong(pipe, tell)
         self._wordings = Wordings(pipe)
         # of the last shard whose rows have own LoRAs
         self._said: tuple[Sequence[Request], dict[str, Context]] | None = None
@@ -140,6 +141,7 @@ class Worker:
 
     def _loads_of(self, shard: Shard, readers: ThreadPoolExecutor) -> Iterator[Load]:
         wanted = list(self.job.wanted(shard))
+        self.too_long.look_at(wanted)
         program, contexts, words = shard.group.program, {}, [one.request for one in wanted]
         if program and program.lora is None:
             contexts = self._wordings.of(None).of(words)

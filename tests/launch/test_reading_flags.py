@@ -38,6 +38,19 @@ def test_weights_change_the_picture_which_remembers_them(draw, run, tmp_path):
     np.testing.assert_array_equal(pixels(without), pixels(letters))
 
 
+def test_a_job_tells_of_prompts_that_are_cut_once(job):
+    rows = [{"prompt": "a cat"}, {"prompt": LONG}, {"prompt": "a dog", "negative_prompt": LONG}]
+    first, last = warnings(job("--num_images", 2, rows=rows))
+    assert first.startswith("warning: row 1: prompt too long") and first.endswith(
+        "--long_prompts reads them, too"
+    )
+    assert last == "warning: 4 pictures have prompts that were too long to be read to their end"
+
+
+def test_a_job_that_reads_all_tells_nothing(job):
+    assert warnings(job("--long_prompts", rows=[{"prompt": "a cat"}, {"prompt": LONG}])) == []
+
+
 def test_long_prompts_are_read_and_not_cut(draw, run, tmp_path):
     cut = draw(LONG, "--seed", 3)
     (warning,) = warnings(cut)
