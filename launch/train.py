@@ -36,6 +36,7 @@ find each other, which may pass; 130 stopped with Ctrl-C where there was nothing
 """
 
 import ast
+import dataclasses
 import pathlib
 import re
 import tempfile
@@ -47,6 +48,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from engine.config import FinetuneConfig
+from engine.config.reader import nearest
 from engine.errors import UserError
 from launch import cli
 
@@ -172,7 +174,9 @@ def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         raise cli.mistake(error, values) from None
     except KeyError as error:  # a field of a dataclass, or a key of a dict, in the words of ml_collections
         unknown = [a for a in argv if a.partition("=")[0].rpartition(".")[2] in str(error)]
-        raise UserError(f"the config has no such setting: {' '.join(unknown) or error}") from None
+        name = unknown[0].partition("=")[0].lstrip("-").removeprefix("config.") if unknown else ""
+        near = nearest(name, settings(argv))
+        raise UserError(f"the config has no such setting: {' '.join(unknown) or error}{near}") from None
     except (OSError, SyntaxError) as error:
         raise UserError(f"--config cannot be read: {' '.join(str(error).split())}") from None
     except Exception as error:  # whatever a config file of one's own does
@@ -192,9 +196,25 @@ def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     return chosen, {name: values[name].value for name in names}
 
 
+def settings(argv: Sequence[str]) -> list[str]:
+    """Names of all that --config.NAME overrides."""
+    values, argv = flags.FlagValues(), [f"--config={config_file(argv)}"]
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", *argv])
+    values(["", *argv])
+
+    def names(of: Any, path: str) -> list[str]:
+        if not dataclasses.is_dataclass(of):
+            return [path.rstrip(".")]
+        fields = dataclasses.fields(of)
+        return [name for f in fields for name in names(getattr(of, f.name), f"{path}{f.name}.")]
+
+    return names(config.value, "")
+
+
 def config_file(argv: Sequence[str]) -> str:
     """The value of --config."""
-    return next((arg.partition("=")[2] for arg in argv if re.match("--?config=", arg)), "")
+    found = re.search(r"(?<=\0)--?config[=\0]([^\0]+)", "\0" + "\0".join(argv))
+    return found[1] if found else ""
 
 
 def _where(error: Exception) -> str:

@@ -208,7 +208,15 @@ def test_a_killed_program_goes_on_and_a_terminated_one_ends_well(tmp_path):
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--config.diffusion.stps=3", "no such setting: --config.diffusion.stps=3"),
+        (
+            "--config.diffusion.stps=3",
+            "no such setting: --config.diffusion.stps=3 (did you mean diffusion.steps?)",
+        ),
+        (
+            "--config.difusion.steps=3",
+            "no such setting: --config.difusion.steps=3 (did you mean diffusion.steps?)",
+        ),
+        ("--config.zzz=3", "no such setting: --config.zzz=3\n"),
         ("--config.unet.blocks=3", "no such setting: --config.unet.blocks=3"),
         ("--config.diffusion.steps=many", "--config.diffusion.steps=many"),
         ("--config=nothing.py", "nothing.py"),
