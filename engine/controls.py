@@ -1,10 +1,13 @@
-"""ControlNets beside a model (engine.models.controlnet): their pictures come in as data, one for each.
+"""ControlNets and T2I-Adapters beside a model (engine.models): their pictures come in as data, one for each.
 
-What a picture looks like to its network alone is computed once. At each step the network sees the latent,
-too, and what it says is added to the U-Net: in all steps, or in those between two noise levels.
+What a picture looks like to its network alone is computed once. Of an adapter that is all; a ControlNet sees
+the latent, too, at each step. What they say is added to the U-Net: in all steps, or in those between two
+noise levels.
 """
 
 import contextlib
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,20 +17,34 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from engine.config import check_count
-from engine.models.controlnet import Control, ControlNetModel, State
+from engine.models.controlnet import Control, ControlNetConfig, ControlNetModel, State
 from engine.models.merging import merging
+from engine.models.t2i_adapter import Features, T2IAdapterConfig
 from engine.models.watching import unwatched
 from engine.requests import Given, Settings, check_pixels
 from engine.types import Latents, UserError
 from engine.weights.component import Component
 
+Seen = tuple[Float[Array, "b _ _ _"], ...]  # Features of the pictures
+
 
 class ControlNet(NamedTuple):
-    """One of them."""
+    """One of them, of either kind."""
 
     part: Component
     scale: float  # of what it adds
     kind: str = ""  # what it learned to be shown of a picture, where that is known: see engine.sights
+
+
+def at_each_step(nets: Sequence[ControlNet]) -> list[int]:
+    """Which of them look at the latent, too: not the T2I-Adapters."""
+    return [i for i, net in enumerate(nets) if isinstance(net.part.config, ControlNetConfig)]
+
+
+def cell(nets: Sequence[ControlNet]) -> int:
+    """Pixels a side of what adapters see as one place: the sides of their pictures are multiples of it."""
+    configs = (net.part.config for net in nets)
+    return math.lcm(*(each.downscale_factor for each in configs if isinstance(each, T2IAdapterConfig)))
 
 
 def checked(given: Sequence[Given], count: int, settings: Settings) -> None:
@@ -58,24 +75,33 @@ def said(
     x: Latents,
     t: Float[Array, " B"],
     reads: Sequence[Any],
-    shown: Sequence[Float[Array, "b H W F"]],
+    shown: Sequence[Float[Array, "b H W F"] | Seen],
     scales: Float[Array, " K"],
     added: Any,
     inside: Bool[Array, ""] | None = None,
 ) -> Control:
-    """What some ControlNets say together.
+    """What some ControlNets and T2I-Adapters say together.
 
     Args:
-      nets: makes them, where they are used: params that are split come together there.
+      nets: makes the ControlNets, where they are used: params that are split come together there.
       x, t, added: as the U-Net takes them.
-      reads: the context of each.
-      shown: what each makes of its pictures alone; what belongs to a picture stands side by side in x, as in
-        edits.seeing.
+      reads: the context of each ControlNet.
+      shown: what each of both makes of its pictures alone, the adapters' all that they say; what belongs to
+        a picture stands side by side in x, as in edits.seeing.
+      scales: of each of both.
       inside: where it is false nothing is computed, and zeros are added. None: it is true.
     """
+    adapted = [(seen, scale) for seen, scale in zip(shown, scales, strict=True) if isinstance(seen, tuple)]
+    features = _features(adapted, len(x), inside)
+    if len(adapted) == len(shown):
+        return Control([], None, features)
+    looks, weights = zip(
+        *((seen, scale) for seen, scale in zip(shown, scales, strict=True) if not isinstance(seen, tuple)),
+        strict=True,
+    )
 
     def near() -> tuple[list[Array], list[State]]:
-        each = zip(nets(), reads, shown, scales, strict=True)
+        each = zip(nets(), reads, looks, weights, strict=True)
         found = [
             net.near(x, t, read, jnp.repeat(seen, len(x) // len(seen), axis=0), scale, added)
             for net, read, seen, scale in each
@@ -83,7 +109,7 @@ def said(
         return _total([more for more, _ in found]), [state for _, state in found]
 
     def deep(states: Sequence[State]) -> tuple[list[Array], Array]:
-        each = zip(nets(), states, reads, scales, strict=True)
+        each = zip(nets(), states, reads, weights, strict=True)
         return _total([net.deep(state, read, scale) for net, state, read, scale in each])
 
     def where_inside(compute: Callable[[], Any]) -> Any:
@@ -95,7 +121,19 @@ def said(
             return jax.lax.cond(inside, compute, lambda: zeros)
 
     full_size, states = where_inside(near)
-    return Control(full_size, lambda: where_inside(lambda: deep(states)))
+    return Control(full_size, lambda: where_inside(lambda: deep(states)), features)
+
+
+def _features(
+    adapted: Sequence[tuple[Seen, Float[Array, ""]]], rows: int, inside: Bool[Array, ""] | None
+) -> Features:
+    """What adapters add to as many rows: for each level the sum over those that reach it."""
+    each = []
+    for features, scale in adapted:
+        scale = scale if inside is None else jnp.where(inside, scale, 0)
+        each.append([jnp.repeat(f, rows // len(f), axis=0) * scale.astype(f.dtype) for f in features])
+    levels = itertools.zip_longest(*each)
+    return tuple(_total([f for f in level if f is not None]) for level in levels)
 
 
 def _total(trees: Sequence[Any]) -> Any:

@@ -13,7 +13,7 @@ nothing. Sizes, the number of steps and what `Kind` says are static.
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -236,13 +236,15 @@ class Programs:
             return edits.looked_at(vae, given, self.made_for)
 
     def _shown(self, params: Any, pictures: Any) -> Any:
-        nets = self._net_modules(map(self._in_type, params))
-        return tuple(net.look(each / jnp.float32(255)) for net, each in zip(nets, pictures, strict=True))
+        each = zip(self.nets, map(self._in_type, params), pictures, strict=True)
+        parts = ((module(net.part, self.devices.whole(own)), own_pictures) for net, own, own_pictures in each)
+        return tuple(net.look(own_pictures / jnp.float32(255)) for net, own_pictures in parts)
 
-    def _net_modules(self, params: Iterable[Any], after: Any = None) -> list[Any]:
+    def _controlnets(self, params: Sequence[Any], after: Any = None) -> list[Any]:
+        """Those that are called at each step."""
         return [
-            module(net.part, self.devices.whole(own, after=after))
-            for net, own in zip(self.nets, params, strict=True)
+            module(self.nets[i].part, self.devices.whole(params[i], after=after))
+            for i in controls.at_each_step(self.nets)
         ]
 
     def _in_type(self, params: Any) -> Any:
@@ -323,10 +325,10 @@ class Programs:
             low, high = shared["nets_within"]
             inside = (low < jnp.max(sigma)) & (jnp.max(sigma) <= high)
         return controls.said(
-            functools.partial(self._net_modules, shared["nets"], x),
+            functools.partial(self._controlnets, shared["nets"], x),
             x[..., : self.model.vae.config.latent_channels],
             t,
-            told.nets or [told.context.words] * len(self.nets),
+            told.nets or [told.context.words] * len(controls.at_each_step(self.nets)),
             batched["shown"],
             shared["net_scales"],
             added,
@@ -375,7 +377,7 @@ class Programs:
         """What the networks make of words and pictures, for all steps."""
         shared = self._computed(shared)
         unet = module(self.model.unet, self.devices.whole(shared["unet"]))
-        nets = self._net_modules(shared["nets"])
+        nets = self._controlnets(shared["nets"])
         parts = zip(self.adapters, self.devices.whole(shared["adapters"]), strict=True)
         prompted = [module(each.net, own) for each, own in parts]
         found = {}

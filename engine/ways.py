@@ -1,10 +1,11 @@
 """The way from noise to latents: its noise levels, and which model goes which part of it, how."""
 
 import dataclasses
+import math
 
 import numpy as np
 
-from engine import edits
+from engine import controls, edits
 from engine.conditions import steered_away
 from engine.config import MAX_UPSCALE, TOLD, check_hires, told_size
 from engine.diffusion import samplers, schedules
@@ -89,11 +90,11 @@ def check_settings(settings: Settings, programs: Programs, refiner: Programs | N
         raise UserError(f"guidance_scale={settings.guidance_scale} is no number; 1 is none, 5 to 8 are usual")
     if settings.batch_size < 1:
         raise UserError(f"batch_size={settings.batch_size}: write 1 or more")
-    scale = programs.model.vae.config.scale
+    scale, what = _multiple(programs)
     for name, side in (("height", settings.height), ("width", settings.width)):
         if side % scale or not scale <= side <= MAX_SIDE:
             good = min(max(round(side / scale), 1) * scale, MAX_SIDE)
-            raise UserError(f"{name}={side}: this model makes multiples of {scale}; write {good}")
+            raise UserError(f"{name}={side}: {what} makes multiples of {scale}; write {good}")
     _check_told(settings, programs.model)
     check_hires(settings)
     if settings.hires is not None:
@@ -113,21 +114,26 @@ def _check_told(settings: Settings, model: Model) -> None:
             raise UserError(f"{name}={value}: SDXL's refiner is told none; {without}")
 
 
+def _multiple(programs: Programs) -> tuple[int, str]:
+    """Of what the sides of pictures are multiples, and what makes them so."""
+    scale = programs.model.vae.config.scale
+    of_all = math.lcm(scale, controls.cell(programs.nets))
+    return of_all, "this model" if of_all == scale else "this model with its T2I-Adapter"
+
+
 def _check_hires(settings: Settings, programs: Programs, refiner: Programs | None) -> None:
     """UserError where the pictures cannot be drawn over as it is said."""
     if not 1 <= settings.hires <= MAX_UPSCALE:
         raise UserError(f"hires={settings.hires}: write a factor from 1, which is none, to {MAX_UPSCALE}")
     if (larger := settings.larger) is None:
         return
-    scale = programs.model.vae.config.scale
+    scale, what = _multiple(programs)
     if any(side % scale or side > MAX_SIDE for side in settings.size):
         height, width = settings.size
         made = (
             f"hires={settings.hires} makes {width} x {height} pixels of {settings.width} x {settings.height}"
         )
-        raise UserError(
-            f"{made}; this model makes multiples of {scale} up to {MAX_SIDE}: write another factor"
-        )
+        raise UserError(f"{made}; {what} makes multiples of {scale} up to {MAX_SIDE}: write another factor")
     try:
         grid_of(larger, programs.model)
     except UserError as error:  # the first pass's is fine: it is of the steps

@@ -162,6 +162,14 @@ def tiny_controlnet(path: str | os.PathLike, seed: int = 0, **unet: Any) -> path
     return pathlib.Path(path)
 
 
+def tiny_t2i_adapter(path: str | os.PathLike, seed: int = 0, **options: Any) -> pathlib.Path:
+    """Writes a T2I-Adapter for the U-Net of UNET, unless told; returns the path of its folder."""
+    options = {"channels": (16, 32), "num_res_blocks": 1, "downscale_factor": 2} | options
+    part = component("controlnet", {"_class_name": "T2IAdapter"} | options, seed)
+    save_component(pathlib.Path(path), part)
+    return pathlib.Path(path)
+
+
 def component(kind: str, options: Mapping[str, Any], seed: int) -> Component:
     """A part of a model with random weights."""
     spec = KNOWN[kind].named(options.get("_class_name", KNOWN[kind].class_name))

@@ -15,6 +15,7 @@ from engine.models.unet_blocks import UpBlock2D
 from engine.models.unet_config import UNetConfig
 from engine.models.unet_encoder import UNetEncoder
 
+NO_CONTROL = Control([], None)
 Deep = Float[Array, "B H W K"]  # what the lower levels make of x, at its size
 
 
@@ -78,7 +79,7 @@ class UNet2DConditionModel(UNetEncoder):
             in pixels (Podell et al. 2023, SDXL, section 2.2).
           recall: called with what computes the deep feature, which goes into the last block; it returns that,
             or what takes its place (`engine.diffusion.caching`). None: it is computed.
-          control: what ControlNets add.
+          control: what ControlNets and T2I-Adapters add.
         """
         x, context = jax.tree.map(lambda array: array.astype(self.dtype), (x, context))
         if self.config.center_input_sample:
@@ -86,27 +87,30 @@ class UNet2DConditionModel(UNetEncoder):
         temb = self.embedded_time(t, added, self._embedded(guidance))
 
         x = first = self.conv_in(x)
-        x, skips = self.down_blocks[0].at_full_size(x, temb, context)
+        control = control or NO_CONTROL
+        x, skips = self.down_blocks[0].at_full_size(x, temb, context, control.feature(0))
         compute = partial(self._deep, x, temb, context, control)
         x = recall(compute) if recall else compute()
         skips = [first, *skips]
-        if control is not None:
+        if control.deep is not None:
             skips = [skip + more for skip, more in zip(skips, control.full_size, strict=True)]
         x = self.up_blocks[-1](x, skips, temb, context, None)
         return self.conv_out(self.act(self.conv_norm_out(x)))
 
     def _deep(
-        self, x: Float[Array, "B H W C"], temb: Float[Array, "B D"], context: Any, control: Control | None
+        self, x: Float[Array, "B H W C"], temb: Float[Array, "B D"], context: Any, control: Control
     ) -> Deep:
         """All but the blocks of the full size, first and last: what the last one takes up."""
         size = x.shape[1:3]
-        x, skips = self.down_blocks[0].down(x)
-        for block in self.down_blocks[1:]:
-            x, block_skips = block(x, temb, context)
+        x, skips = self.down_blocks[0].down(x, control.feature(0))
+        for level, block in enumerate(self.down_blocks[1:], 1):
+            x, block_skips = block(x, temb, context, control.feature(level))
             skips += block_skips
         if self.config.mid_block_type is not None:
             x = self.mid_block(x, temb, context)
-        if control is not None:
+            if (feature := control.feature(len(self.down_blocks))) is not None:
+                x = x + feature
+        if control.deep is not None:
             more, middle = control.deep()
             skips, x = [skip + each for skip, each in zip(skips, more, strict=True)], x + middle
         for block in self.up_blocks[:-1]:

@@ -22,25 +22,32 @@ class DownBlock2D(nnx.Module):
             self.downsamplers = nnx.List([Downsample2D(out_channels, padding=padding, rngs=rngs)])
         self.has_attention = transformer is not None
         self.has_downsampler = downsample
+        # Where a T2I-Adapter adds to it: before the size changes, but for SDXL's level without attention.
+        self._added_below = downsample and not self.has_attention
 
-    def __call__(self, x, temb, context):
-        x, skips = self.at_full_size(x, temb, context)
-        x, more = self.down(x)
+    def __call__(self, x, temb, context, feature=None):
+        """feature: what is added to it, see engine.models.t2i_adapter."""
+        x, skips = self.at_full_size(x, temb, context, feature)
+        x, more = self.down(x, feature)
         return x, skips + more
 
-    def at_full_size(self, x, temb, context):
+    def at_full_size(self, x, temb, context, feature=None):
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
             if self.has_attention:
                 x = self.attentions[i](x, context)
             skips.append(x)
+        if feature is not None and not self._added_below:
+            x = skips[-1] = x + feature
         return x, skips
 
-    def down(self, x):
+    def down(self, x, feature=None):
         if not self.has_downsampler:
             return x, []
         x = self.downsamplers[0](x)
+        if feature is not None and self._added_below:
+            x = x + feature
         return x, [x]
 
 

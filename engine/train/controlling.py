@@ -15,9 +15,10 @@ from flax import nnx, traverse_util
 from engine import sights
 from engine.config import ControlConfig
 from engine.controls import said
-from engine.models.controlnet import ControlNetConditioningEmbedding, ControlNetModel
+from engine.models.controlnet import ControlNetConditioningEmbedding, ControlNetConfig, ControlNetModel
 from engine.models.layers import host_rngs
 from engine.train.step import Batch
+from engine.types import UserError
 from engine.weights.component import Component, abstract
 from engine.weights.controlnet import config_for, load_controlnet
 from engine.weights.folder import Model
@@ -30,7 +31,10 @@ def begin(model: Model, config: ControlConfig, seed: int) -> Component:
       UserError: there is none for this model.
     """
     if config.start:
-        return load_controlnet(model, config.start, place=lambda name, array: array)
+        found = load_controlnet(model, config.start, place=lambda name, array: array)
+        if not isinstance(found.config, ControlNetConfig):
+            raise UserError(f"controlnet.start={config.start!r} is a T2I-Adapter, which is not trained")
+        return found
     own, rngs = config_for(model), host_rngs(seed)
     graphdef, shapes = abstract("controlnet", own)
     # Only what the U-Net lacks is drawn: all of it would be the memory and the time of a second one.

@@ -1,8 +1,9 @@
-"""A ControlNet that is to go with a model: a folder of its own, or a single file.
+"""A ControlNet or T2I-Adapter that is to go with a model: a folder of its own, or a single file.
 
 A file does not say what it was built like, but for the shapes of its weights: it is taken for the way down
 and the middle of the U-Net that it is to go with, under the names of diffusers or of its original. One whose
-answer is the mean of all places ("shuffle") is known by its name alone, and not read.
+answer is the mean of all places ("shuffle") is known by its name alone, and not read. What is of adapters
+alone is in engine.weights.t2i_adapter.
 """
 
 import dataclasses
@@ -18,9 +19,10 @@ from jax.typing import DTypeLike
 
 from engine.config import SIGHTS
 from engine.models.controlnet import ControlNetConfig
+from engine.models.t2i_adapter import T2IAdapterConfig
 from engine.models.unet_config import EncoderConfig
 from engine.types import UserError
-from engine.weights import index, names
+from engine.weights import index, names, t2i_adapter
 from engine.weights.component import (
     Component,
     Place,
@@ -55,7 +57,7 @@ KIND = "_control_kind"  # in config.json, a note of ours, which others leave alo
 def load_controlnet(
     model: Model, path: str | Path, dtype: DTypeLike = jnp.float32, place: Place | None = None
 ) -> Component:
-    """Reads a ControlNet of a model; `dtype` and `place` as in `load_component`.
+    """Reads a ControlNet or T2I-Adapter of a model; `dtype` and `place` as in `load_component`.
 
     Args:
       path: a folder with config.json and safetensors, or a file.
@@ -68,31 +70,49 @@ def load_controlnet(
         raise UserError("this model changes pictures as it is told, and takes no ControlNet: leave it out")
     if config is None:
         return _from_file(model, find(path), as_dtype(dtype), place)
-    _check_fits(config, model, folder := find(path))
+    check = _check_fits if isinstance(config, ControlNetConfig) else t2i_adapter.check_fits
+    check(config, model, folder := find(path))
     return load_component(folder, "controlnet", dtype, place=place)
 
 
-def look(path: str | Path) -> ControlNetConfig | None:
+def look(path: str | Path) -> ControlNetConfig | T2IAdapterConfig | None:
     """The config of the one in a folder, None of a file; UserError as above, but for what the model says."""
     if (found := find(path)).is_dir():
         return read_config(found / "config.json", "controlnet")
-    _hints(read_header(found), found)
+    if not t2i_adapter.is_one(header := read_header(found)):
+        _hints(header, found)
     return None
 
 
 def _from_file(model: Model, file: Path, dtype: np.dtype, place: Place | None) -> Component:
     header = read_header(file)
+    if t2i_adapter.is_one(header):
+        header = t2i_adapter.renamed(header)
+        return _read(t2i_adapter.config_of(header, model, file), header, file, dtype, place)
     config = dataclasses.replace(config_for(model), conditioning_embedding_out_channels=_hints(header, file))
     _check_fits(config, model, file)
-    graphdef, shapes = abstract("controlnet", config)
     if not any(key in header for key in HINTS if key.startswith("controlnet_")):
         prefix = CONTROLNET if any(key.startswith(CONTROLNET) for key in header) else ""
+        _, shapes = abstract("controlnet", config)
         places = slots("controlnet", config, names.keys(shapes), prefix)
         ours = {slot.key: key for key, slot in places.items()}
         # Beside it may be the whole model that it was trained beside.
         header = {ours.get(key, key): each for key, each in header.items() if key.startswith(prefix)}
+    return _read(config, header, file, dtype, place)
+
+
+def _read(
+    config: ControlNetConfig | T2IAdapterConfig,
+    header: Mapping[str, Tensor],
+    file: Path,
+    dtype: np.dtype,
+    place: Place | None,
+) -> Component:
+    """header: with the keys of diffusers."""
+    graphdef, shapes = abstract("controlnet", config)
+    what = "ControlNet" if isinstance(config, ControlNetConfig) else "T2I-Adapter"
     misfit = (
-        f"{file} is no ControlNet of this model, or built otherwise than its U-Net, which the folder of one "
+        f"{file} is no {what} of this model, or built otherwise than its U-Net, which the folder of one "
         "tells alone (names as in diffusers)"
     )
     sources = match("controlnet", shapes, {file: header}, misfit)

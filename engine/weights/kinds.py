@@ -15,6 +15,7 @@ from engine.models.clip_vision import (
 )
 from engine.models.controlnet import ControlNetConfig, ControlNetModel
 from engine.models.safety_checker import SafetyCheckerConfig, StableDiffusionSafetyChecker
+from engine.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from engine.models.unet import UNet2DConditionModel, UNetConfig
 
 DIFFUSERS_VERSION = "0.35.0"  # whose layout is written
@@ -59,6 +60,7 @@ MODEL_TYPES = {  # as transformers calls them
     "CLIPVisionModelWithProjection": "clip_vision_model",
 }
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
+_ADAPTER = Kind("diffusers", "T2IAdapter", T2IAdapterConfig, T2IAdapter, _DIFFUSERS_STEM)
 _TINY = Kind("diffusers", "AutoencoderTiny", AutoencoderTinyConfig, AutoencoderTiny, _DIFFUSERS_STEM)
 KINDS = {
     "unet": Kind("diffusers", "UNet2DConditionModel", UNetConfig, UNet2DConditionModel, _DIFFUSERS_STEM),
@@ -79,5 +81,7 @@ KNOWN = KINDS | {
     "clip": Kind("transformers", "CLIPModel", CLIPConfig, CLIPModel, "model"),
     "image_encoder": Kind("transformers", _SEEN, CLIPVisionConfig, CLIPVisionModelWithProjection, "model"),
     "safety_checker": _checker("StableDiffusionSafetyChecker", (_checker("SafetyChecker"),)),
-    "controlnet": Kind("diffusers", "ControlNetModel", ControlNetConfig, ControlNetModel, _DIFFUSERS_STEM),
+    "controlnet": Kind(
+        "diffusers", "ControlNetModel", ControlNetConfig, ControlNetModel, _DIFFUSERS_STEM, (_ADAPTER,)
+    ),
 }

@@ -19,7 +19,7 @@ from configs import scenes
 from engine.diffusion import noise
 from engine.requests import Given
 from tests.parity.common import nchw
-from tests.tiny import tiny_controlnet, tiny_folder
+from tests.tiny import tiny_controlnet, tiny_folder, tiny_t2i_adapter
 
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {"steps_offset": 1, "set_alpha_to_one": False}
@@ -81,6 +81,8 @@ class How(NamedTuple):
     merge_tokens: float | None = None
     clip_skip: int = 0
     controls: tuple[float, ...] = ()  # ControlNets, each with its scale
+    adapters: tuple[float, ...] = ()  # T2I-Adapters, likewise
+    adapter: dict | None = None  # overrides of tiny_t2i_adapter
     control_start: float | None = None
     control_end: float | None = None
     hires: float | None = None  # with `strength`
@@ -107,6 +109,9 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
     nets = [
         (tiny_controlnet(at / f"controlnet-{i}", seed=i, **model.get("unet", {})), scale)
         for i, scale in enumerate(how.controls)
+    ] + [
+        (tiny_t2i_adapter(at / f"adapter-{i}", seed=i, **(how.adapter or {})), scale)
+        for i, scale in enumerate(how.adapters)
     ]
     options["controlnet"] = nets
     ours = engine.load(folder, tile=how.tile, clip_skip=how.clip_skip, **options)
@@ -171,7 +176,7 @@ def start_noise(how: How) -> np.ndarray:
 
 def _controls(how: How) -> list[tuple[np.ndarray, ...]]:
     """Of each of the two pictures, what each ControlNet sees."""
-    shape = (2, len(how.controls), *how.size, 3)
+    shape = (2, len(how.controls) + len(how.adapters), *how.size, 3)
     return [tuple(each) for each in np.random.default_rng(6).integers(0, 256, shape, dtype=np.uint8)]
 
 
@@ -196,7 +201,11 @@ def pipeline(folder: pathlib.Path, model: dict, how: How, nets: Sequence[pathlib
     else:
         end = "Inpaint" if how.mask else "Img2Img" if how.image else ""
     options: dict[str, Any] = {} if "XL" in family else {"safety_checker": None}
-    if nets:
+    if how.adapters:
+        family += "Adapter"
+        found = [diffusers.T2IAdapter.from_pretrained(net) for net in nets]
+        options["adapter"] = found[0] if len(found) == 1 else found
+    elif nets:
         family += "ControlNet"
         options["controlnet"] = [diffusers.ControlNetModel.from_pretrained(net) for net in nets]
     pipeline = getattr(diffusers, f"{family}{end}Pipeline").from_pretrained(folder, **options)
@@ -255,6 +264,16 @@ def drawn_there(
     if how.guidance_end is not None:
         options["callback_on_step_end"] = _unguided_after(round(how.guidance_end * how.steps))
         options["callback_on_step_end_tensor_inputs"] = ["prompt_embeds"]
+    if how.adapters:
+        shown = [
+            torch.from_numpy(nchw(np.stack(e)).astype(np.float32) / 255)
+            for e in zip(*_controls(how), strict=True)
+        ]
+        one = len(shown) == 1
+        options["image"] = shown[0] if one else shown
+        options["adapter_conditioning_scale"] = how.adapters[0] if one else list(how.adapters)
+        if how.control_end is not None:  # of SDXL's alone
+            options["adapter_conditioning_factor"] = how.control_end
     if how.controls:
         name = "control_image" if how.image else "image"
         options[name] = [

@@ -36,6 +36,17 @@ SSD = {
         "use_linear_projection": True,
     },
 }
+# As SDXL's U-Net: the level without attention comes first.
+THREE_LEVELS = {
+    **XL,
+    "unet": XL["unet"]
+    | {
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+}
+XL_ADAPTER = {"channels": (16, 32, 32, 32), "downscale_factor": 4, "adapter_type": "full_adapter_xl"}
 # Where the sampler is tested, or what it begins with: most of the time is the compiler's.
 LEAST, LEAST_XL, LEAST_REFINER = shallow(SD), shallow(XL), shallow(REFINER)
 CHANNELS = {"latents_mean": (-0.4, 0.3, -0.2, 0.5), "latents_std": (0.8, 1.2, 0.7, 1.1)}
@@ -152,6 +163,12 @@ ROWS = {
         "ddim, v",
         How(controls=(1.0,), control_start=0.15, control_end=0.66),
     ),
+    "SD, a T2I-Adapter": (SD, "ddim, v", How(adapters=(0.9,))),
+    "SD, two T2I-Adapters, features kept": (
+        SD,
+        "euler",
+        How(adapters=(0.6, 1.2), cache_interval=2, size=(24, 40)),
+    ),
     "SD without a mid block, a ControlNet": (PRUNED_SD, "euler", How(controls=(0.7,))),
     "LCM, a ControlNet in part of the steps, features kept": (
         LCM,
@@ -189,6 +206,11 @@ ROWS = {
         XL_INPAINTS,
         "euler",
         How(negatives=ONE, controls=(0.8,), image=True, mask=True),
+    ),
+    "SDXL, a T2I-Adapter in the first steps": (
+        THREE_LEVELS,
+        "euler",
+        How(negatives=ONE, adapters=(0.8,), adapter=XL_ADAPTER, control_end=0.5),
     ),
     "SDXL with TAESDXL, words": ({**XL, **TAESD}, "euler", XL_WORDS),
     "SDXL Turbo, one step": (LEAST_XL, "euler, trailing", How(steps=1, scale=1.0)),
