@@ -72,8 +72,8 @@ def load(
       tile: in pixels; larger pictures are decoded in tiles of this side, for less memory. 0: whole.
       clip_skip: layers of the text encoders that are left out at their end, for models that were trained so;
         of negative prompts, too. The refiner reads as it always does.
-      controlnet: folders or files of ControlNets of the model, each with a scale of what it adds: 1 is as
-        trained. The refiner has none.
+      controlnet: folders or files of ControlNets or T2I-Adapters of the model, each with a scale of what it
+        adds: 1 is as trained. The refiner has none.
       prompt_weights: brackets in prompts are marks, and say how much words count (engine.text.reading).
       long_prompts: prompts longer than the text encoders read are read in parts (likewise), not cut.
       upscaler: the file of a network that enlarges every picture when it is drawn (engine.models.upscalers).

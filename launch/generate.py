@@ -52,11 +52,11 @@ FLAGS: cli.Groups = {
             "how strictly InstructPix2Pix keeps to the picture; only it reads this",
         ),
     },
-    "What a ControlNet sees (in a job: for the rows that have none of their own)": {
+    "What a ControlNet or T2I-Adapter sees (in a job: for the rows that have none of their own)": {
         "controlnet": (
             "FOLDER",
-            "a ControlNet of the model, in the format of PyTorch diffusers, or a single .safetensors of\n"
-            "one. FOLDER=SCALE multiplies what it adds; several with commas between them",
+            "a ControlNet or T2I-Adapter of the model, in the format of PyTorch diffusers, or a single\n"
+            ".safetensors of one. FOLDER=SCALE multiplies what it adds; several with commas between them",
         ),
         "control_image": (
             "FILE",

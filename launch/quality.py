@@ -41,7 +41,10 @@ FLAGS: cli.Groups = {
         "long_prompts": ("", "reads prompts in parts where they are too long, in place of cutting them"),
         "clip_skip": ("N", "layers of the text encoders that are left out at their end"),
         "refiner_start": ("S", "share of the way that the model goes before it"),
-        "controlnet": ("FOLDER[=SCALE]", "a ControlNet of the model; several with commas between them"),
+        "controlnet": (
+            "FOLDER[=SCALE]",
+            "a ControlNet or T2I-Adapter of the model; several with commas between them",
+        ),
         "control_image": ("FILE", "what it sees, for the rows that have none of their own"),
         "control_kind": ("KIND", "what of it: edges, grey, mosaic or none; without this what it has learned"),
         "control_start": ("S", "share of the steps before which it adds nothing"),

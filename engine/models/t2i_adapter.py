@@ -49,8 +49,8 @@ class T2IAdapterConfig:
     @property
     def blocks(self) -> tuple[tuple[int, int, bool], ...]:
         """Of each: channels that it takes and gives, and whether it halves the size first."""
-        first, *_, last = c = self.channels
-        pairs = list(itertools.pairwise(c))
+        first, last = self.channels[0], self.channels[-1]
+        pairs = list(itertools.pairwise(self.channels))
         if self.adapter_type == FULL:
             return (first, first, False), *((*pair, True) for pair in pairs)
         if self.adapter_type == LIGHT:

@@ -258,7 +258,7 @@ ALIKE = (
         "SD inpainting, half way",
     ),
     *("SD, a ControlNet, img2img, in part of the steps", "SDXL, two ControlNets, img2img"),
-    *("SSD-1B, a ControlNet", "SDXL Turbo, one step"),
+    *("SSD-1B, a ControlNet", "SDXL Turbo, one step", "SD, a T2I-Adapter"),
 )
 
 
