@@ -27,7 +27,9 @@ def grid_of(settings: Settings, model: Model) -> tuple[SchedulerConfig, np.ndarr
     config = for_sampler(model.scheduler, settings.sampler)
     if settings.grid in schedules.SPACINGS:
         config = dataclasses.replace(config, timestep_spacing=settings.grid)
-    return config, schedules.sigmas_for(config, settings.steps, settings.grid)
+    return config, schedules.sigmas_for(
+        config, settings.steps, settings.grid, xl=model.text_encoder_2 is not None
+    )
 
 
 def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) -> list[Way]:

@@ -145,8 +145,9 @@ FLAGS: cli.Groups = {
         ),
         "grid": (
             "NAME",
-            "how noise levels are spread: linspace, leading, trailing, sgm_uniform, karras or\n"
-            "exponential; without it as the sampler and the model say. Turbo and Lightning want trailing",
+            "how noise levels are spread: linspace, leading, trailing, sgm_uniform, karras, exponential\n"
+            "or ays; without it as the sampler and the model say. Turbo and Lightning want trailing; ays\n"
+            "(Align Your Steps) is for few steps, about 10, of Stable Diffusion 1, 2 and XL",
         ),
         "steps": ("N", "more is finer and slower"),
         "guidance_scale": (

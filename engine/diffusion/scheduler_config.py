@@ -10,7 +10,8 @@ from engine.types import UserError
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("linspace", "leading", "trailing")
 SHAPED = ("karras", "exponential")
-GRIDS = (*SPACINGS, "sgm_uniform", *SHAPED)
+ALIGNED = "ays"
+GRIDS = (*SPACINGS, "sgm_uniform", *SHAPED, ALIGNED)
 
 
 class Rules(NamedTuple):

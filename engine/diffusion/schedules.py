@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from engine.config import nearest
 from engine.diffusion.scheduler_config import (
+    ALIGNED,
     DEIS,
     GRIDS,
     LCM,
@@ -51,6 +52,10 @@ __all__ = [
 ]
 
 SIGMA_CAP = 2.0**20
+# Sabour et al. 2024 ("Align Your Steps"): the timesteps of ten steps, which they found for Stable Diffusion
+# 1.5 and for SDXL by how far a solver strays in them.
+ALIGNED_TIMESTEPS = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24)
+ALIGNED_TIMESTEPS_XL = (999, 845, 730, 587, 443, 310, 193, 116, 53, 13)
 SMALL_SIGMA_CAP = 2.0**12  # zero terminal SNR where diffusers caps it too, at alphas_cumprod 2^-24
 
 
@@ -158,13 +163,14 @@ def schedule_for(config: SchedulerConfig) -> Schedule:
     return Schedule(_table(config).astype(np.float32), config.is_flow, whole, sigma_data)
 
 
-def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None) -> np.ndarray:
+def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None, xl: bool = False) -> np.ndarray:
     """The noise levels to sample on, as diffusers' scheduler of that class and these options sets them.
 
     Args:
       steps: number of sampling steps, 1 to num_train_timesteps.
       grid: one of GRIDS in place of the config's own. "sgm_uniform" (ComfyUI's name) is close to "trailing",
         within a timestep and a half: T - 1 down to 0 in equal parts, 0 left out, and nothing rounded.
+      xl: the model is an SDXL, which "ays" has timesteps of its own for.
 
     Returns:
       (steps + 1,) float32, falling. The last is 0, or the sigma of timestep 0 where the config says so
@@ -195,6 +201,8 @@ def sigmas_for(config: SchedulerConfig, steps: int, grid: str | None = None) -> 
     if grid == "sgm_uniform":  # between the table's timesteps, log-linear: unlike diffusers'
         t = np.linspace(T - 1, 0, steps + 1)[:-1]
         sigmas = np.exp(np.interp(t, np.arange(T), np.log(table)))
+    if grid == ALIGNED:
+        sigmas = _aligned(config, table, steps, xl)
     if shape := _shape(config, grid):
         ends = table[[-1, 0]] if config.class_name in MULTISTEP else sigmas[[0, -1]]
         sigma_max = config.option("sigma_max", None) or ends[0]
@@ -236,6 +244,22 @@ def _edm_grid(config: SchedulerConfig, steps: int, grid: str | None) -> np.ndarr
     if (grid or config.sigma_schedule) == "karras":
         return karras(steps, *ends, config.rho)
     return exponential(steps, *ends)
+
+
+def _aligned(config: SchedulerConfig, table: np.ndarray, steps: int, xl: bool) -> np.ndarray:
+    """Of "ays", (steps,) float64: with other than ten steps log-linear between those, as its authors do.
+
+    Raises:
+      UserError: the model learned with other noise levels than those that it was found for.
+    """
+    if config.beta_schedule != "scaled_linear" or config.rescale_betas_zero_snr:
+        raise UserError(
+            f"grid={ALIGNED!r} is for the noise levels of Stable Diffusion 1, 2 and XL, and this model has "
+            "others: leave it out"
+        )
+    ten = table[[*(ALIGNED_TIMESTEPS_XL if xl else ALIGNED_TIMESTEPS), 0]]
+    places = np.linspace(0, 1, steps + 1)[:-1]
+    return np.exp(np.interp(places, np.linspace(0, 1, len(ten)), np.log(ten)))
 
 
 def _shape(config: SchedulerConfig, grid: str | None) -> Callable | None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from diffusers.schedulers import AysSchedules
 
 from engine.diffusion.samplers import SAMPLERS
 from engine.diffusion.schedules import (
@@ -101,6 +102,9 @@ def test_real_configs_are_read_and_written_back(name):
     sigmas = sigmas_for(config, 30)
     assert sigmas.shape == (31,) and (np.diff(sigmas) < 0).all() and (sigmas[-1] == 0) == ends_at_zero
     assert (final_scale(config, sigmas) == 1) == ends_at_zero
+
+
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def read(class_name="DDIMScheduler", **options):
@@ -203,9 +207,11 @@ def test_a_distilled_model_has_no_more_steps_than_its_distillation():
 @pytest.mark.parametrize(
     "class_name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
 )
-@pytest.mark.parametrize("grid", ["linspace", "leading", "trailing", "sgm_uniform", "karras", "exponential"])
+@pytest.mark.parametrize(
+    "grid", ["linspace", "leading", "trailing", "sgm_uniform", "karras", "exponential", "ays"]
+)
 def test_every_grid_falls_from_noise_to_the_end_for_any_number_of_steps(class_name, grid):
-    config = read(class_name, steps_offset=1, timestep_spacing="linspace")
+    config = read(class_name, steps_offset=1, timestep_spacing="linspace", **SD_BETAS)
     for steps in (1, 2, 7, 333, 999, 1000):
         sigmas = sigmas_for(config, steps, grid)
         assert sigmas.shape == (steps + 1,) and sigmas.dtype == np.float32 and sigmas[-1] == 0
@@ -224,6 +230,27 @@ def test_a_grid_by_name_is_the_one_that_the_config_would_ask_for():
         sigmas_for(plain, 9, "karas")
     with pytest.raises(UserError, match="a flow model has one grid"):
         sigmas_for(read("FlowMatchEulerDiscreteScheduler"), 9, "karras")
+
+
+def test_ten_aligned_steps_are_those_of_diffusers():
+    config = read("EulerDiscreteScheduler", **SD_BETAS)
+    to_t = schedule_for(config).sigma_to_t
+    for xl, name in ((False, "StableDiffusion"), (True, "StableDiffusionXL")):
+        sigmas = sigmas_for(config, 10, "ays", xl=xl)
+        np.testing.assert_allclose(sigmas, AysSchedules[f"{name}Sigmas"], atol=0.03, rtol=0.02)
+        t = np.round(np.asarray(to_t(jnp.asarray(sigmas[:-1]))))
+        np.testing.assert_array_equal(t, AysSchedules[f"{name}Timesteps"])
+        twice = sigmas_for(config, 20, "ays", xl=xl)
+        np.testing.assert_allclose(twice[:-1:2], sigmas[:-1], rtol=1e-6)
+        np.testing.assert_allclose(twice[1:-2:2], np.sqrt(sigmas[:-2] * sigmas[1:-1]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True}]
+)
+def test_steps_aligned_to_other_noise_levels_are_refused(options):
+    with pytest.raises(UserError, match="grid='ays' is for the noise levels of Stable Diffusion 1, 2 and XL"):
+        sigmas_for(read(**SD_BETAS | options), 10, "ays")
 
 
 def test_sgm_uniform_is_close_to_trailing():
