@@ -82,6 +82,16 @@ REFINER = {
     "text_encoder_2": {},
     "text_encoder": None,
 }
+# As SDXL's U-Net: the level without attention comes first.
+THREE_LEVELS = {
+    **XL,
+    "unet": XL["unet"]
+    | {
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+}
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
     "beta_schedule": "squaredcos_cap_v2",

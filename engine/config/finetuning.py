@@ -1,6 +1,7 @@
 """What to train further of a model that exists, and on which pictures."""
 
 import dataclasses
+import math
 import warnings
 
 from engine.config.data import DataConfig
@@ -27,6 +28,7 @@ class SamplesConfig:
 
     prompts: tuple[str, ...] = ()
     every: int = 0  # steps between them; 0: none
+    sampler: str = ""  # without it the one that the model names
     steps: int = 20  # of the sampler
     guidance_scale: float = 5.0
     seed: int = 0
@@ -60,10 +62,11 @@ class SamplesConfig:
 
 @dataclasses.dataclass
 class ControlConfig:
-    """A ControlNet to train (Zhang et al. 2023)."""
+    """A ControlNet to train (Zhang et al. 2023), or a T2I-Adapter (Mou et al. 2023)."""
 
     kind: str = "edges"  # what it is shown of each picture: one of SIGHTS, or "given", a picture beside it
-    start: str = ""  # the folder or file of a ControlNet to train further; "": a copy of the U-Net
+    start: str = ""  # the folder or file of one to train further; "": a copy of the U-Net, or a fresh adapter
+    adapter: bool = False  # a T2I-Adapter
 
     def validate(self, where: str = "controlnet") -> None:
         """Raises UserError; `where` is what the config calls this part."""
@@ -76,6 +79,22 @@ class ControlConfig:
     def sight(self) -> str:
         """What it is shown of the picture that it is given, see `engine.sights`."""
         return "" if self.kind == GIVEN else self.kind
+
+
+@dataclasses.dataclass
+class DistillConfig:
+    """A LoRA that learns the model's own way in a few steps (Luo et al. 2023, LCM-LoRA), for what="lora"."""
+
+    steps: int = 0  # into which the model's way is cut; 50 is usual; 0: no distillation
+    guidance_scale: tuple[float, float] = (5.0, 8.0)  # of the model; each picture has one between these
+
+    def validate(self, where: str = "distill") -> None:
+        """Raises UserError; `where` is what the config calls this part."""
+        if self.steps < 0:
+            raise UserError(f"{where}.steps={self.steps}: write a number from 0")
+        scale = self.guidance_scale
+        if not isinstance(scale, tuple | list) or len(scale) != 2 or not 1 <= scale[0] <= scale[1] < math.inf:
+            raise UserError(f"{where}.guidance_scale={scale!r}: write two numbers from 1, such as (5.0, 8.0)")
 
 
 @dataclasses.dataclass
@@ -119,6 +138,7 @@ class FinetuneConfig:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     inversion: InversionConfig = dataclasses.field(default_factory=InversionConfig)
     controlnet: ControlConfig = dataclasses.field(default_factory=ControlConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
     samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
 
@@ -150,10 +170,32 @@ class FinetuneConfig:
         if not self.data.paths and not self.latents:
             raise UserError(f"what={self.what!r} without pictures: write data.paths, such as ('pictures',)")
         self.prior.validate("prior")
+        self.distill.validate("distill")
+        if self.distill.steps:
+            self._check_distill()
         self.samples.validate("samples")
         self.samples.check_images(self.what == "controlnet")
         if self.latents:
             self._check_latents()
+
+    def _check_distill(self) -> None:
+        """Refuses what a distillation does not do."""
+        given = f"distill.steps={self.distill.steps}"
+        if self.what != "lora":
+            raise UserError(f"{given} with what={self.what!r}: write what='lora', or distill.steps=0")
+        if self.lora.text_encoder:
+            raise UserError(f"{given} and lora.text_encoder: the U-Net alone is distilled; write False")
+        if self.prior.num_images:
+            raise UserError(f"{given} and prior.num_images: the model is its own prior; write 0")
+        for field in dataclasses.fields(ObjectiveConfig):
+            if (
+                field.name not in ("caption_dropout", "caption_shuffle", "keep_tags")
+                and getattr(self.finetune, field.name) != field.default
+            ):
+                told = (
+                    f"finetune.{field.name}={getattr(self.finetune, field.name)!r} does nothing with {given}"
+                )
+                warnings.warn(told, UserNotice, 3)
 
     def _tell_of_idle_parts(self) -> None:
         """Not refused: one config may serve for several `what`."""

@@ -7,11 +7,26 @@ time is sigma.
 import jax.numpy as jnp
 
 from engine.diffusion.noise import step_noise
+from engine.diffusion.parameterization import per_image
 from engine.diffusion.schedules import Schedule
 from engine.diffusion.steps import Carry, Index, InitStep, Sigmas, Trace, remembering
-from engine.types import Denoise, Keys
+from engine.types import Denoise, Keys, Latents, Sigma
 
 SIGMA_DATA = 0.5
+
+
+def consistent(
+    x: Latents, D: Latents, sigma: Sigma, schedule: Schedule, timestep_scaling: float = 10.0
+) -> Latents:
+    """The predicted x0, blended with the variance-preserving x such that f(x, 0) = x (LCM, appendix C).
+
+    f = c_skip x / sqrt(1 + sigma^2) + c_out D, where with s = timestep_scaling * t
+
+        c_skip = sigma_data^2 / (s^2 + sigma_data^2),    c_out = s / sqrt(s^2 + sigma_data^2)
+    """
+    s = timestep_scaling * schedule.sigma_to_t(sigma)
+    c_skip, c_out = SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2), s / jnp.sqrt(s**2 + SIGMA_DATA**2)
+    return per_image(c_skip, x) * x / per_image(jnp.sqrt(1 + sigma**2), x) + per_image(c_out, x) * D
 
 
 def lcm(
@@ -23,19 +38,14 @@ def lcm(
 ) -> InitStep:
     """Luo et al. 2023 (LCM), algorithm 3: x' = f(x, t) + sigma' z, with the network's consistency function f.
 
-    f is the x0 that the network predicts; with a schedule, blended with the variance-preserving x such that
-    f(x, 0) = x (appendix C): f = c_skip x / sqrt(1 + sigma^2) + c_out D, where with s = timestep_scaling * t
-
-        c_skip = sigma_data^2 / (s^2 + sigma_data^2),    c_out = s / sqrt(s^2 + sigma_data^2)
+    f is the x0 that the network predicts; with a schedule, what `consistent` makes of it.
     """
 
     def step(carry: Carry, i: Index) -> tuple[Carry, Trace]:
         x, sigma = carry.x, sigmas[i]
         f = D = denoise(x, sigma)
         if schedule is not None:
-            s = timestep_scaling * schedule.sigma_to_t(sigma)
-            c_skip, c_out = SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2), s / jnp.sqrt(s**2 + SIGMA_DATA**2)
-            f = c_skip * x / jnp.sqrt(1 + sigma**2) + c_out * D
+            f = consistent(x, D, sigma, schedule, timestep_scaling)
         x = f + sigmas[i + 1] * step_noise(keys, i, x.shape[1:])
         return Carry(x, ()), Trace(x, D)
 

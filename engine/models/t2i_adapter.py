@@ -43,6 +43,8 @@ class T2IAdapterConfig:
         check_positive(self, "channels", "num_res_blocks", "downscale_factor")
         if self.adapter_type not in KINDS:
             raise UserError(f"adapter_type={self.adapter_type!r} is unknown; write one of {', '.join(KINDS)}")
+        if self.adapter_type == FULL_XL and len({*self.channels[2:]}) > 1:
+            raise UserError(f"channels={self.channels}: of {FULL_XL} the third and those behind it are equal")
         if self.in_channels not in (1, 3):
             raise UserError(f"in_channels={self.in_channels}: pictures have 3, greys 1")
 

@@ -1,6 +1,7 @@
 """Training of LoRAs: a loss over the weights of a model becomes one over a LoRA; the weights stay."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from engine.train.step import Loss, cast
 from engine.weights.component import Component
 from engine.weights.lora import XL_KINDS, Lora, fresh, layer_name, merged
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -31,17 +33,20 @@ def begin(parts: Mapping[str, Component], config: LoraConfig, seed: int) -> Lora
     return fresh(key, {kind: parts[kind].config for kind in kinds}, targets, config.rank, config.alpha)
 
 
-def lora_loss(loss: Loss, alphas: Mapping[str, float]) -> Loss:
+def lora_loss(loss: Loss, alphas: Mapping[str, float], beside: Mapping[str, str] = NOTHING) -> Loss:
     """`loss` of the U-Net's params, as `objectives.text_to_image_loss`, seen as one of a LoRA's layers.
 
     params: the layers; frozen: what `loss` takes and "unet", its params. Text encoders in it are merged, too.
     The model is called with merged weights, so that any model and any loss goes. To be put `around` the cast
     to a type of half precision (see `train_step`): in it, a small change is lost beside the weight.
+
+    beside: other names, under which `loss` takes parts as they are without the LoRA.
     """
 
     def over_layers(layers, frozen, batch, key):
         weights = {kind: frozen[kind] for kind in XL_KINDS if kind in frozen}
         rest = {**frozen, **merged(weights, Lora(layers, alphas))}
+        rest |= {name: frozen[kind] for name, kind in beside.items()}
         return loss(rest.pop("unet"), rest, batch, key)
 
     return over_layers

@@ -1,13 +1,15 @@
 """A ControlNet (Zhang et al. 2023) in training: a copy of the U-Net's way down learns to heed a picture.
 
-The U-Net stays as it is. What the ControlNet is shown of each training picture is a function of it
-(`engine.sights`), computed on the devices, so that any pictures with captions will do; or a picture that is
-given beside it: its depth, its poses, whatever goes with it.
+Or a T2I-Adapter (Mou et al. 2023), a small network of its own. The U-Net stays as it is. What is shown of
+each picture of the training is a function of it (`engine.sights`), computed on the devices, so that any
+pictures with captions will do; or a picture that is given beside it: its depth, its poses, whatever goes with
+it.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
@@ -15,10 +17,12 @@ from flax import nnx, traverse_util
 from engine import sights
 from engine.config import ControlConfig
 from engine.controls import said
-from engine.models.controlnet import ControlNetConditioningEmbedding, ControlNetConfig, ControlNetModel
+from engine.models.controlnet import ControlNetConditioningEmbedding, ControlNetModel
 from engine.models.layers import host_rngs
+from engine.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from engine.train.step import Batch
 from engine.types import UserError
+from engine.weights import t2i_adapter
 from engine.weights.component import Component, abstract
 from engine.weights.controlnet import config_for, load_controlnet
 from engine.weights.folder import Model
@@ -27,15 +31,24 @@ from engine.weights.folder import Model
 def begin(model: Model, config: ControlConfig, seed: int) -> Component:
     """The ControlNet as it begins: that of a folder or file, or a copy of the U-Net that adds nothing yet.
 
+    An adapter begins with random weights, and is heard from the first step on.
+
     Raises:
       UserError: there is none for this model.
     """
     if config.start:
         found = load_controlnet(model, config.start, place=lambda name, array: array)
-        if not isinstance(found.config, ControlNetConfig):
-            raise UserError(f"controlnet.start={config.start!r} is a T2I-Adapter, which is not trained")
+        if (is_one := isinstance(found.config, T2IAdapterConfig)) != config.adapter:
+            what = "a T2I-Adapter" if is_one else "a ControlNet"
+            raise UserError(f"controlnet.start={config.start!r} is {what}: write controlnet.adapter={is_one}")
         return found
-    own, rngs = config_for(model), host_rngs(seed)
+    rngs = host_rngs(seed)
+    if config.adapter:
+        own = t2i_adapter.config_for(model)
+        graphdef, _ = abstract("controlnet", own)
+        params = nnx.to_pure_dict(nnx.state(T2IAdapter(own, rngs), nnx.Param))
+        return Component("controlnet", own, graphdef, jax.tree.map(np.asarray, params))
+    own = config_for(model)
     graphdef, shapes = abstract("controlnet", own)
     # Only what the U-Net lacks is drawn: all of it would be the memory and the time of a second one.
     lacks = {"controlnet_cond_embedding": ControlNetConditioningEmbedding(own, rngs)}
@@ -58,8 +71,9 @@ def control(graphdef: nnx.GraphDef, sight: str) -> Callable:
     def of_batch(frozen: Mapping[str, Any], batch: Batch) -> Callable:
         net = nnx.merge(graphdef, nnx.State(frozen["controlnet"]))
         shown = net.look(sights.seen(sight, batch.get("control", batch["image"])) / jnp.float32(255))
+        nets = [net] if isinstance(net, ControlNetModel) else []
         return lambda x, t, words, added: said(
-            lambda: [net], x, t, [words], [shown], jnp.ones(1, jnp.float32), added
+            lambda: nets, x, t, [words] * len(nets), [shown], jnp.ones(1, jnp.float32), added
         )
 
     return of_batch

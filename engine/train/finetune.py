@@ -18,7 +18,7 @@ from engine.config import GIVEN, FinetuneConfig
 from engine.errors import UserNotice
 from engine.loading import SHIPPED, SHIPPED_NAME
 from engine.parallel import exchanged
-from engine.train import adapters, controlling, inversion, latents, loop, objectives, optim
+from engine.train import adapters, controlling, distilling, inversion, latents, loop, objectives, optim
 from engine.train.checkpoint import make_for_all
 from engine.train.data import Batch, BatchAt
 from engine.train.samples import Drawer, Samples
@@ -33,7 +33,8 @@ from engine.weights.folder import Model, load_trainable, read_scheduler, save_fo
 from engine.weights.lora import XL_KINDS, Lora, merged_on_host
 
 # settings that a run keeps
-SETTLED = ("model", "what", "seed", "clip_skip", "scheduler", "lora", "inversion", "controlnet.kind")
+SETTLED = ("model", "what", "seed", "clip_skip", "scheduler", "lora", "inversion")
+SETTLED += ("controlnet.kind", "controlnet.adapter", "distill")
 PRIOR_BATCH = 16
 # options of a scheduler that belong to what a model learned, unlike its grid
 MODEL_OF_NOISE = {"prediction_type", "rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule"}
@@ -157,21 +158,24 @@ def objective(config: FinetuneConfig, task: Task) -> Objective:
     """The loss of what is trained."""
     model, dtype = task.model, config.finetune.compute_dtype
     if config.latents:
-        loss = objectives.cached_loss(
-            model.unet.graphdef, model.scheduler, config.finetune, model.vae.config.scaling_factor
-        )
+        encode = objectives.of_cache(model.vae.config.scaling_factor)
         cache = pathlib.Path(config.latents).expanduser()
         frozen = {"unet": model.unet.params, "empty": latents.empty(cache, model)}
     else:
-        how = model.scheduler, config.finetune, model.zeros, model.clip_skip
-        control = controlling.control(task.net.graphdef, task.sight) if task.net else None
-        loss = objectives.text_to_image_loss(model.graphdefs, *how, control)
+        encode = objectives.of_pictures(model.graphdefs, model.zeros, model.clip_skip)
         frozen = {kind: part.params for kind, part in model.parts.items()}
         frozen["empty_ids"] = model.tokenizers.encode([""])[0]
+    how = model.unet.graphdef, encode, model.scheduler
+    if config.distill.steps:
+        loss = distilling.distilling_loss(*how, config.distill)
+    else:
+        control = controlling.control(task.net.graphdef, task.sight) if task.net else None
+        loss = objectives.denoising_loss(*how, config.finetune, control)
     if config.prior.num_images:
         loss = with_prior(loss, config.prior.weight)
     if task.lora is not None:
-        around = functools.partial(adapters.lora_loss, alphas=task.lora.alphas)
+        beside = {distilling.TEACHER: "unet"} if config.distill.steps else {}
+        around = functools.partial(adapters.lora_loss, alphas=task.lora.alphas, beside=beside)
         return Objective(loss, adapters.kept(frozen, task.lora, dtype), around)
     if task.word is not None:
         return Objective(task.word.loss(loss), cast(frozen, dtype))

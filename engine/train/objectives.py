@@ -97,15 +97,20 @@ def text_to_image_loss(
     clip_skip: int = 0,
     control: Callable | None = None,
 ) -> Loss:
-    """`denoising_loss` of pictures and captions.
+    """`denoising_loss` of what `of_pictures` takes."""
+    encode = of_pictures(graphdefs, zeros, clip_skip)
+    return denoising_loss(graphdefs["unet"], encode, scheduler, objective, control)
+
+
+def of_pictures(graphdefs: Mapping[str, nnx.GraphDef], zeros: bool = False, clip_skip: int = 0) -> Encode:
+    """Of pictures and captions.
 
     frozen: params of the other networks and "empty_ids" (L,) or (2, L); batch: {"image", "ids"}, or in place
     of the pictures the "mean" of their latents; of SDXL "sizes" beside them.
 
     Args:
-      graphdefs: of the model's networks: "unet", "vae", "text_encoder", and of SDXL "text_encoder_2".
+      graphdefs: of the model's networks: "vae", "text_encoder", and of SDXL "text_encoder_2".
       zeros, clip_skip: see `Model`.
-      control: see `denoising_loss`.
     """
     build_vae, readers = applier(graphdefs["vae"]), [kind for kind in TOKENIZERS if kind in graphdefs]
 
@@ -125,14 +130,19 @@ def text_to_image_loss(
             context = jax.tree.map(lambda x: _where(drop, jnp.zeros_like(x[0]), x), context)
         return latents * vae_module.config.scaling_factor, Told(context, numbers(batch))
 
-    return denoising_loss(graphdefs["unet"], encode, scheduler, objective, control)
+    return encode
 
 
 def cached_loss(
     unet: nnx.GraphDef, scheduler: SchedulerConfig, objective: ObjectiveConfig, scaling_factor: float
 ) -> Loss:
-    """`denoising_loss` of what `engine.train.latents` keeps: the same numbers, up to float16
-    and to the type that is computed in: the cache is made in float32.
+    """`denoising_loss` of what `of_cache` takes."""
+    return denoising_loss(unet, of_cache(scaling_factor), scheduler, objective)
+
+
+def of_cache(scaling_factor: float) -> Encode:
+    """Of what `engine.train.latents` keeps: the same numbers, up to float16 and to the type that is computed
+    in: the cache is made in float32.
 
     frozen: {"empty": {"context": (L, D)}}, in the type in which contexts are computed; batch: {"mean",
     "context"}; of SDXL both with "pooled", and the batch with "sizes".
@@ -143,7 +153,7 @@ def cached_loss(
         context = Context(told["context"], told.get("pooled"))
         return batch["mean"].astype(jnp.float32) * scaling_factor, Told(context, numbers(batch))
 
-    return denoising_loss(unet, encode, scheduler, objective)
+    return encode
 
 
 def numbers(batch: Batch) -> Float[Array, "B N"] | None:

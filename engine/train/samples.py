@@ -11,7 +11,7 @@ import numpy as np
 from engine import finish, sights
 from engine.config import SamplesConfig, StageConfig
 from engine.controls import ControlNet
-from engine.diffusion.schedules import sigmas_for
+from engine.diffusion.schedules import for_sampler, sigmas_for
 from engine.parallel import SPLIT, Devices
 from engine.pipeline import Pipeline
 from engine.pixels import Crop, Unusable, read_pixels
@@ -79,7 +79,8 @@ class Samples:
           UserError: one of these files cannot be read, or there are too many steps.
         """
         if config.every:  # a mistake in it is told now, not when the first is drawn
-            sigmas_for(model.scheduler, config.steps)
+            scheduler = for_sampler(model.scheduler, config.sampler) if config.sampler else model.scheduler
+            sigmas_for(scheduler, config.steps)
         self.every, self._config, self._folder = config.every, config, folder
         self._drawer = Drawer(model, stage, "in training", folder, net)
         self._given = None
@@ -96,6 +97,7 @@ class Samples:
             prompts,
             seed=config.seed,
             steps=config.steps,
+            sampler=config.sampler or None,
             guidance_scale=config.guidance_scale,
             batch_size=pipe.batch_size_for(len(prompts), *pipe.default_size),
             given=self._given,

@@ -23,7 +23,7 @@ def check_same_run(config: Any, workdir: pathlib.Path, settled: Sequence[str]) -
         return
     # tuples become lists; what an older version did not know yet was as it is by default
     usual, now = (json.loads(json.dumps(dataclasses.asdict(each))) for each in (type(config)(), config))
-    before = usual | read_json(file)
+    before = usual | {name: _joined(usual.get(name), own) for name, own in read_json(file).items()}
     for name in settled:  # those of a part are PART.NAME
         was, is_now = (
             functools.reduce(lambda part, key: part[key], name.split("."), each) for each in (before, now)
@@ -33,6 +33,11 @@ def check_same_run(config: Any, workdir: pathlib.Path, settled: Sequence[str]) -
                 f"{workdir} holds a run with {name}={was!r}, not {is_now!r}: "
                 "give another --workdir, or the config that it began with"
             )
+
+
+def _joined(usual: Any, own: Any) -> Any:
+    """A part of a config, with what it does not say as it is by default."""
+    return usual | own if isinstance(usual, dict) and isinstance(own, dict) else own
 
 
 def check_same_pictures(config: TrainConfig, workdir: pathlib.Path) -> None:

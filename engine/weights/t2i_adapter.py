@@ -81,6 +81,19 @@ def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
     return next(i for i in range(len(found) + 1) if str(i) not in found)
 
 
+def config_for(model: Model) -> T2IAdapterConfig:
+    """Of a new one, which adds to as many levels as one can."""
+    widths, scale = model.unet.config.block_out_channels, model.vae.config.scale
+    kinds = (FULL, widths, scale), (FULL_XL, (*widths, widths[-1]), 2 * scale)
+    known = (
+        T2IAdapterConfig(channels=channels[:count], downscale_factor=factor, adapter_type=kind)
+        for kind, channels, factor in kinds
+        for count in range(1, len(channels) + 1)
+        if kind != FULL_XL or len({*channels[2:count]}) < 2
+    )
+    return max((each for each in known if _fits(each, model)), key=lambda each: len(each.features))
+
+
 def check_fits(config: T2IAdapterConfig, model: Model, where: Path) -> None:
     """UserError where what it adds does not fit to the U-Net."""
     if not _fits(config, model):

@@ -13,7 +13,7 @@ from engine.weights.folder import load_folder
 from engine.weights.lora import KINDS, XL_KINDS
 from tests.long import LONG
 from tests.parity.pictures import PROMPTS, How, both, psnr
-from tests.tiny import REFINER, TINY_VAE, XL, shallow
+from tests.tiny import REFINER, THREE_LEVELS, TINY_VAE, XL, shallow
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -34,16 +34,6 @@ SSD = {
         "reverse_transformer_layers_per_block": ((2, 1), 1),
         "mid_block_type": "UNetMidBlock2D",
         "use_linear_projection": True,
-    },
-}
-# As SDXL's U-Net: the level without attention comes first.
-THREE_LEVELS = {
-    **XL,
-    "unet": XL["unet"]
-    | {
-        "block_out_channels": (16, 32, 32),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     },
 }
 XL_ADAPTER = {"channels": (16, 32, 32, 32), "downscale_factor": 4, "adapter_type": "full_adapter_xl"}

@@ -19,8 +19,9 @@ from engine.train import controlling, dry_run, finetune
 from engine.types import UserError
 from engine.weights.component import load_component
 from engine.weights.controlnet import kind_of
+from engine.weights.folder import load_folder
 from launch import export as export_command
-from tests.tiny import SHALLOW, XL, shallow, tiny_controlnet, tiny_model
+from tests.tiny import SHALLOW, THREE_LEVELS, XL, shallow, tiny_controlnet, tiny_model
 
 MOSAIC = ControlConfig(kind="mosaic")
 KEY = jax.random.key(0, impl="threefry2x32")
@@ -123,16 +124,60 @@ def test_a_run_that_stopped_ends_as_one_that_did_not(config, tmp_path):
 
 def test_one_that_exists_is_trained_further(config, model, tmp_path):
     net = tiny_controlnet(tmp_path / "net", **SHALLOW["unet"])
-    task = finetune.begin(config("controlnet", controlnet=ControlConfig("grey", str(net))))
+    task = finetune.begin(config("controlnet", controlnet=ControlConfig(kind="grey", start=str(net))))
     assert same(task.params["controlnet"], load_component(net, "controlnet").params)
     other = tiny_controlnet(tmp_path / "other", **shallow({"unet": {"block_out_channels": (32,)}})["unet"])
     with pytest.raises(UserError, match="other was made for another model"):
-        finetune.begin(config("controlnet", controlnet=ControlConfig("grey", str(other))))
-    further = config("controlnet", controlnet=ControlConfig("grey", str(net)), steps=1)
+        finetune.begin(config("controlnet", controlnet=ControlConfig(kind="grey", start=str(other))))
+    further = config("controlnet", controlnet=ControlConfig(kind="grey", start=str(net)), steps=1)
     finetune.train(further, tmp_path / "run")
     moved = net.rename(tmp_path / "moved")  # its place is no setting of the run
     further.controlnet.start, further.finetune.steps = str(moved), 2
     assert kind_of(finetune.train(further, tmp_path / "run")) == "grey"
+
+
+ADAPTER = ControlConfig(kind="mosaic", adapter=True)
+
+
+@pytest.mark.parametrize(
+    "overrides, built",
+    [
+        ({}, ("full_adapter", (16, 32), 2)),
+        (THREE_LEVELS, ("full_adapter_xl", (16, 32, 32, 32), 4)),
+        (
+            {"unet": {"block_out_channels": (16,), "down_block_types": ("DownBlock2D",)}},
+            ("full_adapter", (16,), 2),
+        ),
+    ],
+    ids=["SD", "SDXL", "one level"],
+)
+def test_an_adapter_adds_to_all_levels(overrides, built):
+    overrides = overrides if len(built[1]) > 1 else shallow(overrides)
+    net = controlling.begin(tiny_model(**overrides), ADAPTER, 0)
+    assert (net.config.adapter_type, net.config.channels, net.config.downscale_factor) == built
+    other = controlling.begin(tiny_model(**overrides), ADAPTER, 1)
+    assert not same(net.params, other.params)
+
+
+def test_an_adapter_is_trained_and_goes_here_and_to_pytorch(config, model, tmp_path):
+    whole = finetune.train(config("controlnet", controlnet=ADAPTER, steps=4), tmp_path / "whole")
+    finetune.train(config("controlnet", controlnet=ADAPTER, steps=2), tmp_path / "parts")
+    parts = finetune.train(config("controlnet", controlnet=ADAPTER, steps=4), tmp_path / "parts")
+    trained = load_component(whole, "controlnet")
+    assert same(trained.params, load_component(parts, "controlnet").params)
+    begun = controlling.begin(load_folder(model), ADAPTER, 0)
+    moved = [abs(a - b).max() for a, b in zip(leaves(trained.params), leaves(begun.params), strict=True)]
+    assert min(moved) > 0  # every part of it
+    theirs = diffusers.T2IAdapter.from_pretrained(whole)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(x.size for x in leaves(trained.params))
+    pipe = engine.load(model, controlnet=[(whole, 1.0)])
+    assert pipe.programs.nets[0].kind == "mosaic"
+    with pytest.raises(UserError, match=r"holds a run with controlnet.adapter=True, not False"):
+        finetune.train(config("controlnet", controlnet=MOSAIC, steps=5), tmp_path / "parts")
+    with pytest.raises(UserError, match=r"is a T2I-Adapter: write controlnet.adapter=True"):
+        finetune.begin(config("controlnet", controlnet=ControlConfig(kind="grey", start=str(whole))))
+    further = finetune.begin(config("controlnet", controlnet=dataclasses.replace(ADAPTER, start=str(whole))))
+    assert same(further.params["controlnet"], trained.params)
 
 
 def test_samples_show_what_it_was_shown_beside_what_it_drew(config, pictures, tmp_path):

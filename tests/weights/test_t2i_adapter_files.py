@@ -138,6 +138,10 @@ def test_a_file_that_is_broken_or_unknown_is_one_line(change, message, models, t
         ),
         ({"in_channels": 4}, "in_channels=4: pictures have 3, greys 1"),
         ({"channels": []}, "channels=.*: write whole numbers from 1"),
+        (
+            {"channels": [8, 8, 8, 16], "adapter_type": "full_adapter_xl"},
+            "the third and those behind it are eq",
+        ),
         ({"channels": [8, 0]}, "channels=.*: write whole numbers from 1"),
     ],
 )

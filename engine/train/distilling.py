@@ -1,0 +1,64 @@
+"""A LoRA with which a model draws in a few steps (Luo et al. 2023, LCM-LoRA): it is its own teacher."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from engine.conditions import Told
+from engine.config import DistillConfig
+from engine.diffusion.distillation import distillation_loss
+from engine.diffusion.guidance import guided
+from engine.diffusion.losses import by_timestep
+from engine.diffusion.parameterization import denoiser
+from engine.diffusion.scheduler_config import SchedulerConfig
+from engine.diffusion.schedules import schedule_for
+from engine.train.objectives import Encode, applier
+from engine.train.step import Loss
+from engine.types import Params, UserError
+
+TEACHER = "teacher"  # the name of the weights without the LoRA, among what is not trained
+
+
+def distilling_loss(
+    unet: nnx.GraphDef, encode: Encode, scheduler: SchedulerConfig, config: DistillConfig
+) -> Loss:
+    """`distillation_loss` of the U-Net's params; its metrics are those of `by_timestep`.
+
+    frozen: what `encode` needs, and under TEACHER the params of the U-Net as it was.
+
+    Raises:
+      UserError: a model with these noise levels has no such steps.
+    """
+    if scheduler.is_edm or scheduler.is_flow:
+        raise UserError("distill: Stable Diffusion 1, 2 and XL are distilled here, no flows and no EDMs")
+    schedule, build = schedule_for(scheduler), applier(unet)
+    if config.steps > scheduler.num_train_timesteps:
+        raise UserError(f"distill.steps={config.steps}: write 1 to {scheduler.num_train_timesteps}")
+    low, high = config.guidance_scale
+
+    def loss(params, frozen, batch, key):
+        loss_key, scale_key = jax.random.split(key)
+        rows = len(jax.tree.leaves(batch)[0])
+        (latents, told), (_, empty) = (
+            encode(frozen, batch, jnp.full(rows, left_out)) for left_out in (False, True)
+        )
+        w = jax.random.uniform(scale_key, (rows,), minval=low, maxval=high)
+
+        def bound(params: Params):
+            module = build(params)
+
+            def apply(x, t, told: Told):
+                added = None if told.numbers is None else (told.context.pooled, told.numbers)
+                return module(x, t, told.context.words, None, added)
+
+            return apply
+
+        own, teacher = bound(params), guided(bound(frozen[TEACHER]), told, empty, w)
+        losses, sigma = distillation_loss(
+            denoiser(lambda x, t: own(x, t, told), scheduler.prediction_type, schedule),
+            denoiser(teacher, scheduler.prediction_type, schedule),
+            *(latents, loss_key, schedule, config.steps),
+        )
+        return losses.mean(), by_timestep(losses, sigma, schedule)
+
+    return loss
