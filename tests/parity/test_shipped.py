@@ -30,7 +30,8 @@ def test_it_knows_the_words_of_its_world():
     assert "zeppelin" in unread(["a zeppelin"], tokenizer)[0]
 
 
-@pytest.mark.parametrize("steps", [STEPS, pytest.param(30, marks=LONG)])
+@LONG  # with fewer steps in the last test here
+@pytest.mark.parametrize("steps", [STEPS, 30])
 def test_same_picture_as_pytorch(steps):
     pipe = engine.load()
     assert pipe.name == SHIPPED_NAME

@@ -90,6 +90,7 @@ def test_what_cannot_be_used_is_listed(uninterrupted):
     assert skipped["silent.png"] == "no caption" and skipped["half.png"].startswith("damaged: ")
 
 
+@LONG  # stages: test_resume.py; pictures: test_controlnet.py
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(uninterrupted, config, tmp_path, in_stage, capsys):
     for stage, step in (("autoencoder", 1), ("diffusion", EVERY)):
         in_stage(stage, step, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -22,6 +22,7 @@ from engine.types import UserError
 from engine.weights.component import digest_of
 from engine.weights.folder import load_folder, load_trainable
 from launch import cache
+from tests.long import LONG
 from tests.tiny import REFINER, XL, shallow, tiny_folder
 from tests.train.laid_out import LAYOUTS
 
@@ -86,6 +87,7 @@ def test_what_is_trained_alone_changes(config, model, tmp_path, what):
     assert (tmp_path / "samples" / "00000003.png").exists()
 
 
+@LONG  # as with one text encoder: test_controlnet.py
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, tmp_path):
     whole = finetune.train(config(steps=5), tmp_path / "whole")
     finetune.train(config(steps=2), tmp_path / "stopped")
