@@ -35,7 +35,7 @@ def get_config() -> FinetuneConfig:
             batch_size=8,
             ema=(0.98,),
             checkpoint_every=250,
-            optim=OptimConfig(learning_rate=3e-4, warmup_steps=50, decay_steps=300, weight_decay=0.0),
+            optim=OptimConfig(learning_rate=1e-4, warmup_steps=50, decay_steps=300, weight_decay=0.0),
         ),
         samples=SamplesConfig(
             prompts=("a fox", "a car at night", "two apples on the grass", "a blue dog"),

@@ -18,6 +18,7 @@ Or trains a model that exists further, on your own pictures:
   python -m launch.train --config=configs/lora.py --workdir=runs/style --config.data.paths='("sketches",)'
   python -m launch.train --config=configs/inversion.py --workdir=runs/word --config.data.paths='("owls",)'
   python -m launch.train --config=configs/controlnet.py --workdir=runs/net --config.data.paths='("pictures",)'
+  python -m launch.train --config=configs/lcm.py --workdir=runs/fast --config.data.paths='("pictures",)'
 
 --dry_run builds and compiles all of it, says what it takes in memory and arithmetic, and stops.
 

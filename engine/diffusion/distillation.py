@@ -21,7 +21,7 @@ HUBER = 0.001  # as in its original: all but the smallest differences count by t
 def step_ends(schedule: Schedule, steps: int) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
     """Noise levels where the teacher's steps begin and end, the cleanest step first.
 
-    They begin at every T / steps of the T timesteps; the cleanest ends at timestep 0.
+    They begin at every T / steps of the T timesteps, which `steps` divides; the cleanest ends at timestep 0.
     """
     apart = len(schedule.sigmas) // steps
     begin = apart * np.arange(1, steps + 1) - 1

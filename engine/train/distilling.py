@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from engine.conditions import Told
-from engine.config import DistillConfig
+from engine.config import DistillConfig, ObjectiveConfig
 from engine.diffusion.distillation import distillation_loss
 from engine.diffusion.guidance import guided
-from engine.diffusion.losses import by_timestep
+from engine.diffusion.losses import by_timestep, check_terminal
 from engine.diffusion.parameterization import denoiser
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.diffusion.schedules import schedule_for
@@ -29,11 +29,15 @@ def distilling_loss(
     Raises:
       UserError: a model with these noise levels has no such steps.
     """
-    if scheduler.is_edm or scheduler.is_flow:
-        raise UserError("distill: Stable Diffusion 1, 2 and XL are distilled here, no flows and no EDMs")
+    check_terminal(scheduler, ObjectiveConfig(time_sampling="uniform"))
+    if scheduler.is_flow:
+        raise UserError("distill: Stable Diffusion 1, 2 and XL are distilled here, and no flows")
     schedule, build = schedule_for(scheduler), applier(unet)
-    if config.steps > scheduler.num_train_timesteps:
-        raise UserError(f"distill.steps={config.steps}: write 1 to {scheduler.num_train_timesteps}")
+    if scheduler.num_train_timesteps % config.steps:
+        raise UserError(
+            f"distill.steps={config.steps}: write a number that divides {scheduler.num_train_timesteps}, "
+            "such as 50"
+        )
     low, high = config.guidance_scale
 
     def loss(params, frozen, batch, key):

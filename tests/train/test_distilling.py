@@ -20,6 +20,7 @@ from launch import cache
 
 KEY = jax.random.key(0, impl="threefry2x32")
 DISTILL = DistillConfig(steps=10, guidance_scale=(2.0, 3.0))
+ZERO_SNR = {"prediction_type": "epsilon", "rescale_betas_zero_snr": True}
 LORA = LoraConfig(rank=4, alpha=4.0, targets=("to_q", "to_k", "to_v", "conv1", "conv2"))
 
 
@@ -136,7 +137,12 @@ def test_latents_are_distilled_as_the_pictures_that_they_were_made_of(distilling
         ({"distill": DistillConfig(steps=-1)}, "distill.steps=-1: write a number from 0"),
         ({"distill": DistillConfig(10, (8.0, 5.0))}, "distill.guidance_scale=.*: write two numbers from 1"),
         ({"distill": DistillConfig(10, (0.5, 5.0))}, "distill.guidance_scale=.*: write two numbers from 1"),
-        ({"distill": DistillConfig(1001)}, "distill.steps=1001: write 1 to 1000"),
+        (
+            {"distill": DistillConfig(1001)},
+            "distill.steps=1001: write a number that divides 1000, such as 50",
+        ),
+        ({"distill": DistillConfig(30)}, "distill.steps=30: write a number that divides 1000, such as 50"),
+        ({"scheduler": ZERO_SNR}, "prediction_type='epsilon' cannot learn from pure noise"),
         ({"lora": LoraConfig(text_encoder=True)}, "distill.steps=10 and lora.text_encoder: the U-Net alone"),
         (
             {"prior": PriorConfig("a car", 2)},
