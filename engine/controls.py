@@ -91,14 +91,12 @@ def said(
       scales: of each of both.
       inside: where it is false nothing is computed, and zeros are added. None: it is true.
     """
-    adapted = [(seen, scale) for seen, scale in zip(shown, scales, strict=True) if isinstance(seen, tuple)]
-    features = _features(adapted, len(x), inside)
-    if len(adapted) == len(shown):
+    pairs = list(zip(shown, scales, strict=True))
+    features = _features([pair for pair in pairs if isinstance(pair[0], tuple)], len(x), inside)
+    others = [pair for pair in pairs if not isinstance(pair[0], tuple)]
+    if not others:
         return Control([], None, features)
-    looks, weights = zip(
-        *((seen, scale) for seen, scale in zip(shown, scales, strict=True) if not isinstance(seen, tuple)),
-        strict=True,
-    )
+    looks, weights = zip(*others, strict=True)
 
     def near() -> tuple[list[Array], list[State]]:
         each = zip(nets(), reads, looks, weights, strict=True)

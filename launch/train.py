@@ -174,6 +174,9 @@ def parse(argv: Sequence[str]) -> tuple[Any, dict[str, Any]]:
             raise UserError(f"--config cannot be read: {own[0]}, line {own[1]}: {last}") from None
         raise cli.mistake(error, values) from None
     except KeyError as error:  # a field of a dataclass, or a key of a dict, in the words of ml_collections
+        own, frames = pathlib.Path(config_file(argv)), traceback.extract_tb(error.__traceback__)
+        if any(pathlib.Path(frame.filename).resolve() == own.resolve() for frame in frames):
+            raise UserError(f"--config cannot be read: {_where(error)}") from None
         unknown = [a for a in argv if a.partition("=")[0].rpartition(".")[2] in str(error)]
         name = unknown[0].partition("=")[0].lstrip("-").removeprefix("config.") if unknown else ""
         near = nearest(name, settings(argv))

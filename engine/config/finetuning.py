@@ -188,14 +188,9 @@ class FinetuneConfig:
         if self.prior.num_images:
             raise UserError(f"{given} and prior.num_images: the model is its own prior; write 0")
         for field in dataclasses.fields(ObjectiveConfig):
-            if (
-                field.name not in ("caption_dropout", "caption_shuffle", "keep_tags")
-                and getattr(self.finetune, field.name) != field.default
-            ):
-                told = (
-                    f"finetune.{field.name}={getattr(self.finetune, field.name)!r} does nothing with {given}"
-                )
-                warnings.warn(told, UserNotice, 3)
+            value = getattr(self.finetune, field.name)
+            if not field.name.startswith(("caption_", "keep_")) and value != field.default:
+                warnings.warn(f"finetune.{field.name}={value!r} does nothing with {given}", UserNotice, 3)
 
     def _tell_of_idle_parts(self) -> None:
         """Not refused: one config may serve for several `what`."""

@@ -52,11 +52,11 @@ __all__ = [
 ]
 
 SIGMA_CAP = 2.0**20
+SMALL_SIGMA_CAP = 2.0**12  # zero terminal SNR where diffusers caps it too, at alphas_cumprod 2^-24
 # Sabour et al. 2024 ("Align Your Steps"): the timesteps of ten steps, which they found for Stable Diffusion
 # 1.5 and for SDXL by how far a solver strays in them.
 ALIGNED_TIMESTEPS = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24)
 ALIGNED_TIMESTEPS_XL = (999, 845, 730, 587, 443, 310, 193, 116, 53, 13)
-SMALL_SIGMA_CAP = 2.0**12  # zero terminal SNR where diffusers caps it too, at alphas_cumprod 2^-24
 
 
 def betas(config: SchedulerConfig) -> np.ndarray:

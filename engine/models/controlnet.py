@@ -59,9 +59,8 @@ class Control(NamedTuple):
     """What is added to a U-Net. At its full size at once; the rest by a call, as it may not be wanted."""
 
     full_size: list[Float[Array, "B H W C"]]  # to conv_in's output and the skips of the first level
-    deep: (
-        Callable[[], tuple[list[Array], Array]] | None
-    )  # to all other skips, and to the middle; None: nothing
+    # to all other skips, and to the middle; None: nothing, and nothing at full size
+    deep: Callable[[], tuple[list[Array], Array]] | None
     features: tuple[Float[Array, "B _ _ _"], ...] = ()  # on the way down, see engine.models.t2i_adapter
 
     def feature(self, level: int) -> Float[Array, "B _ _ _"] | None:

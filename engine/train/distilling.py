@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from engine.conditions import Told
 from engine.config import DistillConfig, ObjectiveConfig
 from engine.diffusion.distillation import distillation_loss
 from engine.diffusion.guidance import guided
@@ -12,9 +11,9 @@ from engine.diffusion.losses import by_timestep, check_terminal
 from engine.diffusion.parameterization import denoiser
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.diffusion.schedules import schedule_for
-from engine.train.objectives import Encode, applier
+from engine.train.objectives import Encode, applier, bound
 from engine.train.step import Loss
-from engine.types import Params, UserError
+from engine.types import UserError
 
 TEACHER = "teacher"  # the name of the weights without the LoRA, among what is not trained
 
@@ -47,17 +46,7 @@ def distilling_loss(
             encode(frozen, batch, jnp.full(rows, left_out)) for left_out in (False, True)
         )
         w = jax.random.uniform(scale_key, (rows,), minval=low, maxval=high)
-
-        def bound(params: Params):
-            module = build(params)
-
-            def apply(x, t, told: Told):
-                added = None if told.numbers is None else (told.context.pooled, told.numbers)
-                return module(x, t, told.context.words, None, added)
-
-            return apply
-
-        own, teacher = bound(params), guided(bound(frozen[TEACHER]), told, empty, w)
+        own, teacher = bound(build(params)), guided(bound(build(frozen[TEACHER])), told, empty, w)
         losses, sigma = distillation_loss(
             denoiser(lambda x, t: own(x, t, told), scheduler.prediction_type, schedule),
             denoiser(teacher, scheduler.prediction_type, schedule),

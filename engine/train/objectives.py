@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from engine.conditions import Told, encoded
 from engine.config import AutoencoderStage, ObjectiveConfig
+from engine.diffusion.guidance import ContextApply
 from engine.diffusion.losses import by_timestep, check_terminal, diffusion_loss
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.diffusion.schedules import schedule_for
@@ -192,19 +193,24 @@ def denoising_loss(
             frozen, batch, jax.random.bernoulli(drop_key, objective.caption_dropout, (rows,))
         )
         module = build_unet(params)
-        added = None if told.numbers is None else (told.context.pooled, told.numbers)
-        heed, words = control(frozen, batch) if control else None, told.context.words
-
-        def apply(x, t):
-            more = heed(x, t, words, added) if heed else None
-            return module(x, t, words, None, added, control=more)
-
+        apply = bound(module, control(frozen, batch) if control else None)
         losses, sigma = diffusion_loss(
-            apply, latents, loss_key, schedule, scheduler.prediction_type, objective
+            lambda x, t: apply(x, t, told), latents, loss_key, schedule, scheduler.prediction_type, objective
         )
         return losses.mean(), by_timestep(losses, sigma, schedule)
 
     return loss
+
+
+def bound(unet: nnx.Module, heed: Callable | None = None) -> ContextApply:
+    """The U-Net as (x, t, told) -> F. heed: see `engine.train.controlling`."""
+
+    def apply(x: Latents, t: Float[Array, " B"], told: Told) -> Latents:
+        added = None if told.numbers is None else (told.context.pooled, told.numbers)
+        more = heed(x, t, told.context.words, added) if heed else None
+        return unet(x, t, told.context.words, None, added, control=more)
+
+    return apply
 
 
 def over_parts(loss: Loss) -> Loss:

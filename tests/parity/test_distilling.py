@@ -41,10 +41,8 @@ def folders(request, tmp_path_factory):
     """Student and teacher: two models of one shape."""
     overrides, scheduler = MODELS[request.param]
     at = tmp_path_factory.mktemp("models")
-    return [
-        tiny_folder(at / str(seed), seed=seed, **overrides, scheduler=SCHEDULERS[scheduler])
-        for seed in (0, 1)
-    ]
+    options = overrides | {"scheduler": SCHEDULERS[scheduler]}
+    return [tiny_folder(at / str(seed), seed=seed, **options) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +54,7 @@ def theirs(folders, images):
     """The loss, and the gradients of the student's U-Net."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folders[0], **is_sd(folders[0]))
     student, vae = pipeline.unet, pipeline.vae
-    teacher = diffusers.UNet2DConditionModel.from_pretrained(folders[1], subfolder="unet").requires_grad_(
-        False
-    )
+    teacher = diffusers.UNet2DConditionModel.from_pretrained(folders[1], subfolder="unet")
     scheduler = diffusers.DDPMScheduler.from_pretrained(folders[0], subfolder="scheduler")
     alphas_bar, eps_is_told = scheduler.alphas_cumprod, scheduler.config.prediction_type == "epsilon"
     start = 20 * (CHOSEN + 1) - 1

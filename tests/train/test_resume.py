@@ -259,6 +259,7 @@ def test_a_mistake_in_an_argument_is_named(tmp_path, capsys, argument, message):
             "own.py, line 2: NameError: name 'nothing' is not defined",
         ),
         ("import nowhere\n", "own.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        ("def get_config():\n    return {}['steps']\n", "own.py, line 2: KeyError: 'steps'"),
         (
             "from engine.config import FinetuneStage as F\n\ndef get_config():\n    return F(step=1)\n",
             "own.py, line 4: TypeError: ",
