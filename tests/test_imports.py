@@ -36,7 +36,8 @@ LAYERS = [
     ["engine.pipeline"],
     ["engine.loading"],
     ["engine"],  # engine/__init__.py, the public API
-    ["engine.jobs", "engine.train", "engine.evaluate"],
+    ["engine.evaluate"],
+    ["engine.jobs", "engine.train"],
     ["engine.benchmark"],
     ["launch"],
 ]

@@ -17,12 +17,14 @@ from engine.config.drawing import (
 )
 from engine.config.finetuning import (
     GIVEN,
+    PROBE,
     WHAT,
     ControlConfig,
     DistillConfig,
     FinetuneConfig,
     FinetuneStage,
     PriorConfig,
+    RewardConfig,
     SamplesConfig,
 )
 from engine.config.inversion import InversionConfig
@@ -56,6 +58,7 @@ __all__ = [
     "OF_THE_WAY",
     "OPTIMIZERS",
     "PICTURED",
+    "PROBE",
     "REMATS",
     "SIGHTS",
     "TIME_SAMPLINGS",
@@ -76,6 +79,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "PriorConfig",
+    "RewardConfig",
     "SamplesConfig",
     "StageConfig",
     "TrainConfig",

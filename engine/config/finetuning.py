@@ -11,8 +11,10 @@ from engine.config.reader import check_parts, nearest
 from engine.config.training import LoraConfig, ObjectiveConfig, StageConfig, check_seed, check_stage
 from engine.errors import UserError, UserNotice
 
+PROBE = "probe"  # the judge in the package
 GIVEN = "given"  # what a ControlNet is shown stands beside the pictures
 WHAT = ("unet", "unet+text_encoder", "lora", "textual_inversion", "controlnet")
+REWARDED = ("unet", "unet+text_encoder", "lora")
 # Settings of the data that are flags of launch.cache, too: they say what lies in a folder of latents.
 OF_CACHE = ("caption_field", "size", "buckets", "max_aspect", "multiple", "min_size")
 
@@ -98,6 +100,34 @@ class DistillConfig:
 
 
 @dataclasses.dataclass
+class RewardConfig:
+    """Tuning by what a judge says of the pictures that the model draws itself (Wu et al. 2024, DRTune)."""
+
+    judge: str = ""  # a CLIP's folder (OpenAI's, PickScore's), or "probe": of the drawn world; "": no judge
+    prompts: str = ""  # a file of them as launch.generate takes it; the probe's come from the drawn world
+    steps: int = 20  # in which a picture is drawn
+    trained_steps: int = 4  # of each picture, from which the model learns; a divisor of steps
+    guidance_scale: float = 5.0
+
+    @property
+    def of_world(self) -> bool:
+        """Whether the judge is a probe of the drawn world: that of the package, or a file of launch.probe."""
+        return self.judge == PROBE or self.judge.endswith(".safetensors")
+
+    def validate(self, where: str = "reward") -> None:
+        """Raises UserError; `where` is what the config calls this part."""
+        if self.steps < 1:
+            raise UserError(f"{where}.steps={self.steps}: write a number from 1")
+        if self.trained_steps < 1 or self.steps % self.trained_steps:
+            raise UserError(
+                f"{where}.trained_steps={self.trained_steps}: write a number that divides "
+                f"{where}.steps={self.steps}"
+            )
+        if not 1 <= self.guidance_scale < math.inf:
+            raise UserError(f"{where}.guidance_scale={self.guidance_scale}: write a number from 1")
+
+
+@dataclasses.dataclass
 class PriorConfig:
     """Prior preservation (Ruiz et al. 2023, "DreamBooth", equation 2).
 
@@ -139,6 +169,7 @@ class FinetuneConfig:
     inversion: InversionConfig = dataclasses.field(default_factory=InversionConfig)
     controlnet: ControlConfig = dataclasses.field(default_factory=ControlConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
     samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
 
@@ -167,8 +198,11 @@ class FinetuneConfig:
                     "prior.num_images with controlnet.kind='given': beside the pictures that the model draws "
                     "there are none to show; write prior.num_images=0"
                 )
-        if not self.data.paths and not self.latents:
+        if self.reward.judge:
+            self._check_reward()
+        elif not self.data.paths and not self.latents:
             raise UserError(f"what={self.what!r} without pictures: write data.paths, such as ('pictures',)")
+        self.reward.validate("reward")
         self.prior.validate("prior")
         self.distill.validate("distill")
         if self.distill.steps:
@@ -187,13 +221,42 @@ class FinetuneConfig:
             raise UserError(f"{given} and lora.text_encoder: the U-Net alone is distilled; write False")
         if self.prior.num_images:
             raise UserError(f"{given} and prior.num_images: the model is its own prior; write 0")
+        self._tell_of_idle_objective(given, heeded=("caption_", "keep_"))
+
+    def _check_reward(self) -> None:
+        """Refuses what a judge does not go with."""
+        given, prompts = f"reward.judge={self.reward.judge!r}", self.reward.prompts
+        if self.what not in REWARDED:
+            raise UserError(f"{given} with what={self.what!r}: write what={' or '.join(map(repr, REWARDED))}")
+        for name, value, none in (
+            ("data.paths", self.data.paths, "()"),
+            ("latents", self.latents, "''"),
+            ("distill.steps", self.distill.steps, "0"),
+            ("prior.num_images", self.prior.num_images, "0"),
+        ):
+            if value:
+                raise UserError(
+                    f"{given} and {name}: of a reward the model learns from its own pictures alone; write "
+                    f"{name}={none}"
+                )
+        if self.reward.of_world and prompts:
+            raise UserError(
+                f"{given} and reward.prompts={prompts!r}: it asks for scenes of its own; write ''"
+            )
+        if not self.reward.of_world and not prompts:
+            raise UserError(f"{given} without prompts: write reward.prompts, such as 'prompts.txt'")
+        self._tell_of_idle_objective(given)
+
+    def _tell_of_idle_objective(self, given: str, heeded: tuple[str, ...] = ()) -> None:
         for field in dataclasses.fields(ObjectiveConfig):
             value = getattr(self.finetune, field.name)
-            if not field.name.startswith(("caption_", "keep_")) and value != field.default:
-                warnings.warn(f"finetune.{field.name}={value!r} does nothing with {given}", UserNotice, 3)
+            if not field.name.startswith(heeded) and value != field.default:
+                warnings.warn(f"finetune.{field.name}={value!r} does nothing with {given}", UserNotice, 4)
 
     def _tell_of_idle_parts(self) -> None:
         """Not refused: one config may serve for several `what`."""
+        if not self.reward.judge and self.reward != RewardConfig():
+            warnings.warn("settings of reward do nothing without reward.judge", UserNotice, 3)
         for part, what in (
             ("lora", "lora"),
             ("inversion", "textual_inversion"),

@@ -9,7 +9,7 @@ they are, and so does this. Numbers from different CLIPs cannot be compared: nam
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from engine.text.reading import cut
 from engine.text.tokenizer import Tokenizer
 from engine.types import UserError
 from engine.weights.clip_pixels import PixelsConfig, prepare, read_pixels_config
-from engine.weights.component import load_component
+from engine.weights.component import Component, load_component
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 Pictures = Sequence[Picture] | UInt8[np.ndarray, "_ _ _ 3"]
@@ -41,6 +41,24 @@ class ClipScores(NamedTuple):
     def mean(self) -> float:
         """The number that is reported."""
         return float(self.scores.mean())
+
+
+class Clip(NamedTuple):
+    """A CLIP with all that it takes to show it pictures and captions."""
+
+    model: Component
+    tokenizer: Tokenizer
+    pixels: PixelsConfig
+
+
+def load_clip(folder: str | os.PathLike, place: Callable[[str, np.ndarray], Any]) -> Clip:
+    """Loads a folder as `ClipScorer` does. place: (name, array) -> the array where it is to lie."""
+    folder = Path(os.path.expanduser(folder))
+    _check_is_clip(folder)
+    tokenizer, pixels = Tokenizer.load(folder), read_pixels_config(folder)
+    model = load_component(folder, "clip", place=place)
+    _check_parts_fit(folder, model.config, tokenizer, pixels)
+    return Clip(model, tokenizer, pixels)
 
 
 class ClipScorer:
@@ -60,13 +78,8 @@ class ClipScorer:
         """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: write 1 or more")
-        folder = Path(os.path.expanduser(folder))
-        _check_is_clip(folder)
         self.devices = devices or Devices()
-        self.tokenizer = Tokenizer.load(folder)
-        self.pixels = read_pixels_config(folder)
-        self.model = load_component(folder, "clip", place=self.devices.place)
-        _check_parts_fit(folder, self.model.config, self.tokenizer, self.pixels)
+        self.model, self.tokenizer, self.pixels = load_clip(folder, self.devices.place)
         self.batch_size = batch_size
         self._cosines = self.devices.map(self._cosines_of)
 

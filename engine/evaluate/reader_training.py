@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Key, Num, UInt8
 
 from engine import world
 from engine.config import OptimConfig, StageConfig
@@ -101,7 +101,7 @@ def loss(params: Params, frozen: None, batch: dict[str, Array], key: Key[Array, 
     return sum(entropies.values()) + WHERE * maps, told
 
 
-def soften(images: UInt8[Array, "B S S 3"], key: Key[Array, ""]) -> Float[Array, "B S S 3"]:
+def soften(images: Num[Array, "B S S 3"], key: Key[Array, ""]) -> Float[Array, "B S S 3"]:
     """Blurs, dulls and roughens each picture by amounts of its own, as a decoder may."""
     b, size = images.shape[:2]
     keys = jax.random.split(key, 4)

@@ -18,7 +18,18 @@ from engine.config import GIVEN, FinetuneConfig
 from engine.errors import UserNotice
 from engine.loading import SHIPPED, SHIPPED_NAME
 from engine.parallel import exchanged
-from engine.train import adapters, controlling, distilling, inversion, latents, loop, objectives, optim
+from engine.train import (
+    adapters,
+    controlling,
+    distilling,
+    inversion,
+    judges,
+    latents,
+    loop,
+    objectives,
+    optim,
+    rewarding,
+)
 from engine.train.checkpoint import make_for_all
 from engine.train.data import Batch, BatchAt
 from engine.train.samples import Drawer, Samples
@@ -34,7 +45,7 @@ from engine.weights.lora import XL_KINDS, Lora, merged_on_host
 
 # settings that a run keeps
 SETTLED = ("model", "what", "seed", "clip_skip", "scheduler", "lora", "inversion")
-SETTLED += ("controlnet.kind", "controlnet.adapter", "distill")
+SETTLED += ("controlnet.kind", "controlnet.adapter", "distill", "reward")
 PRIOR_BATCH = 16
 # options of a scheduler that belong to what a model learned, unlike its grid
 MODEL_OF_NOISE = {"prediction_type", "rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule"}
@@ -50,6 +61,7 @@ class Task:
     word: inversion.Inversion | None = None  # where params are the vectors of one
     net: Component | None = None  # where params are those of a ControlNet, {"controlnet": params}
     sight: str = ""  # what that is shown of pictures
+    judge: judges.Judge | None = None  # of the pictures that it draws, where that is what it learns from
 
     @property
     def is_file(self) -> bool:
@@ -133,17 +145,18 @@ def begin(config: FinetuneConfig) -> Task:
     folder = folder_of(config)
     model = load_trainable(folder, config.clip_skip)
     model = dataclasses.replace(model, scheduler=read_scheduler(folder, config.scheduler))
+    judge = judges.judge(config.reward) if config.reward.judge else None
     if config.what == "textual_inversion":
         model, word = inversion.begin(model, config.inversion, config.seed)
         return Task(model, word.params, None, word)
     if config.what == "lora":
         lora = adapters.begin(model.parts, config.lora, config.seed)
-        return Task(model, lora.layers, lora)
+        return Task(model, lora.layers, lora, judge=judge)
     if config.what == "controlnet":
         net = controlling.begin(model, config.controlnet, config.seed)
         return Task(model, {"controlnet": net.params}, None, net=net, sight=config.controlnet.sight)
     trained = ["unet", *(model.readers if "text_encoder" in config.what else ())]
-    return Task(model, {kind: model.parts[kind].params for kind in trained}, None)
+    return Task(model, {kind: model.parts[kind].params for kind in trained}, None, judge=judge)
 
 
 class Objective(NamedTuple):
@@ -157,16 +170,18 @@ class Objective(NamedTuple):
 def objective(config: FinetuneConfig, task: Task) -> Objective:
     """The loss of what is trained."""
     model, dtype = task.model, config.finetune.compute_dtype
+    frozen: dict[str, Any] = {kind: part.params for kind, part in model.parts.items()}
+    frozen["empty_ids"] = model.tokenizers.encode([""])[0]
+    encode = objectives.of_pictures(model.graphdefs, model.zeros, model.clip_skip)
     if config.latents:
         encode = objectives.of_cache(model.vae.config.scaling_factor)
         cache = pathlib.Path(config.latents).expanduser()
         frozen = {"unet": model.unet.params, "empty": latents.empty(cache, model)}
-    else:
-        encode = objectives.of_pictures(model.graphdefs, model.zeros, model.clip_skip)
-        frozen = {kind: part.params for kind, part in model.parts.items()}
-        frozen["empty_ids"] = model.tokenizers.encode([""])[0]
     how = model.unet.graphdef, encode, model.scheduler
-    if config.distill.steps:
+    if task.judge is not None:
+        frozen[rewarding.JUDGE] = task.judge.params
+        loss = rewarding.reward_loss(model, config.reward, task.judge)
+    elif config.distill.steps:
         loss = distilling.distilling_loss(*how, config.distill)
     else:
         control = controlling.control(task.net.graphdef, task.sight) if task.net else None
@@ -203,6 +218,9 @@ def batches(config: FinetuneConfig, task: Task, workdir: pathlib.Path, shapes_on
     """
     stage, tokenizer = config.finetune, task.model.tokenizers
     hosts = {"process": jax.process_index(), "processes": jax.process_count()}
+    if task.judge is not None:
+        own = config.reward, task.model, task.judge, stage.batch_size, config.data.seed
+        return rewarding.prompts_at(*own, **hosts)
     if config.latents:
         cache = pathlib.Path(config.latents).expanduser()
         return latents.cached_batches(cache, stage.batch_size, config.data.seed, **hosts)

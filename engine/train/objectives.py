@@ -86,7 +86,8 @@ def fresh_heads(width: int, facts: Mapping[str, int]) -> Params:
     }
 
 
-# (frozen, batch, which captions are left out) -> what the U-Net learns to draw, and what it is told
+# (frozen, batch, which captions are left out) -> what the U-Net is told, and what it learns to draw
+Tell = Callable[[Any, Batch, Bool[Array, " B"]], Told]
 Encode = Callable[[Any, Batch, Bool[Array, " B"]], tuple[Latents, Told]]
 
 
@@ -113,7 +114,7 @@ def of_pictures(graphdefs: Mapping[str, nnx.GraphDef], zeros: bool = False, clip
       graphdefs: of the model's networks: "vae", "text_encoder", and of SDXL "text_encoder_2".
       zeros, clip_skip: see `Model`.
     """
-    build_vae, readers = applier(graphdefs["vae"]), [kind for kind in TOKENIZERS if kind in graphdefs]
+    build_vae, tell = applier(graphdefs["vae"]), of_captions(graphdefs, zeros, clip_skip)
 
     def encode(frozen, batch, drop):
         vae_module = build_vae(frozen["vae"])
@@ -122,6 +123,16 @@ def of_pictures(graphdefs: Mapping[str, nnx.GraphDef], zeros: bool = False, clip
         else:
             mean = vae_module.encode(to_float(batch["image"])).mean  # a draw would be noise to learn
             latents = mean.astype(jnp.float32)
+        return latents * vae_module.config.scaling_factor, tell(frozen, batch, drop)
+
+    return encode
+
+
+def of_captions(graphdefs: Mapping[str, nnx.GraphDef], zeros: bool = False, clip_skip: int = 0) -> Tell:
+    """What the U-Net is told of captions alone; everything as in `of_pictures`."""
+    readers = [kind for kind in TOKENIZERS if kind in graphdefs]
+
+    def tell(frozen, batch, drop):
         # left out in training is what stands for no prompt in drawing
         ids = batch["ids"] if zeros else _where(drop, frozen["empty_ids"], batch["ids"])
         each = [ids] if len(readers) == 1 else [ids[:, i] for i in range(len(readers))]
@@ -129,9 +140,9 @@ def of_pictures(graphdefs: Mapping[str, nnx.GraphDef], zeros: bool = False, clip
         context = encoded(graphdefs, params, dict(zip(readers, each, strict=True)), clip_skip)
         if zeros:
             context = jax.tree.map(lambda x: _where(drop, jnp.zeros_like(x[0]), x), context)
-        return latents * vae_module.config.scaling_factor, Told(context, numbers(batch))
+        return Told(context, numbers(batch))
 
-    return encode
+    return tell
 
 
 def cached_loss(

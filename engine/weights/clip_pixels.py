@@ -5,13 +5,14 @@ Scaled, cropped in the middle, and then, in float32, (x * rescale_factor - image
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from engine.config import from_json
@@ -31,6 +32,12 @@ FIXED = {
     "input_data_format": (None,),
     "do_pad": (None, False),
     "pad_size": (None,),
+}
+# PIL's, as devices have them
+FILTERS = {
+    Image.Resampling.BILINEAR: "linear",
+    Image.Resampling.BICUBIC: "cubic",
+    Image.Resampling.LANCZOS: "lanczos3",
 }
 # Pictures are RGB already; how a batch is put together.
 UNREAD = ("do_convert_rgb", "device", "disable_grouping", "return_tensors")
@@ -132,6 +139,29 @@ def fitted(picture: UInt8[np.ndarray, "H W 3"], config: PixelsConfig) -> UInt8[n
     return picture
 
 
+def prepared(levels: Float[jax.Array, "B H W 3"], config: PixelsConfig) -> Float[jax.Array, "B h w 3"]:
+    """`prepare` on devices, of levels from 0 to 255: with a gradient, since they are not rounded on the way.
+
+    Raises:
+      UserError: pictures are scaled for this encoder by a filter that devices have not.
+    """
+    if config.do_resize:
+        if config.resample not in FILTERS:
+            known = " or ".join(f"{each.value} ({each.name.lower()})" for each in FILTERS)
+            raise UserError(f"resample={config.resample}: with a gradient there is {known}")
+        shape = (len(levels), *_resized(*levels.shape[1:3], config.size), 3)
+        levels = jax.image.resize(levels, shape, FILTERS[Image.Resampling(config.resample)])
+    if config.do_center_crop:
+        for axis, length in enumerate(config.crop_size, 1):
+            levels = _centered(levels, axis, length, jnp.pad)
+    if config.do_rescale:
+        levels = levels * np.float32(config.rescale_factor)
+    if config.do_normalize:
+        mean, std = (np.array(each, np.float32) for each in (config.image_mean, config.image_std))
+        levels = (levels - mean) / std
+    return levels
+
+
 def normalized(levels: Float[jax.Array, "*B 3"]) -> Float[jax.Array, "*B 3"]:
     """Levels, 0 to 255, as the encoder of any usual CLIP takes them: the end of `prepare`, on devices."""
     mean, std = (np.array(each, np.float32) for each in (PixelsConfig.image_mean, PixelsConfig.image_std))
@@ -146,12 +176,12 @@ def _resized(height: int, width: int, size: int | tuple[int, ...]) -> tuple[int,
     return (longer, size) if width <= height else (size, longer)
 
 
-def _centered(picture: Shaped[np.ndarray, "H W 3"], axis: int, length: int) -> Shaped[np.ndarray, "h w 3"]:
-    """The middle of an axis, or where it is too short, all of it between zeros."""
+def _centered(picture: Any, axis: int, length: int, pad: Callable = np.pad) -> Any:
+    """The middle of an axis, or where it is too short, all of it between zeros. pad: that of its library."""
     missing = length - picture.shape[axis]
     if missing <= 0:
         first = -missing // 2
-        return picture.take(range(first, first + length), axis)
+        return picture[(slice(None),) * axis + (slice(first, first + length),)]
     margins = [(0, 0)] * picture.ndim
     margins[axis] = (missing - missing // 2, missing // 2)
-    return np.pad(picture, margins)
+    return pad(picture, margins)

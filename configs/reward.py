@@ -1,0 +1,48 @@
+"""A LoRA that learns from a judge: the model draws, the judge says how well, and no pictures are needed.
+
+python -m launch.train --config=configs/reward.py --workdir=runs/reward
+python -m launch.generate "a fox" --lora runs/reward/pytorch_lora_weights.safetensors
+
+The judge is the probe of the drawn world; of any other model a CLIP, such as PickScore's:
+
+python -m launch.train --config=configs/reward.py --workdir=runs/liked --config.model=sd15 \\
+  --config.reward.judge=PickScore_v1 --config.reward.prompts=prompts.txt \\
+  --config.finetune.compute_dtype=bfloat16
+"""
+
+from engine.config import (
+    FinetuneConfig,
+    FinetuneStage,
+    LoraConfig,
+    OptimConfig,
+    RewardConfig,
+    SamplesConfig,
+)
+
+# All that has weights of some size.
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+
+
+def get_config() -> FinetuneConfig:
+    """For the model in the package, on two CPU cores."""
+    return FinetuneConfig(
+        what="lora",
+        reward=RewardConfig(judge="probe", steps=10, trained_steps=2, guidance_scale=5.0),
+        lora=LoraConfig(rank=32, alpha=32.0, targets=TARGETS),
+        finetune=FinetuneStage(
+            steps=400,
+            batch_size=8,
+            ema=(0.98,),
+            checkpoint_every=50,
+            optim=OptimConfig(learning_rate=5e-5, warmup_steps=20, decay_steps=200, weight_decay=0.0),
+        ),
+        samples=SamplesConfig(
+            prompts=("a fox", "a car at night", "two apples on the grass", "a blue dog"),
+            every=100,
+            steps=20,
+            guidance_scale=5.0,
+        ),
+    )
