@@ -20,6 +20,11 @@ Or trains a model that exists further, on your own pictures:
   python -m launch.train --config=configs/controlnet.py --workdir=runs/net --config.data.paths='("pictures",)'
   python -m launch.train --config=configs/lcm.py --workdir=runs/fast --config.data.paths='("pictures",)'
 
+Or on what a judge, a CLIP such as PickScore's, says of the pictures that it draws itself:
+
+  python -m launch.train --config=configs/reward.py --workdir=runs/liked --config.model=FOLDER \\
+    --config.reward.judge=PickScore_v1 --config.reward.prompts=prompts.txt
+
 --dry_run builds and compiles all of it, says what it takes in memory and arithmetic, and stops.
 
 From scratch: autoencoder, then text encoder, then U-Net, then the decoder again, then the export to

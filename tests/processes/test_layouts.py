@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from launch import cli, generate
+from tests.long import LONG
 from tests.tiny import SHALLOW, tiny_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -95,6 +96,7 @@ def same_bits(pictures, others):
         np.testing.assert_array_equal(image, others[number], err_msg=str(number))
 
 
+@LONG  # those of the tests below, and of tests/devices
 def test_eight_devices(folder, alone):
     same_bits(draw(folder, "1x8", 8, ())[0], alone)
 

@@ -13,10 +13,11 @@ from engine import world
 from engine.config import DataConfig, DistillConfig, LoraConfig, PriorConfig, RewardConfig
 from engine.diffusion import rewarding
 from engine.errors import UserNotice
-from engine.train import dry_run, finetune, judges
+from engine.train import finetune, judges
 from engine.train.rewarding import JUDGE, prompts_at, read_prompts, reward_loss
 from engine.types import UserError
 from engine.weights.folder import load_trainable
+from tests.instruments import tiny_clip
 
 KEY = jax.random.key(0, impl="threefry2x32")
 PROBED = RewardConfig(judge="probe", steps=2, trained_steps=1)
@@ -30,6 +31,15 @@ def tuning(config):
         return dataclasses.replace(config("lora", lora=LORA, reward=PROBED, **options), data=DataConfig())
 
     return tuning
+
+
+@pytest.fixture
+def by_clip(tmp_path):
+    """A config's judge and prompts."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red car\na blue car\na car on grass\n")
+    clip = tiny_clip(tmp_path / "clip")
+    return RewardConfig(judge=str(clip), prompts=str(file), steps=2, trained_steps=1)
 
 
 def greenness(params, pictures, batch, key):
@@ -134,17 +144,19 @@ def test_the_probe_prefers_what_was_asked_for():
     np.testing.assert_allclose(turned, right, rtol=1e-5)
 
 
-def test_a_run_that_stopped_ends_as_one_that_did_not_and_its_file_draws(tuning, model, tmp_path):
-    whole = finetune.train(tuning(), tmp_path / "whole")
-    finetune.train(tuning(steps=2), tmp_path / "parts")
-    parts = finetune.train(tuning(), tmp_path / "parts")
+def test_a_run_that_stopped_ends_as_one_that_did_not_and_its_file_draws(tuning, by_clip, model, tmp_path):
+    def of(steps):
+        return dataclasses.replace(tuning(steps=steps), reward=by_clip)
+
+    whole = finetune.train(of(4), tmp_path / "whole")
+    finetune.train(of(2), tmp_path / "parts")
+    parts = finetune.train(of(4), tmp_path / "parts")
     one, other = map(load_file, (whole, parts))
     assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
     with_it = engine.load(model, lora=[(whole, 1.0)]).generate(["a red car"], seed=1, steps=2)
     assert np.abs(with_it.astype(int) - engine.load(model).generate(["a red car"], seed=1, steps=2)).max() > 0
     with pytest.raises(UserError, match="holds a run with reward="):
         finetune.train(dataclasses.replace(tuning(steps=5), reward=STEPS), tmp_path / "parts")
-    assert finetune.train(tuning(), tmp_path / "dry", dry_run.fit) is None
 
 
 @pytest.mark.parametrize(
