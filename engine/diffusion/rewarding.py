@@ -37,25 +37,24 @@ def drawn(denoise: Denoise, x: Latents, sigmas: Sigmas) -> tuple[Latents, States
     return x0, jnp.concatenate([x[None].astype(x0.dtype), trace.x[:-1]])
 
 
-def chosen(key: Key[Array, ""], images: int, steps: int, count: int) -> Int[Array, "K B"]:
+def chosen(key: Key[Array, ""], images: int, steps: int, count: int) -> Int[Array, "B K"]:
     """Of each image a step, at random, of each of `count` equal parts of all steps; `count` divides them."""
     part = steps // count
-    within = jax.random.randint(key, (count, images), 0, part)
-    return part * jnp.arange(count)[:, None] + within
+    return part * jnp.arange(count) + jax.random.randint(key, (images, count), 0, part)
 
 
 def steered(
-    denoise: Denoise, x0: Latents, states: States, sigmas: Sigmas, which: Int[Array, "K B"]
+    denoise: Denoise, x0: Latents, states: States, sigmas: Sigmas, which: Int[Array, "B K"]
 ) -> Latents:
     """x0 as it is, with the gradient of `denoise` at the chosen steps; they stand for all N.
 
     Args:
-      denoise: of K B images: those of the first choice, those of the second, ...
+      denoise: of B K images: all choices of the first, all of the second, ... So each stays on its device
+        wherever the batch is split.
     """
-    count, images = which.shape
     at, to = sigmas[which].reshape(-1), sigmas[which + 1].reshape(-1)
-    x = jax.lax.stop_gradient(states[which, jnp.arange(images)]).reshape(-1, *x0.shape[1:])
-    D = denoise(x, at)
-    share = per_image(len(states) / count * (1 - to / at), D)
+    x = jax.vmap(lambda own, steps: own[steps], in_axes=(1, 0))(jax.lax.stop_gradient(states), which)
+    D = denoise(x.reshape(-1, *x0.shape[1:]), at)
+    share = per_image(len(states) / which.shape[1] * (1 - to / at), D)
     change = share * (D - jax.lax.stop_gradient(D))  # zero, but for its gradient
-    return jax.lax.stop_gradient(x0) + change.reshape(count, *x0.shape).sum(0)
+    return jax.lax.stop_gradient(x0) + change.reshape(x.shape).sum(1)

@@ -65,7 +65,7 @@ def reward_loss(model: Model, config: RewardConfig, judge: Judge) -> Loss:
         fixed = jax.lax.stop_gradient((params, told, empty))
         x0, states = rewarding.drawn(denoise(*fixed), x, sigmas)
         which = rewarding.chosen(step_key, rows, config.steps, config.trained_steps)
-        again = jax.tree.map(lambda x: jnp.concatenate([x] * config.trained_steps), (told, empty))
+        again = jax.tree.map(lambda x: jnp.repeat(x, config.trained_steps, 0), (told, empty))
         x0 = rewarding.steered(denoise(params, *again), x0, states, sigmas, which)
         pictures = build_vae(frozen["vae"]).decode(end * x0 / scaling)
         levels = 127.5 + 127.5 * jnp.clip(pictures.astype(jnp.float32), -1, 1)

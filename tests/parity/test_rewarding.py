@@ -45,7 +45,7 @@ def clip(tmp_path_factory):
 
 
 def theirs(folder, clip, noise, which):
-    """The mean reward, and the gradients of the U-Net. which (K, B): the trained steps of each picture."""
+    """The mean reward, and the gradients of the U-Net. which (B, K): the trained steps of each picture."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **is_sd(folder))
     scheduler, unet, vae = pipeline.scheduler, pipeline.unet, pipeline.vae
     scheduler.set_timesteps(CONFIG.steps)
@@ -57,7 +57,7 @@ def theirs(folder, clip, noise, which):
         out = guided[0] + CONFIG.guidance_scale * (guided[1] - guided[0])
         v = scheduler.config.prediction_type == "v_prediction"
         eps = out / root + sigma * seen / root**2 if v else out
-        share = CONFIG.steps / CONFIG.trained_steps * torch.from_numpy((which == step).any(0))
+        share = CONFIG.steps / CONFIG.trained_steps * torch.from_numpy((which == step).any(1))
         eps = eps.detach() + share.reshape(-1, 1, 1, 1) * (eps - eps.detach())
         x = x + (scheduler.sigmas[step + 1] - sigma) * eps
     pixels = vae.decode(x / vae.config.scaling_factor).sample.clamp(-1, 1) / 2 + 0.5

@@ -83,10 +83,10 @@ def test_steps_raise_the_reward(green):
 
 def test_each_picture_learns_from_a_step_of_each_part():
     which = np.asarray(rewarding.chosen(KEY, 500, 20, 4))
-    assert which.shape == (4, 500)
-    for part, steps in enumerate(which):
+    assert which.shape == (500, 4)
+    for part, steps in enumerate(which.T):
         assert set(steps) == set(range(5 * part, 5 * part + 5))
-    np.testing.assert_array_equal(rewarding.chosen(KEY, 2, 3, 3), [[0, 0], [1, 1], [2, 2]])
+    np.testing.assert_array_equal(rewarding.chosen(KEY, 2, 3, 3), [[0, 1, 2], [0, 1, 2]])
 
 
 def test_the_gradient_of_a_step_is_what_it_adds():
@@ -95,7 +95,7 @@ def test_the_gradient_of_a_step_is_what_it_adds():
 
     def end(D):
         _, states = rewarding.drawn(lambda x, sigma: jnp.zeros_like(x), x, sigmas)
-        which = jnp.arange(3)[:, None]
+        which = jnp.arange(3)[None]
         return rewarding.steered(lambda x, sigma: D.reshape(x.shape), x, states, sigmas, which).sum()
 
     np.testing.assert_allclose(jax.grad(end)(jnp.zeros(3)), [1 - 4 / 8, 1 - 1 / 4, 1.0])
