@@ -35,7 +35,8 @@ def run(options: Mapping[str, Any]) -> int:
     named = options["probe"]
     probe = reader.load(reader.SHIPPED if named == SHIPPED else pathlib.Path(os.path.expanduser(named)))
     out = finish.prepare_folder(os.path.expanduser(options["out"]))
-    pipe = loading.load(None if options["model"] == SHIPPED else options["model"])
+    loras = GenerateConfig(lora=options["lora"]).loras()
+    pipe = loading.load(None if options["model"] == SHIPPED else options["model"], lora=loras)
     how = {name: options[name] for name in ("sampler", "steps", "guidance_scale", "batch_size")}
     pipe.settings(**how)  # a wrong one is said before anything is drawn
     height, width = pipe.model.default_size

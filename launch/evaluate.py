@@ -30,6 +30,7 @@ from launch import cli, quality
 FLAGS: cli.Groups = {
     "What to draw": {
         "model": ("FOLDER", "in the layout of PyTorch diffusers, or the one in the package"),
+        "lora": ("FILE[=SCALE]", "as in launch.generate; several with commas between them"),
         "num_prompts": ("N", "prompts of each of the nine kinds"),
         "probe": ("FILE", "that reads the pictures, made by launch.probe, or the one in the package"),
         "train_seed": ("N", "of the scenes that the model has seen: config.seed + 1"),
@@ -44,6 +45,7 @@ FLAGS: cli.Groups = {
 }
 KINDS = {
     "model": str,
+    "lora": str,
     "num_prompts": int,
     "probe": str,
     "train_seed": int,
@@ -56,6 +58,7 @@ KINDS = {
 GENERATE = GenerateConfig()
 DEFAULTS = {
     "model": GENERATE.model,
+    "lora": GENERATE.lora,
     "num_prompts": 100,
     "probe": GENERATE.model,
     "train_seed": 1,

@@ -32,8 +32,7 @@ FLAGS: cli.Groups = {
     },
     "FID and CLIP score: how to draw, beside the above": {
         "negative_prompt": ("TEXT", "what to steer away from"),
-        "lora": ("FILE[=SCALE]", "as in launch.generate; several with commas between them"),
-        "embedding": ("FILE", "likewise"),
+        "embedding": ("FILE", "as in launch.generate; several with commas between them"),
         "decoder": ("FOLDER", "as in launch.generate, and so are those below"),
         "refiner": ("FOLDER", "a second model for the last part of the way"),
         "upscaler": ("FILE", "enlarges each picture before it is judged"),
@@ -75,9 +74,9 @@ FLAGS: cli.Groups = {
         "split_params": ("", "with --parallel jit: splits the model over the devices"),
     },
 }
-SHARED = ("model", "seed", "sampler", "steps", "guidance_scale", "batch_size")  # with the probe
+SHARED = ("model", "lora", "seed", "sampler", "steps", "guidance_scale", "batch_size")  # with the probe
 OWN = (
-    *("negative_prompt", "lora", "embedding", "decoder", "refiner", "controlnet", "control_image"),
+    *("negative_prompt", "embedding", "decoder", "refiner", "controlnet", "control_image"),
     *("control_kind", "ip_adapter", "image_prompt", "image_encoder", "ip_adapter_layers"),
     *("upscaler", "prompt_weights", "long_prompts", "clip_skip", "height", "width"),
     *OF_THE_WAY,

@@ -60,6 +60,7 @@ def test_it_measures_a_model(tmp_path, monkeypatch, capsys, probe_file):
         (["--probe=nowhere"], "there is no probe nowhere: write a file that launch.probe has made"),
         (["--train_seed=-1"], "train_seed=-1: write a number from 0 to 2^32 - 1"),
         (["--probe=probe.safetensors", "--model=nowhere"], "nowhere"),
+        (["--probe=probe.safetensors", "--model=small", "--lora=no.safetensors"], "no.safetensors"),
         (["--probe=probe.safetensors", "--steps=0", "--model=small"], "steps=0"),
         (
             ["--probe=probe.safetensors", "--model=small"],
