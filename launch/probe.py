@@ -22,12 +22,13 @@ FLAGS: cli.Groups = {
         "workdir": ("FOLDER", "for checkpoints, metrics and the probe"),
         "start": ("FILE", "a probe to train further, at half the rate and on other renders"),
         "steps": ("N", "of 64 renders each"),
+        "seed": ("N", "of its first weights and of the renders: for one that another is held against"),
         "tellers": ("N", "processes that tell the scenes, for a GPU or TPU; 0: none but this one"),
         "test_renders": ("N", "fresh pictures that it is examined on"),
     },
 }
-KINDS = {"workdir": str, "start": str, "steps": int, "tellers": int, "test_renders": int}
-DEFAULTS = {"workdir": "", "start": "", "steps": 6000, "tellers": 0, "test_renders": 2000}
+KINDS = {"workdir": str, "start": str, "steps": int, "seed": int, "tellers": int, "test_renders": int}
+DEFAULTS = {"workdir": "", "start": "", "steps": 6000, "seed": 0, "tellers": 0, "test_renders": 2000}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     for name in ("steps", "test_renders"):
         if options[name] < 1:
             raise UserError(f"{name}={options[name]}: write 1 or more")
+    if not 0 <= options["seed"] < 2**16:
+        raise UserError(f"seed={options['seed']}: write a number from 0 to 2^16 - 1")
     if options["tellers"] < 0:
         raise UserError(f"tellers={options['tellers']}: write 0 or more")
 
@@ -53,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     start = pathlib.Path(options["start"]).expanduser() if options["start"] else None
     stage = reader_training.stage(options["steps"], further=start is not None)
     try:
-        params = train(workdir, stage, start, options["tellers"])
+        params = train(workdir, stage, start, options["tellers"], options["seed"])
         if params is None:
             return cli.STOPPED
         reader.save(params, workdir / "probe.safetensors")
@@ -64,12 +67,19 @@ def main(argv: Sequence[str]) -> int:
     return cli.DONE
 
 
-def train(workdir: pathlib.Path, stage: StageConfig, start: pathlib.Path | None = None, tellers: int = 0):
+def train(
+    workdir: pathlib.Path,
+    stage: StageConfig,
+    start: pathlib.Path | None = None,
+    tellers: int = 0,
+    seed: int = 0,
+):
     """Weights of a probe, averaged over the last steps; None where a signal stopped the run.
 
     Args:
       start: the file of a probe that has learned before; other scenes than its first ones follow.
       tellers: processes that tell the scenes, see `engine.world.tellers.drawn`.
+      seed: of fresh weights, of the softness of the renders and of the scenes.
     """
     import jax
 
@@ -77,17 +87,16 @@ def train(workdir: pathlib.Path, stage: StageConfig, start: pathlib.Path | None 
     from engine.train import loop, optim
 
     fresh = start is None
+    scenes = (reader_training.SEED if fresh else reader_training.FURTHER_SEED) + seed * 2**40
     return loop.fit(
         "probe",
         reader_training.loss,
-        reader.init(jax.random.key(0)) if fresh else reader.load(start),
+        reader.init(jax.random.key(seed)) if fresh else reader.load(start),
         None,
         optim.optimizer(stage.optim, stage.steps),
         stage,
-        seed=0,
-        batch_at=reader_training.batches(
-            stage.batch_size, reader_training.SEED if fresh else reader_training.FURTHER_SEED, tellers
-        ),
+        seed=seed,
+        batch_at=reader_training.batches(stage.batch_size, scenes, tellers),
         workdir=workdir,
     )
 

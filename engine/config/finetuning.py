@@ -245,6 +245,8 @@ class FinetuneConfig:
             )
         if not self.reward.of_world and not prompts:
             raise UserError(f"{given} without prompts: write reward.prompts, such as 'prompts.txt'")
+        if dataclasses.replace(self.data, seed=DataConfig.seed) != DataConfig():
+            warnings.warn(f"settings of data but its seed do nothing with {given}", UserNotice, 3)
         self._tell_of_idle_objective(given)
 
     def _tell_of_idle_objective(self, given: str, heeded: tuple[str, ...] = ()) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine.evaluate import reader, reader_training
+from engine.train import loop
 from launch import cli, probe
 from tests.long import LONG
 
@@ -33,10 +34,33 @@ def test_its_training_learns_and_goes_on(tmp_path):
 
 
 def test_a_probe_is_trained(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(probe, "train", lambda workdir, stage, start, tellers: reader.init(jax.random.key(1)))
-    assert cli.exit_code(probe.main, [f"--workdir={tmp_path}", "--test_renders=20"]) == cli.DONE
+    def trained(workdir, stage, start, tellers, seed):
+        return reader.init(jax.random.key(seed))
+
+    monkeypatch.setattr(probe, "train", trained)
+    command = [f"--workdir={tmp_path}", "--test_renders=20", "--seed=1"]
+    assert cli.exit_code(probe.main, command) == cli.DONE
     assert capsys.readouterr().out.count("%") == len(reader.QUESTIONS)
-    reader.load(tmp_path / "probe.safetensors")
+    found = reader.load(tmp_path / "probe.safetensors")
+    np.testing.assert_allclose(found["stem.weight"], reader.init(jax.random.key(1))["stem.weight"], rtol=1e-3)
+
+
+def test_another_seed_is_another_probe_of_other_renders(tmp_path, monkeypatch):
+    """And the same for its own next start; nothing is trained here."""
+    seen = []
+
+    def fit(name, loss, params, frozen, optimizer, stage, *, seed, batch_at, workdir):
+        seen.append((seed, params["stem.weight"], batch_at(0)["image"]))
+
+    monkeypatch.setattr(loop, "fit", fit)
+    stage = dataclasses.replace(reader_training.stage(12), batch_size=4)
+    for seed in (0, 1, 1):
+        probe.train(tmp_path, stage, seed=seed)
+    one, other, again = seen
+    assert (one[0], other[0]) == (0, 1)
+    for i in (1, 2):
+        assert (one[i] != other[i]).mean() > 0.5
+        np.testing.assert_array_equal(other[i], again[i])
 
 
 @pytest.mark.parametrize(
@@ -45,6 +69,7 @@ def test_a_probe_is_trained(tmp_path, monkeypatch, capsys):
         ([], "write --workdir"),
         (["--workdir=a", "--tellers=-1"], "tellers=-1: write 0 or more"),
         (["--workdir=x", "--test_renders=0"], "test_renders=0: write 1 or more"),
+        (["--workdir=x", "--seed=-1"], "seed=-1: write a number from 0"),
         (["--workdir=x", "--steps=0"], "steps=0: write 1 or more"),
         (["--workdir=x", "--start=no.safetensors"], "there is no probe no.safetensors"),
         (["--workdir=file", "--steps=1"], "/file/probe cannot be written: Not a directory"),

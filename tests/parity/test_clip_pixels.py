@@ -2,11 +2,12 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from engine.types import UserError
-from engine.weights.clip_pixels import PixelsConfig, prepare, read_pixels_config
+from engine.weights.clip_pixels import PixelsConfig, prepare, prepared, read_pixels_config
 
 try:  # transformers 5 has two, of which the other one works with torchvision
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Original
@@ -113,3 +114,21 @@ def test_what_the_engine_lacks_is_refused(options, told):
     with pytest.raises(UserError) as error:
         PixelsConfig.from_json(options, "file")
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize("resample", [2, 3, 1], ids=["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("shape", [(40, 52), (33, 20), (12, 17)], ids=["wide", "tall", "small"])
+def test_with_a_gradient_they_are_the_same_but_for_roundings(shape, resample):
+    """PIL rounds to whole levels, twice."""
+    config = PixelsConfig(size=20, crop_size=(20, 18), resample=resample)
+    picture = np.random.default_rng(0).integers(60, 200, (*shape, 3), np.uint8)
+    ours = np.asarray(prepared(jnp.asarray(picture[None], jnp.float32), config))[0]
+    levels = 255 * np.array(config.image_std)
+    assert np.abs((ours - prepare(picture, config)) * levels).max() < 1.6
+
+
+def test_a_filter_without_a_gradient_is_told_of():
+    with pytest.raises(
+        UserError, match=r"resample=0: with a gradient there is 2 \(bilinear\) or 3 \(bicubic"
+    ):
+        prepared(jnp.zeros((1, 8, 8, 3)), PixelsConfig(resample=0))

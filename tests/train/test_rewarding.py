@@ -205,5 +205,7 @@ def test_settings_that_do_nothing_are_told_of(tuning, config):
         UserNotice, match="finetune.weighting='min_snr' does nothing with reward.judge='probe'"
     ):
         own.validate()
+    with pytest.warns(UserNotice, match="settings of data but its seed do nothing with reward.judge='probe'"):
+        dataclasses.replace(own, data=DataConfig(flip=0.5)).validate()
     with pytest.warns(UserNotice, match="settings of reward do nothing without reward.judge"):
         config("lora", reward=RewardConfig(steps=8)).validate()
