@@ -7,6 +7,7 @@ python -m launch.generate "a fox" --lora runs/lcm/pytorch_lora_weights.safetenso
 """
 
 from engine.config import (
+    EVERY_LAYER,
     DataConfig,
     DistillConfig,
     FinetuneConfig,
@@ -16,19 +17,13 @@ from engine.config import (
     SamplesConfig,
 )
 
-# All that has weights of some size, as in the original.
-TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-)
-
 
 def get_config() -> FinetuneConfig:
     """For the model in the package, on two CPU cores."""
     return FinetuneConfig(
         what="lora",
         data=DataConfig(flip=0.5),
-        lora=LoraConfig(rank=32, alpha=32.0, targets=TARGETS),
+        lora=LoraConfig(rank=32, alpha=32.0, targets=EVERY_LAYER),
         distill=DistillConfig(steps=50, guidance_scale=(4.0, 6.0)),
         finetune=FinetuneStage(
             steps=400,

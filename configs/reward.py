@@ -11,6 +11,7 @@ python -m launch.train --config=configs/reward.py --workdir=runs/liked --config.
 """
 
 from engine.config import (
+    EVERY_LAYER,
     FinetuneConfig,
     FinetuneStage,
     LoraConfig,
@@ -19,19 +20,13 @@ from engine.config import (
     SamplesConfig,
 )
 
-# All that has weights of some size.
-TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-)
-
 
 def get_config() -> FinetuneConfig:
     """For the model in the package, on two CPU cores."""
     return FinetuneConfig(
         what="lora",
         reward=RewardConfig(judge="probe", steps=10, trained_steps=2, guidance_scale=5.0),
-        lora=LoraConfig(rank=32, alpha=32.0, targets=TARGETS),
+        lora=LoraConfig(rank=32, alpha=32.0, targets=EVERY_LAYER),
         finetune=FinetuneStage(
             steps=160,
             batch_size=8,

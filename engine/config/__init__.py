@@ -31,6 +31,7 @@ from engine.config.inversion import InversionConfig
 from engine.config.reader import IN_WORDS, from_json, nearest, to_json
 from engine.config.training import (
     DECAYS,
+    EVERY_LAYER,
     OPTIMIZERS,
     REMATS,
     TIME_SAMPLINGS,
@@ -50,6 +51,7 @@ __all__ = [
     "DATA_KINDS",
     "DECAYS",
     "DRAWN",
+    "EVERY_LAYER",
     "FORMATS",
     "GIVEN",
     "IN_WORDS",

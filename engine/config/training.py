@@ -202,6 +202,13 @@ class DiffusionStage(ObjectiveConfig, StageConfig):
     distinct: int = 0  # drawn scenes, in turn, their latents kept in the workdir; 0: every one is new
 
 
+# Targets of a LoRA: all of a U-Net that has weights of some size, as in the original of the LCM-LoRA.
+EVERY_LAYER = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+
+
 @dataclasses.dataclass
 class LoraConfig:
     """A LoRA (Hu et al. 2021): which layers it changes, and by matrices of which rank."""

@@ -170,13 +170,14 @@ class Objective(NamedTuple):
 def objective(config: FinetuneConfig, task: Task) -> Objective:
     """The loss of what is trained."""
     model, dtype = task.model, config.finetune.compute_dtype
-    frozen: dict[str, Any] = {kind: part.params for kind, part in model.parts.items()}
-    frozen["empty_ids"] = model.tokenizers.encode([""])[0]
-    encode = objectives.of_pictures(model.graphdefs, model.zeros, model.clip_skip)
     if config.latents:
         encode = objectives.of_cache(model.vae.config.scaling_factor)
         cache = pathlib.Path(config.latents).expanduser()
         frozen = {"unet": model.unet.params, "empty": latents.empty(cache, model)}
+    else:
+        encode = objectives.of_pictures(model.graphdefs, model.zeros, model.clip_skip)
+        frozen = {kind: part.params for kind, part in model.parts.items()}
+        frozen["empty_ids"] = model.tokenizers.encode([""])[0]
     how = model.unet.graphdef, encode, model.scheduler
     if task.judge is not None:
         frozen[rewarding.JUDGE] = task.judge.params
