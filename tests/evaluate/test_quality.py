@@ -86,7 +86,8 @@ def test_the_best_and_the_worst(clip):
     repeated = ((PICTURES, CAPTIONS) for _ in range(5))
     found = measure(repeated, Instruments(clip=clip))
     assert len(found.best) == len(found.worst) == SHOWN
-    assert [one.number for one in found.best[:5]] == [order[0] + 8 * i for i in range(5)]
+    # one picture five times: scores that are equal but for the last bit, which the place in a batch decides
+    assert {one.number for one in found.best[:5]} == {order[0] + 8 * i for i in range(5)}
 
 
 def test_few_pictures_are_in_memory(clip):
