@@ -89,4 +89,4 @@ def test_reward_and_gradients_are_those_of_pytorch(folder, clip):
     assert float(metrics["reward"]) == pytest.approx(their_reward, rel=1e-4)
     for path, ours in traverse_util.flatten_dict(gradients).items():
         name = names.to_key(path)
-        assert_same(names.to_torch(path, np.asarray(ours)), their_gradients[name].numpy(), 1e-3, where=name)
+        assert_same(names.to_torch(path, np.asarray(ours)), their_gradients[name].numpy(), 2e-4, where=name)
