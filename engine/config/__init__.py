@@ -13,6 +13,7 @@ from engine.config.drawing import (
     JobConfig,
     check_count,
     check_hires,
+    scaled,
     told_size,
 )
 from engine.config.finetuning import (
@@ -90,6 +91,7 @@ __all__ = [
     "check_hires",
     "from_json",
     "nearest",
+    "scaled",
     "to_json",
     "told_size",
 ]

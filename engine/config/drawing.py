@@ -50,6 +50,34 @@ PICTURED = {
 }
 
 
+def scaled(
+    name: str, value: str, what: str, example: str, usual: float = 1.0
+) -> tuple[tuple[str, float], ...]:
+    """The paths that an option names, each with its scale; UserError where it is no such list.
+
+    Args:
+      value: PATH or PATH=SCALE, several with commas between them.
+      what: a path is called in the message.
+      usual: the scale of a path that is named without one.
+    """
+    found = []
+    for entry in value.split(",") if value else ():
+        path, equals, number = entry.strip().rpartition("=")
+        if not equals:
+            path, number = number, str(usual)
+        try:
+            scale = float(number)
+        except ValueError:
+            scale = math.nan
+        if not path or not math.isfinite(scale):
+            raise UserError(
+                f"{name}={value!r}: write {what} or {what}=SCALE, with commas between several, "
+                f"such as {example}"
+            )
+        found.append((path, scale))
+    return tuple(found)
+
+
 def check_count(of: str, found: int, count: int) -> None:
     """UserError unless there are as many pictures for them as there are networks of this kind of PICTURED."""
     if found == count:
@@ -177,15 +205,15 @@ class GenerateConfig:
 
     def loras(self) -> tuple[tuple[str, float], ...]:
         """The files and scales that `lora` names; UserError where it is no such list."""
-        return self._scaled("lora", "FILE", "a.safetensors=0.8,b.safetensors")
+        return scaled("lora", self.lora, "FILE", "a.safetensors=0.8,b.safetensors")
 
     def controlnets(self) -> tuple[tuple[str, float], ...]:
         """The folders, or files, and scales that `controlnet` names; UserError where it is no such list."""
-        return self._scaled("controlnet", "FOLDER", "canny=0.8,depth")
+        return scaled("controlnet", self.controlnet, "FOLDER", "canny=0.8,depth")
 
     def ip_adapters(self) -> tuple[tuple[str, float], ...]:
         """The files and scales that `ip_adapter` names; UserError where it is no such list."""
-        return self._scaled("ip_adapter", "FILE", "a.safetensors=0.6,b.safetensors")
+        return scaled("ip_adapter", self.ip_adapter, "FILE", "a.safetensors=0.6,b.safetensors")
 
     def adapter_layers(self) -> tuple[str, ...]:
         """What `ip_adapter_layers` names; UserError where it is no such list."""
@@ -194,24 +222,6 @@ class GenerateConfig:
     def networks(self, of: str) -> tuple[tuple[str, float], ...]:
         """Those of a kind of PICTURED."""
         return self.controlnets() if of == "controlnet" else self.ip_adapters()
-
-    def _scaled(self, name: str, what: str, example: str) -> tuple[tuple[str, float], ...]:
-        found, value = [], getattr(self, name)
-        for entry in value.split(",") if value else ():
-            path, equals, number = entry.strip().rpartition("=")
-            if not equals:
-                path, number = number, "1"
-            try:
-                scale = float(number)
-            except ValueError:
-                scale = math.nan
-            if not path or not math.isfinite(scale):
-                raise UserError(
-                    f"{name}={value!r}: write {what} or {what}=SCALE, with commas between several, "
-                    f"such as {example}"
-                )
-            found.append((path, scale))
-        return tuple(found)
 
     def pictures_of(self, of: str, value: str | None = None) -> tuple[str, ...]:
         """The files that each network of a kind of PICTURED sees; none where none are named.

@@ -100,6 +100,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._bpe.get_vocab_size()
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Each token, with its id."""
+        return self._bpe.get_vocab()
+
     def encode(self, prompts: list[str]) -> Int32[np.ndarray, "B L"]:
         """Ids of each prompt, cut or padded to L = model_max_length, bos and eos included."""
         room = self.model_max_length - 2
@@ -218,7 +223,7 @@ class Tokenizer:
         """Writes all that `load` and transformers' CLIPTokenizer.from_pretrained read."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        vocab = sorted(self._bpe.get_vocab().items(), key=lambda item: item[1])
+        vocab = sorted(self.vocabulary.items(), key=lambda item: item[1])
         added = {
             str(i): {field: getattr(token, field) for field in TOKEN_FIELDS}
             for i, token in self._bpe.get_added_tokens_decoder().items()

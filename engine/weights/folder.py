@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -99,6 +99,29 @@ class Model:
         return next(tokenizer for _, tokenizer in self.readers.values())
 
 
+class Outline(NamedTuple):
+    """What a folder is: all of it but the weights. By the part that it is for, or of."""
+
+    found: index.Index
+    scheduler: SchedulerConfig
+    tokenizers: dict[str, Tokenizer]  # of each text encoder
+    configs: dict[str, Any]
+
+
+def read_outline(folder: Path) -> Outline:
+    """Reads what `load_folder` reads before the weights.
+
+    Raises:
+      UserError: no such folder, or anything of that is missing, broken or of a kind that the engine lacks.
+    """
+    found, scheduler = index.read_index(folder), read_scheduler(folder)
+    texts = {kind: TOKENIZERS[kind] for kind in found.kinds if kind in TOKENIZERS}
+    tokenizers = {kind: Tokenizer.load(folder / name) for kind, name in texts.items()}
+    configs = {kind: read_config(folder / kind / "config.json", kind) for kind in found.kinds}
+    _check_classes(configs, found.classes, folder)
+    return Outline(found, scheduler, tokenizers, configs)
+
+
 def load_folder(
     path: str | Path,
     dtype: DTypeLike = jnp.float32,
@@ -123,15 +146,11 @@ def load_folder(
         a LoRA or an embedding that is not for this model, or a text encoder of too few layers.
     """
     folder = Path(os.path.expanduser(path))  # unlike Path's own, silent about users that do not exist
-    found, scheduler = index.read_index(folder), read_scheduler(folder)
-    texts = {kind: TOKENIZERS[kind] for kind in found.kinds if kind in TOKENIZERS}
-    tokenizers = {kind: Tokenizer.load(folder / name) for kind, name in texts.items()}
-    configs = {kind: read_config(folder / kind / "config.json", kind) for kind in found.kinds}
-    _check_classes(configs, found.classes, folder)
+    found, scheduler, tokenizers, configs = read_outline(folder)
     changes, learned = _changes(loras, words, configs, tokenizers)
     check_parts_fit(configs, tokenizers, folder)
     if clip_skip:
-        _check_clip_skip(clip_skip, {kind: configs[kind] for kind in texts})
+        _check_clip_skip(clip_skip, {kind: configs[kind] for kind in tokenizers})
     reader = ThreadPoolExecutor(1, "reading")  # one part after the other, each with threads of its own
     try:
         reading = {

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import engine
 from engine.weights import lora, lora_files, lycoris, names
 from engine.weights.folder import load_folder
+from engine.weights.mixing import Mixture, write_mixed
 from engine.weights.safetensors_io import read_header
 from tests.kohya import as_kohya
 from tests.parity.common import nchw
@@ -122,7 +123,10 @@ def test_diffusers_draws_the_same_picture_with_two_of_ours_and_scales(folder, co
         pipeline.load_lora_weights(file, adapter_name=name)
         loras.append((file, scales[name]))
     pipeline.set_adapters(list(scales), list(scales.values()))
-    assert psnr(drawn_here(folder, *loras), drawn_by(pipeline)) >= 40
+    theirs = drawn_by(pipeline)
+    assert psnr(drawn_here(folder, *loras), theirs) >= 40
+    write_mixed(folder, tmp_path / "merged", Mixture(loras=loras))
+    assert psnr(drawn_by(in_pytorch(tmp_path / "merged")), theirs) >= 60
 
 
 def test_ranks_and_alphas_of_single_layers_reach_diffusers(folder, configs, tmp_path):
