@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from engine.config import check_count
-from engine.models.controlnet import Control, ControlNetConfig, ControlNetModel, State
+from engine.models.controlnet import Control, ControlNetConfig, ControlNetModel, Look, State
 from engine.models.merging import merging
 from engine.models.t2i_adapter import Features, T2IAdapterConfig
 from engine.models.watching import unwatched
@@ -75,7 +75,7 @@ def said(
     x: Latents,
     t: Float[Array, " B"],
     reads: Sequence[Any],
-    shown: Sequence[Float[Array, "b H W F"] | Seen],
+    shown: Sequence[Look | Seen],
     scales: Float[Array, " K"],
     added: Any,
     inside: Bool[Array, ""] | None = None,
@@ -92,8 +92,8 @@ def said(
       inside: where it is false nothing is computed, and zeros are added. None: it is true.
     """
     pairs = list(zip(shown, scales, strict=True))
-    features = _features([pair for pair in pairs if isinstance(pair[0], tuple)], len(x), inside)
-    others = [pair for pair in pairs if not isinstance(pair[0], tuple)]
+    features = _features([pair for pair in pairs if not isinstance(pair[0], Look)], len(x), inside)
+    others = [pair for pair in pairs if isinstance(pair[0], Look)]
     if not others:
         return Control([], None, features)
     looks, weights = zip(*others, strict=True)
@@ -101,8 +101,7 @@ def said(
     def near() -> tuple[list[Array], list[State]]:
         each = zip(nets(), reads, looks, weights, strict=True)
         found = [
-            net.near(x, t, read, jnp.repeat(seen, len(x) // len(seen), axis=0), scale, added)
-            for net, read, seen, scale in each
+            net.near(x, t, read, _repeated(seen, len(x)), scale, added) for net, read, seen, scale in each
         ]
         return _total([more for more, _ in found]), [state for _, state in found]
 
@@ -120,6 +119,11 @@ def said(
 
     full_size, states = where_inside(near)
     return Control(full_size, lambda: where_inside(lambda: deep(states)), features)
+
+
+def _repeated(seen: Look, rows: int) -> Look:
+    """The same for as many rows, of which those of a picture stand side by side."""
+    return jax.tree.map(lambda array: jnp.repeat(array, rows // len(array), axis=0), seen)
 
 
 def _features(

@@ -15,6 +15,7 @@ from engine.controls import ControlNet
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.enlarging import Enlarging
 from engine.loading import DTYPES, SHIPPED, SHIPPED_NAME
+from engine.models.controlnet import Look
 from engine.models.upscalers import RRDBConfig
 from engine.parallel import Devices
 from engine.programs import Programs
@@ -126,7 +127,7 @@ def drawing(
         shared["nets"] = tuple(placed(net.part.params, devices.shardings) for net in nets)
         shared["net_scales"] = shape(controlnets)
         first_level = model.unet.config.block_out_channels[0]
-        batched["shown"] = (shape(*latents.shape[:3], first_level, dtype=dtype),) * controlnets
+        batched["shown"] = (Look(shape(*latents.shape[:3], first_level, dtype=dtype)),) * controlnets
 
     kind = Kind(sampler, guided=True, merge=merge)
     begin = made.begin_program(kind, True)

@@ -68,6 +68,13 @@ class Control(NamedTuple):
         return self.features[level] if level < len(self.features) else None
 
 
+class Look(NamedTuple):
+    """What a ControlNet makes of its pictures alone."""
+
+    picture: Float[Array, "B h w C"]  # at the size of the latents
+    time: Float[Array, "B E"] | None = None  # what it adds to the embedding of the time
+
+
 Scale = Float[Array, ""] | Float[Array, " B"] | float
 State = tuple[Float[Array, "B H W F"], Float[Array, "B E"]]  # the first level's output, and the time
 
@@ -109,8 +116,11 @@ class ControlNetModel(UNetEncoder):
         self.controlnet_mid_block = from_zero(config.block_out_channels[-1])
         self._name_places()
 
-    def look(self, picture: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+    def look(self, picture: Float[Array, "B H W 3"]) -> Look:
         """What the network makes of a picture, 0 to 1, alone: once for many calls."""
+        return Look(self._embedded(picture))
+
+    def _embedded(self, picture: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         if self.config.controlnet_conditioning_channel_order == "bgr":
             picture = picture[..., ::-1]
         return self.controlnet_cond_embedding(picture.astype(self.dtype))
@@ -120,7 +130,7 @@ class ControlNetModel(UNetEncoder):
         x: Float[Array, "B H W C"],
         t: Float[Array, " B"],
         context: Float[Array, "B L D"] | Read,
-        seen: Float[Array, "B H W F"],
+        seen: Look,
         scale: Scale = 1.0,
         added: tuple[Float[Array, "B P"], Float[Array, "B N"]] | None = None,
     ) -> tuple[list[Float[Array, "B H W F"]], State]:
@@ -133,7 +143,9 @@ class ControlNetModel(UNetEncoder):
         """
         x, context, seen = jax.tree.map(lambda array: array.astype(self.dtype), (x, context, seen))
         temb = self.embedded_time(t, added)
-        x = first = self.conv_in(x) + seen
+        if seen.time is not None:
+            temb = temb + seen.time
+        x = first = self.conv_in(x) + seen.picture
         x, skips = self.down_blocks[0].at_full_size(x, temb, context)
         return self._scaled(self.controlnet_down_blocks[: 1 + len(skips)], [first, *skips], scale), (x, temb)
 

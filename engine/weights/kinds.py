@@ -14,6 +14,7 @@ from engine.models.clip_vision import (
     CLIPVisionModelWithProjection,
 )
 from engine.models.controlnet import ControlNetConfig, ControlNetModel
+from engine.models.controlnet_union import ControlNetUnionConfig, ControlNetUnionModel
 from engine.models.safety_checker import SafetyCheckerConfig, StableDiffusionSafetyChecker
 from engine.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from engine.models.unet import UNet2DConditionModel, UNetConfig
@@ -42,7 +43,7 @@ class Kind(NamedTuple):
 
     def of(self, config: Any) -> "Kind":
         """The class whose config this is."""
-        return next(kind for kind in (self, *self.others) if isinstance(config, kind.config))
+        return next(kind for kind in (self, *self.others) if type(config) is kind.config)
 
     def notes(self) -> dict[str, Any]:
         """What config.json says of its class, as the library that reads it expects."""
@@ -61,6 +62,9 @@ MODEL_TYPES = {  # as transformers calls them
 }
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
 _ADAPTER = Kind("diffusers", "T2IAdapter", T2IAdapterConfig, T2IAdapter, _DIFFUSERS_STEM)
+_UNION = Kind(
+    "diffusers", "ControlNetUnionModel", ControlNetUnionConfig, ControlNetUnionModel, _DIFFUSERS_STEM
+)
 _TINY = Kind("diffusers", "AutoencoderTiny", AutoencoderTinyConfig, AutoencoderTiny, _DIFFUSERS_STEM)
 KINDS = {
     "unet": Kind("diffusers", "UNet2DConditionModel", UNetConfig, UNet2DConditionModel, _DIFFUSERS_STEM),
@@ -82,6 +86,6 @@ KNOWN = KINDS | {
     "image_encoder": Kind("transformers", _SEEN, CLIPVisionConfig, CLIPVisionModelWithProjection, "model"),
     "safety_checker": _checker("StableDiffusionSafetyChecker", (_checker("SafetyChecker"),)),
     "controlnet": Kind(
-        "diffusers", "ControlNetModel", ControlNetConfig, ControlNetModel, _DIFFUSERS_STEM, (_ADAPTER,)
+        "diffusers", "ControlNetModel", ControlNetConfig, ControlNetModel, _DIFFUSERS_STEM, (_ADAPTER, _UNION)
     ),
 }

@@ -22,6 +22,8 @@ LEAVES |= {"running_mean": "running_mean", "running_var": "running_var"}  # of a
 # parameters of CLIP that are no layer's
 LEAVES |= {"class_embedding": "class_embedding", "logit_scale": "logit_scale"}
 LEAVES |= {"latents": "latents"}  # the queries of an IP-Adapter
+# of a ControlNet union, which has the attention of PyTorch
+LEAVES |= {name: name for name in ("task_embedding", "in_proj_weight", "in_proj_bias")}
 # of a safety checker
 LEAVES |= {name: name for name in ("concept_embeds", "special_care_embeds")}
 LEAVES |= {name: name for name in ("concept_embeds_weights", "special_care_embeds_weights")}
