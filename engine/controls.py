@@ -8,6 +8,7 @@ noise levels.
 import contextlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from engine.config import check_count
+from engine.config import check_count, control_mode
 from engine.models.controlnet import Control, ControlNetConfig, ControlNetModel, Look, State
 from engine.models.merging import merging
 from engine.models.t2i_adapter import Features, T2IAdapterConfig
@@ -24,6 +25,7 @@ from engine.models.watching import unwatched
 from engine.requests import Given, Settings, check_pixels
 from engine.types import Latents, UserError
 from engine.weights.component import Component
+from engine.weights.controlnet import find, is_union, kind_of
 
 Seen = tuple[Float[Array, "b _ _ _"], ...]  # Features of the pictures
 
@@ -34,6 +36,79 @@ class ControlNet(NamedTuple):
     part: Component
     scale: float  # of what it adds
     kind: str = ""  # what it learned to be shown of a picture, where that is known: see engine.sights
+    pictures: tuple[int, ...] = ()  # which of those that are given it sees; none: the one in its own place
+    modes: tuple[int, ...] = ()  # of a union, which kind each of them is of,
+    scales: tuple[float, ...] = ()  # and where it sees several, how much of each
+
+
+def gathered(
+    entries: Sequence[tuple[str | os.PathLike, float]],
+    modes: Sequence[str | int],
+    read: Callable[[str | os.PathLike], Component],
+) -> list[ControlNet]:
+    """The networks that entries name. Those that name the same union are one network, which sees several.
+
+    Args:
+      entries: paths and scales.
+      modes: for each entry that is a union, in their order, of which kind its picture is.
+      read: makes one of a path.
+
+    Raises:
+      UserError: there are not as many modes as unions, or one does not know such a kind.
+    """
+    check_modes([path for path, _ in entries], modes)
+    left, nets, of_union = [control_mode(mode) for mode in modes], [], {}
+    for place, (path, scale) in enumerate(entries):
+        if not is_union(path):
+            nets.append(ControlNet(read(path), float(scale), kind_of(path), (place,)))
+            continue
+        mode, at = left.pop(0), of_union.setdefault(find(path), len(nets))
+        if at == len(nets):
+            nets.append(ControlNet(read(path), float(scale), kind_of(path)))
+        net = nets[at]
+        if mode >= (known := net.part.config.num_control_type):
+            raise UserError(f"control_mode={mode}: {path} knows {known} kinds of pictures, from 0")
+        own = {"pictures": place, "modes": mode, "scales": float(scale)}
+        net = net._replace(**{name: (*getattr(net, name), value) for name, value in own.items()})
+        nets[at] = net._replace(scale=net.scale if len(net.scales) == 1 else 1.0)
+    return nets
+
+
+def check_modes(paths: Sequence[str | os.PathLike], modes: Sequence[str | int]) -> None:
+    """UserError unless there are as many modes as unions."""
+    unions = [path for path in paths if is_union(path)]
+    if len(unions) > len(modes):
+        raise UserError(
+            f"{unions[len(modes)]} sees many kinds of pictures (a union): say of which its own is, as "
+            "control_mode canny, depth or openpose"
+        )
+    if len(unions) < len(modes):
+        told = ",".join(map(str, modes))
+        raise UserError(f"control_mode={told}: it is for ControlNet unions, of which {len(unions)} are named")
+
+
+def places(nets: Sequence[ControlNet]) -> list[tuple[int, ...]]:
+    """Of each, which of the pictures that are given it sees."""
+    return [net.pictures or (place,) for place, net in enumerate(nets)]
+
+
+def count(nets: Sequence[ControlNet]) -> int:
+    """How many pictures they see."""
+    return sum(map(len, places(nets)))
+
+
+def kinds(nets: Sequence[ControlNet]) -> tuple[str, ...]:
+    """What they learned to be shown of each picture."""
+    each = {place: net.kind for net, own in zip(nets, places(nets), strict=True) for place in own}
+    return tuple(each[place] for place in sorted(each))
+
+
+def looked(net: ControlNet, network: Any, pictures: Sequence[Float[Array, "B H W 3"]]) -> Look | Seen:
+    """What a network makes of its own pictures, 0 to 1, alone."""
+    if net.modes:
+        return network.look_at(pictures, net.modes, net.scales)
+    (picture,) = pictures
+    return network.look(picture)
 
 
 def at_each_step(nets: Sequence[ControlNet]) -> list[int]:

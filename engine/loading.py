@@ -12,7 +12,7 @@ import platformdirs
 
 from engine import edits
 from engine.config import GenerateConfig, nearest
-from engine.controls import ControlNet
+from engine.controls import check_modes, gathered
 from engine.models.tiles import check_tile
 from engine.parallel import Devices
 from engine.pipeline import Pipeline
@@ -24,7 +24,7 @@ from engine.weights import network, quantized
 from engine.weights import safety_checker as safety
 from engine.weights import upscaler as upscalers
 from engine.weights.component import Component
-from engine.weights.controlnet import kind_of, load_controlnet, look
+from engine.weights.controlnet import load_controlnet, look
 from engine.weights.decoder import with_decoder
 from engine.weights.folder import Model, load_folder
 from engine.weights.refiner import load_refiner
@@ -53,6 +53,7 @@ def load(
     image_encoder: str | os.PathLike | None = None,
     ip_adapter_layers: Sequence[str] = (),
     safety_checker: str | os.PathLike | None = None,
+    control_mode: Sequence[str | int] = (),
 ) -> Pipeline:
     """Loads a model onto the devices.
 
@@ -85,6 +86,9 @@ def load(
         "up_blocks.0.attentions.1" for the style alone. None: to all.
       safety_checker: the folder of Stable Diffusion 1's safety checker, or of a model that has one: pictures
         in which it finds one of its concepts are held back (engine.models.safety_checker).
+      control_mode: for each entry of `controlnet` that is a union, in their order, of which kind its picture
+        is: "canny", "depth", ... (engine.config.CONTROL_MODES), or a number. Entries that name the same
+        union are one network, which sees their pictures at once.
 
     Raises:
       UserError: the folder or an argument is wrong; the message says what to write instead.
@@ -102,6 +106,7 @@ def load(
         place = quantized.placing(place, quantize)
     for path, _ in controlnet:
         look(path)  # before gigabytes are read
+    check_modes([path for path, _ in controlnet], control_mode)
     enlarging = upscalers.look(upscaler) if upscaler else None
     if safety_checker:
         safety.look(safety_checker)
@@ -118,12 +123,9 @@ def load(
     loaded = read(lora)
     edits.made_for(loaded, str(folder))
     second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None
-    nets = [
-        ControlNet(
-            load_controlnet(loaded, path, jnp.dtype(dtype), devices.place), float(scale), kind_of(path)
-        )
-        for path, scale in controlnet
-    ]
+    nets = gathered(
+        controlnet, control_mode, lambda path: load_controlnet(loaded, path, jnp.dtype(dtype), devices.place)
+    )
     prompted = ip_adapters.load_adapters(loaded, readers, ip_adapter_layers, jnp.dtype(dtype), devices.place)
     if decoder:
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)

@@ -329,7 +329,7 @@ class Pipeline:
     def check_given(self, given: Sequence[Given], settings: Settings) -> None:
         """UserError where pictures beside the words are not what the model and what is beside it need."""
         edits.checked(given, self.made_for, settings)
-        controls.checked(given, len(self.programs.nets), settings)
+        controls.checked(given, controls.count(self.programs.nets), settings)
         adapters.checked(given, len(self.programs.adapters))
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:

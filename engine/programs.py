@@ -236,9 +236,12 @@ class Programs:
             return edits.looked_at(vae, given, self.made_for)
 
     def _shown(self, params: Any, pictures: Any) -> Any:
-        each = zip(self.nets, map(self._in_type, params), pictures, strict=True)
-        parts = ((module(net.part, self.devices.whole(own)), own_pictures) for net, own, own_pictures in each)
-        return tuple(net.look(own_pictures / jnp.float32(255)) for net, own_pictures in parts)
+        each = zip(self.nets, map(self._in_type, params), controls.places(self.nets), strict=True)
+        parts = ((net, module(net.part, self.devices.whole(own)), places) for net, own, places in each)
+        return tuple(
+            controls.looked(net, network, [pictures[place] / jnp.float32(255) for place in places])
+            for net, network, places in parts
+        )
 
     def _controlnets(self, params: Sequence[Any], after: Any = None) -> list[Any]:
         """Those that are called at each step."""

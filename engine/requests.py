@@ -144,7 +144,7 @@ class Given(NamedTuple):
 
     image: UInt8[np.ndarray, "H W 3"] | None = None  # to change
     mask: Float[np.ndarray, "H W"] | None = None  # of it; 1: to be drawn anew, 0: stays
-    control: tuple[UInt8[np.ndarray, "H W 3"], ...] = ()  # one for each ControlNet
+    control: tuple[UInt8[np.ndarray, "H W 3"], ...] = ()  # one for each ControlNet that was named
     image_prompt: tuple[np.ndarray, ...] = ()  # (H, W, 3) uint8, one for each IP-Adapter, of any size
 
 

@@ -77,8 +77,8 @@ def drawn(config: JobConfig, rows: Rows, most: int | None, pipe: Pipeline) -> Ca
     about |= {"height": config.height or height, "width": config.width or width, "dtype": config.dtype}
     names = ("lora", "embedding", "decoder", "refiner", "clip_skip", "quantize", "tile")
     names += ("prompt_weights", "long_prompts", "upscaler")
-    names += ("controlnet", "control_image", "control_kind", "ip_adapter", "image_prompt", "image_encoder")
-    names += ("ip_adapter_layers",)
+    names += ("controlnet", "control_image", "control_kind", "control_mode")
+    names += ("ip_adapter", "image_prompt", "image_encoder", "ip_adapter_layers")
     chosen = {name: getattr(config, name) for name in names} | config.of_the_way()
     chosen["refiner_start"] = filled.refiner_start
     about |= {name: value for name, value in chosen.items() if value}

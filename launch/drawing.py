@@ -110,7 +110,7 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
         options = config.refiner or None, config.quantize, config.clip_skip, config.controlnets()
         more = config.prompt_weights, config.long_prompts, config.upscaler or None
         readers = config.ip_adapters(), config.image_encoder or None, config.adapter_layers()
-        readers = *readers, config.safety_checker or None
+        readers = *readers, config.safety_checker or None, config.control_modes()
         pipe = engine.load(model, config.dtype, parallel, *files, *options, *more, *readers)
     cli.stop_if_asked()
     return pipe

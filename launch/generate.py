@@ -68,6 +68,12 @@ FLAGS: cli.Groups = {
             "show it the edges, grey or mosaic of that picture, or with none all of it; without this\n"
             "what a ControlNet of launch.train has learned, and others all of it",
         ),
+        "control_mode": (
+            "KIND",
+            "of which kind that picture is, for a ControlNet union, which sees many: canny, depth, hed,\n"
+            "inpaint, lineart, mlsd, normal, openpose, scribble, segment, tile, or a number. A union that\n"
+            "is named several times sees several at once; one for each, with commas between them",
+        ),
         "control_start": ("S", "share of the steps before which it adds nothing; without it 0"),
         "control_end": ("S", "share of the steps behind which it adds nothing, and costs nothing"),
     },

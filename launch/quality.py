@@ -46,6 +46,7 @@ FLAGS: cli.Groups = {
         ),
         "control_image": ("FILE", "what it sees, for the rows that have none of their own"),
         "control_kind": ("KIND", "what of it: edges, grey, mosaic or none; without this what it has learned"),
+        "control_mode": ("KIND", "for a ControlNet union: canny, depth, openpose, ...; several with commas"),
         "control_start": ("S", "share of the steps before which it adds nothing"),
         "control_end": ("S", "share of the steps behind which it adds nothing"),
         "ip_adapter": ("FILE[=SCALE]", "an IP-Adapter of the model; several with commas between them"),
@@ -77,7 +78,7 @@ FLAGS: cli.Groups = {
 SHARED = ("model", "lora", "seed", "sampler", "steps", "guidance_scale", "batch_size")  # with the probe
 OWN = (
     *("negative_prompt", "embedding", "decoder", "refiner", "controlnet", "control_image"),
-    *("control_kind", "ip_adapter", "image_prompt", "image_encoder", "ip_adapter_layers"),
+    *("control_kind", "control_mode", "ip_adapter", "image_prompt", "image_encoder", "ip_adapter_layers"),
     *("upscaler", "prompt_weights", "long_prompts", "clip_skip", "height", "width"),
     *OF_THE_WAY,
     *("dtype", "parallel", "split_params", "quantize", "tile"),

@@ -19,6 +19,7 @@ from flax import traverse_util
 
 from engine.diffusion.scheduler_config import SchedulerConfig
 from engine.models.controlnet import ControlNetConfig
+from engine.models.controlnet_union import ControlNetUnionConfig
 from engine.text.tokenizer import Tokenizer, train_tokenizer
 from engine.weights.component import Component, abstract, save_component
 from engine.weights.folder import TOKENIZERS, Model, save_folder
@@ -168,6 +169,18 @@ def tiny_controlnet(path: str | os.PathLike, seed: int = 0, **unet: Any) -> path
     options = {name: value for name, value in {**UNET, **unet}.items() if name in known}
     options["mid_block_type"] = options.get("mid_block_type", "UNetMidBlock2DCrossAttn") or "UNetMidBlock2D"
     options |= {"in_channels": 4, "conditioning_embedding_out_channels": (4, 8)}
+    save_component(pathlib.Path(path), component("controlnet", options, seed))
+    return pathlib.Path(path)
+
+
+def tiny_union(path: str | os.PathLike, seed: int = 0, kinds: int = 4, **unet: Any) -> pathlib.Path:
+    """Writes a ControlNet union for the model whose U-Net has these overrides; returns its path."""
+    known = {field.name for field in dataclasses.fields(ControlNetUnionConfig)}
+    options = {name: value for name, value in {**UNET, **unet}.items() if name in known}
+    channels = options["block_out_channels"][0]
+    options |= {"_class_name": "ControlNetUnionModel", "in_channels": 4, "num_control_type": kinds}
+    options |= {"num_trans_channel": channels, "num_proj_channel": channels, "num_trans_head": 2}
+    options |= {"conditioning_embedding_out_channels": (4, 8), "mid_block_type": "UNetMidBlock2DCrossAttn"}
     save_component(pathlib.Path(path), component("controlnet", options, seed))
     return pathlib.Path(path)
 

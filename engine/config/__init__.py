@@ -2,6 +2,7 @@
 
 from engine.config.data import CROPS, DATA_KINDS, DRAWN, DataConfig
 from engine.config.drawing import (
+    CONTROL_MODES,
     FORMATS,
     MAX_INDEX,
     MAX_UPSCALE,
@@ -13,6 +14,7 @@ from engine.config.drawing import (
     JobConfig,
     check_count,
     check_hires,
+    control_mode,
     scaled,
     told_size,
 )
@@ -48,6 +50,7 @@ from engine.config.training import (
 )
 
 __all__ = [
+    "CONTROL_MODES",
     "CROPS",
     "DATA_KINDS",
     "DECAYS",
@@ -89,6 +92,7 @@ __all__ = [
     "WordsStage",
     "check_count",
     "check_hires",
+    "control_mode",
     "from_json",
     "nearest",
     "scaled",

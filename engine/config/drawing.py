@@ -22,6 +22,12 @@ MAX_TOLD = 65536  # pixels of a side that SDXL is told
 
 SIGHTS = ("edges", "grey", "mosaic")  # what a ControlNet may be shown of a picture: engine.sights
 
+# What pictures a ControlNet union sees, and the numbers that github.com/xinsir6/ControlNetPlus gave them
+CONTROL_MODES = {
+    **{"openpose": 0, "depth": 1, "hed": 2, "scribble": 2, "canny": 3, "lineart": 3, "mlsd": 3},
+    **{"normal": 4, "segment": 5, "tile": 6, "inpaint": 7},
+}
+
 # What SDXL is told of sizes
 TOLD = ("original_size", "crop_from", "target_size", "negative_size")
 
@@ -76,6 +82,16 @@ def scaled(
             )
         found.append((path, scale))
     return tuple(found)
+
+
+def control_mode(mode: str | int) -> int:
+    """The number of a kind of picture; UserError for a name that is none of CONTROL_MODES."""
+    if mode in CONTROL_MODES:
+        return CONTROL_MODES[mode]
+    if isinstance(mode, int) or mode.isdecimal():
+        return int(mode)
+    near = nearest(mode, CONTROL_MODES)
+    raise UserError(f"control_mode={mode!r} is unknown{near}; write {', '.join(CONTROL_MODES)}, or a number")
 
 
 def check_count(of: str, found: int, count: int) -> None:
@@ -142,6 +158,7 @@ class GenerateConfig:
     controlnet: str = ""  # FOLDER or FOLDER=SCALE, several with commas; files, too: see `controlnets`
     control_image: str = ""  # what it sees; with several ControlNets one for each, with commas between them
     control_kind: str = ""  # what of that picture it is shown, one of SIGHTS or "none"; "": as it has learned
+    control_mode: str = ""  # of which kinds the pictures of a ControlNet union are: see `control_modes`
     control_start: float | None = None  # share of the steps before which it adds nothing; None: 0
     control_end: float | None = None  # share of the steps behind which it adds nothing; None: 1
     ip_adapter: str = ""  # FILE or FILE=SCALE, several with commas between them: see `ip_adapters`
@@ -215,6 +232,13 @@ class GenerateConfig:
         """The files and scales that `ip_adapter` names; UserError where it is no such list."""
         return scaled("ip_adapter", self.ip_adapter, "FILE", "a.safetensors=0.6,b.safetensors")
 
+    def control_modes(self) -> tuple[str, ...]:
+        """What `control_mode` names; UserError where that is no list of CONTROL_MODES or numbers."""
+        modes = self._listed("control_mode", "KIND", "canny,depth")
+        for mode in modes:
+            control_mode(mode)
+        return modes
+
     def adapter_layers(self) -> tuple[str, ...]:
         """What `ip_adapter_layers` names; UserError where it is no such list."""
         return self._listed("ip_adapter_layers", "NAME", "up_blocks.0.attentions.1,down_blocks.2")
@@ -273,7 +297,7 @@ class GenerateConfig:
         if self.control_kind and self.control_kind not in known:
             near = nearest(self.control_kind, known)
             raise UserError(f"control_kind={self.control_kind!r} is unknown{near}; write {', '.join(known)}")
-        for name in ("control_image", "control_kind", "control_start", "control_end"):
+        for name in ("control_image", "control_kind", "control_mode", "control_start", "control_end"):
             if (value := getattr(self, name)) not in ("", None) and not self.controlnet:
                 raise UserError(f"{name}={value} without a ControlNet: write --controlnet FOLDER, too")
         for name in ("image_prompt", "image_encoder", "ip_adapter_layers"):
@@ -289,6 +313,7 @@ class GenerateConfig:
         self.loras()
         self.embeddings()
         self.adapter_layers()
+        self.control_modes()
         for of in PICTURED:
             self.pictures_of(of)
         shares = ("guidance_start", "guidance_end", "guidance_rescale", "control_start", "control_end")

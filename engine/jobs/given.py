@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from engine import adapters, edits, sights
+from engine import adapters, controls, edits, sights
 from engine.config import PICTURED, GenerateConfig, JobConfig
 from engine.finish import SETTINGS_KEY
 from engine.pipeline import Pipeline
@@ -147,7 +147,7 @@ class Shown(NamedTuple):
 def shown_by(config: GenerateConfig, pipe: Pipeline) -> Shown:
     """To a ControlNet what it has learned to see, unless the config says otherwise."""
     asked = {"none": ""}.get(config.control_kind, config.control_kind)
-    kinds = tuple(asked if config.control_kind else net.kind for net in pipe.programs.nets)
+    kinds = tuple(asked if config.control_kind else kind for kind in controls.kinds(pipe.programs.nets))
     return Shown(kinds, tuple(map(adapters.prepared_for, pipe.programs.adapters)))
 
 

@@ -34,7 +34,7 @@ ADDED = (
     *("ip_adapter", "image_encoder", "image_prompt", "ip_adapter_layers"),
     *OF_THE_WAY,
     *("prompt_weights", "long_prompts", "clip_skip", "tile", "quantize"),
-    *("image", "mask", "control_image", "control_kind"),
+    *("image", "mask", "control_image", "control_kind", "control_mode"),
 )
 CHANGING = ("strength", "image_guidance_scale")  # remembered of a picture that was made of another
 

@@ -34,7 +34,7 @@ FINGERPRINT = (
 # The same, where they are given
 ADDED = (
     *("prompt_weights", "long_prompts", "clip_skip", "tile", "quantize", "control_kind"),
-    *("ip_adapter_layers", *OF_THE_WAY),
+    *("control_mode", "ip_adapter_layers", *OF_THE_WAY),
 )
 CHANGING = ("strength", "image_guidance_scale")  # the same, where there are pictures to change
 

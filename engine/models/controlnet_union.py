@@ -114,9 +114,9 @@ class ControlNetUnionModel(ControlNetModel):
     def look_at(
         self, pictures: Sequence[Float[Array, "B H W 3"]], kinds: Sequence[int], scales: Sequence[float]
     ) -> Look:
-        """What the network makes of pictures that it sees at once, each of a kind and with a scale of its own.
+        """What the network makes of pictures that it sees at once, each of a kind, and scaled.
 
-        Where there is one, what `near` and `deep` give is scaled; of several it is what they see.
+        Of one alone the scale is left to `near` and `deep`.
         """
         if len(pictures) == 1:
             scales = [1.0]

@@ -18,6 +18,7 @@ from engine import sights
 from engine.config import ControlConfig
 from engine.controls import said
 from engine.models.controlnet import ControlNetConditioningEmbedding, ControlNetModel
+from engine.models.controlnet_union import ControlNetUnionConfig
 from engine.models.layers import host_rngs
 from engine.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from engine.train.step import Batch
@@ -41,6 +42,8 @@ def begin(model: Model, config: ControlConfig, seed: int) -> Component:
         if (is_one := isinstance(found.config, T2IAdapterConfig)) != config.adapter:
             what = "a T2I-Adapter" if is_one else "a ControlNet"
             raise UserError(f"controlnet.start={config.start!r} is {what}: write controlnet.adapter={is_one}")
+        if isinstance(found.config, ControlNetUnionConfig):
+            raise UserError(f"controlnet.start={config.start!r} is a union of many kinds, and is not trained")
         return found
     rngs = host_rngs(seed)
     if config.adapter:

@@ -9,6 +9,7 @@ alone is in engine.weights.t2i_adapter.
 import dataclasses
 import itertools
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from jax.typing import DTypeLike
 
 from engine.config import SIGHTS
 from engine.models.controlnet import ControlNetConfig
+from engine.models.controlnet_union import ControlNetUnionConfig
 from engine.models.t2i_adapter import T2IAdapterConfig
 from engine.models.unet_config import EncoderConfig
 from engine.types import UserError
-from engine.weights import index, names, t2i_adapter
+from engine.weights import component, index, names, t2i_adapter
 from engine.weights.component import (
     Component,
     Place,
@@ -30,6 +32,7 @@ from engine.weights.component import (
     load_component,
     match,
     read_config,
+    read_headers,
     read_params,
     write_component,
 )
@@ -47,9 +50,12 @@ HINTS: Mapping[str, Callable[[int], str]] = {
 }
 OTHERS = {
     "difference": "what is to be added to a model's weights",
-    "task_embedding": "a ControlNet union",
     "lora_controlnet": "a control-LoRA",
 }
+SUFFIX = ".safetensors"
+# What its folder's own weights are called, whole or in shards; others that lie beside them are files.
+OF_FOLDER = re.compile(rf"{KNOWN['controlnet'].stem}(\.fp16)?(-\d+-of-\d+)?(\.fp16)?{re.escape(SUFFIX)}")
+TASKS, WIDTH = "task_embedding", "spatial_ch_projs.weight"  # by which a union is known, and seen
 SHUFFLE = "shuffle"  # in the names of those whose answer is the mean of all places
 KIND = "_control_kind"  # in config.json, a note of ours, which others leave alone
 
@@ -70,6 +76,9 @@ def load_controlnet(
         raise UserError("this model changes pictures as it is told, and takes no ControlNet: leave it out")
     if config is None:
         return _from_file(model, find(path), as_dtype(dtype), place)
+    if isinstance(config, ControlNetUnionConfig):
+        _check_fits(config, model, folder := find(path))
+        return _read(config, _headers(folder), folder, as_dtype(dtype), place)
     check = _check_fits if isinstance(config, ControlNetConfig) else t2i_adapter.check_fits
     check(config, model, folder := find(path))
     return load_component(folder, "controlnet", dtype, place=place)
@@ -78,18 +87,54 @@ def load_controlnet(
 def look(path: str | Path) -> ControlNetConfig | T2IAdapterConfig | None:
     """The config of the one in a folder, None of a file; UserError as above, but for what the model says."""
     if (found := find(path)).is_dir():
-        return read_config(found / "config.json", "controlnet")
+        return _union_in(found) if is_union(found) else read_config(found / "config.json", "controlnet")
     if not t2i_adapter.is_one(header := read_header(found)):
         _hints(header, found)
     return None
+
+
+def is_union(path: str | Path) -> bool:
+    """Whether it sees pictures of many kinds; UserError where there is none."""
+    files = [found] if (found := find(path)).is_file() else found.glob(f"{KNOWN['controlnet'].stem}*{SUFFIX}")
+    return any(TASKS in read_header(file) for file in files)
+
+
+def _headers(folder: Path) -> dict[Path, dict[str, Tensor]]:
+    return read_headers(component.find_weights(folder, KNOWN["controlnet"].stem, None))
+
+
+def _union_in(folder: Path) -> ControlNetUnionConfig:
+    """Of a folder, which may call it a plain ControlNet, and leave out what the shapes of weights tell."""
+    file, headers = folder / "config.json", _headers(folder)
+    header = {key: tensor for each in headers.values() for key, tensor in each.items()}
+    return ControlNetUnionConfig.from_json(read_json(file) | _union(header, folder), str(file))
+
+
+def _union(header: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
+    """What the shapes of a union's weights tell of its config; UserError where they tell nothing."""
+    tasks, width = (header[key].shape if key in header else () for key in (TASKS, WIDTH))
+    layers = {key.split(".")[1] for key in header if key.startswith("transformer_layes.")}
+    if len(tasks) != 2 or len(width) != 2:
+        raise UserError(f"{where} is no whole ControlNet union: it lacks a matrix {TASKS} or {WIDTH}")
+    return {
+        "num_control_type": tasks[0],
+        "num_trans_channel": tasks[1],
+        "num_trans_layer": len(layers),
+        "num_proj_channel": width[0],
+        "conditioning_embedding_out_channels": _hints(header, where),
+    }
 
 
 def _from_file(model: Model, file: Path, dtype: np.dtype, place: Place | None) -> Component:
     header = read_header(file)
     if t2i_adapter.is_one(header):
         header = t2i_adapter.renamed(header)
-        return _read(t2i_adapter.config_of(header, model, file), header, file, dtype, place)
+        return _read(t2i_adapter.config_of(header, model, file), {file: header}, file, dtype, place)
     config = dataclasses.replace(config_for(model), conditioning_embedding_out_channels=_hints(header, file))
+    if TASKS in header:
+        shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        told = {"mid_block_type": "UNetMidBlock2DCrossAttn", **_union(header, file)}
+        config = ControlNetUnionConfig(**shared | told)
     _check_fits(config, model, file)
     if not any(key in header for key in HINTS if key.startswith("controlnet_")):
         prefix = CONTROLNET if any(key.startswith(CONTROLNET) for key in header) else ""
@@ -98,24 +143,24 @@ def _from_file(model: Model, file: Path, dtype: np.dtype, place: Place | None) -
         ours = {slot.key: key for key, slot in places.items()}
         # Beside it may be the whole model that it was trained beside.
         header = {ours.get(key, key): each for key, each in header.items() if key.startswith(prefix)}
-    return _read(config, header, file, dtype, place)
+    return _read(config, {file: header}, file, dtype, place)
 
 
 def _read(
     config: ControlNetConfig | T2IAdapterConfig,
-    header: Mapping[str, Tensor],
-    file: Path,
+    headers: Mapping[Path, Mapping[str, Tensor]],
+    where: Path,
     dtype: np.dtype,
     place: Place | None,
 ) -> Component:
-    """header: with the keys of diffusers."""
+    """headers: of files, with the keys of diffusers."""
     graphdef, shapes = abstract("controlnet", config)
     what = "ControlNet" if isinstance(config, ControlNetConfig) else "T2I-Adapter"
     misfit = (
-        f"{file} is no {what} of this model, or built otherwise than its U-Net, which the folder of one "
+        f"{where} is no {what} of this model, or built otherwise than its U-Net, which the folder of one "
         "tells alone (names as in diffusers)"
     )
-    sources = match("controlnet", shapes, {file: header}, misfit)
+    sources = match("controlnet", shapes, headers, misfit)
     params = read_params("controlnet", shapes, sources, dtype, place)
     return Component("controlnet", config, graphdef, params)
 
@@ -161,9 +206,9 @@ def save_controlnet(folder: str | Path, part: Component, kind: str, overwrite: b
 def find(path: str | Path) -> Path:
     """The folder or the file, of weights in a folder that folder; UserError where there is none."""
     folder = Path(os.path.expanduser(path))
-    if folder.is_file() or folder.name.endswith((*PICKLES, ".safetensors")):
+    if folder.is_file() or folder.name.endswith((*PICKLES, SUFFIX)):
         file = find_weights(folder, "ControlNet", "or the folder of one")
-        of_folder = file.name.startswith(KNOWN["controlnet"].stem) and (file.parent / "config.json").is_file()
+        of_folder = OF_FOLDER.fullmatch(file.name) and (file.parent / "config.json").is_file()
         return file.parent if of_folder else file
     if not (folder / "config.json").is_file():
         if (folder / index.FILE).is_file():

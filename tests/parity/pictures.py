@@ -19,7 +19,7 @@ from configs import scenes
 from engine.diffusion import noise
 from engine.requests import Given
 from tests.parity.common import nchw
-from tests.tiny import tiny_controlnet, tiny_folder, tiny_t2i_adapter
+from tests.tiny import tiny_controlnet, tiny_folder, tiny_t2i_adapter, tiny_union
 
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {"steps_offset": 1, "set_alpha_to_one": False}
@@ -81,6 +81,7 @@ class How(NamedTuple):
     merge_tokens: float | None = None
     clip_skip: int = 0
     controls: tuple[float, ...] = ()  # ControlNets, each with its scale
+    modes: tuple[int, ...] = ()  # these are one union, whose pictures are of these kinds
     adapters: tuple[float, ...] = ()  # T2I-Adapters, likewise
     adapter: dict | None = None  # overrides of tiny_t2i_adapter
     control_start: float | None = None
@@ -106,14 +107,19 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
     if how.refiner:
         refiner = tiny_folder(at / "refiner", seed=1, **how.refiner, scheduler=SCHEDULERS[scheduler])
         options["refiner"] = refiner
+    if how.modes:
+        union = tiny_union(at / "union", **model["unet"])
     nets = [
-        (tiny_controlnet(at / f"controlnet-{i}", seed=i, **model.get("unet", {})), scale)
+        (
+            union if how.modes else tiny_controlnet(at / f"controlnet-{i}", i, **model.get("unet", {})),
+            scale,
+        )
         for i, scale in enumerate(how.controls)
     ] + [
         (tiny_t2i_adapter(at / f"adapter-{i}", seed=i, **(how.adapter or {})), scale)
         for i, scale in enumerate(how.adapters)
     ]
-    options["controlnet"] = nets
+    options |= {"controlnet": nets, "control_mode": how.modes}
     ours = engine.load(folder, tile=how.tile, clip_skip=how.clip_skip, **options)
     here = ours.generate(
         PROMPTS,
@@ -205,6 +211,9 @@ def pipeline(folder: pathlib.Path, model: dict, how: How, nets: Sequence[pathlib
         family += "Adapter"
         found = [diffusers.T2IAdapter.from_pretrained(net) for net in nets]
         options["adapter"] = found[0] if len(found) == 1 else found
+    elif how.modes:
+        family += "ControlNetUnion"
+        options["controlnet"] = diffusers.ControlNetUnionModel.from_pretrained(nets[0])
     elif nets:
         family += "ControlNet"
         options["controlnet"] = [diffusers.ControlNetModel.from_pretrained(net) for net in nets]
@@ -275,7 +284,7 @@ def drawn_there(
         if how.control_end is not None:  # of SDXL's alone
             options["adapter_conditioning_factor"] = how.control_end
     if how.controls:
-        name = "control_image" if how.image else "image"
+        name = "control_image" if how.image or how.modes else "image"
         options[name] = [
             torch.from_numpy(nchw(np.stack(each)).astype(np.float32) / 255)
             for each in zip(*_controls(how), strict=True)
@@ -284,6 +293,8 @@ def drawn_there(
         # none, one for all, or one each: it knows no None in a list
         options["control_guidance_start"] = how.control_start or 0.0
         options["control_guidance_end"] = 1.0 if how.control_end is None else how.control_end
+    if how.modes:
+        options |= {"control_mode": list(how.modes), "controlnet_conditioning_scale": how.controls[0]}
     if how.image:
         images, masks = (over, []) if over else _given(how)
         options["image"] = torch.from_numpy(nchw(np.stack(images)).astype(np.float32) / 255)
@@ -297,13 +308,10 @@ def drawn_there(
     else:
         options["latents"] = torch.from_numpy(nchw(start_noise(how)).copy())
         options |= dict(zip(("height", "width"), how.size, strict=True))
-    if how.told:  # of several at once, it tells the negative sizes to some of the prompts
-        latents, negatives = options.pop("latents"), words.pop("negative_prompt")
-        each = zip(PROMPTS, negatives, latents[:, None], strict=True)
-        alone = [
-            pipeline([prompt], negative_prompt=[negative], latents=own, **options, **words).images
-            for prompt, negative, own in each
-        ]
+    if how.told or how.modes:
+        # Of several at once, it tells the negative sizes to some of the prompts; and the pictures that a
+        # union sees are told apart by what else is in the batch.
+        alone = [_alone(pipeline, options, words, row) for row in range(len(PROMPTS))]
         return np.round(np.concatenate(alone) * 255).astype(np.uint8)
     if refiner is None:
         return np.round(pipeline(PROMPTS, **options, **words).images * 255).astype(np.uint8)
@@ -313,6 +321,17 @@ def drawn_there(
     rest.set_progress_bar_config(disable=True)
     images = rest(PROMPTS, image=half, denoising_start=how.start, output_type="np", **words).images
     return np.round(images * 255).astype(np.uint8)
+
+
+def _alone(pipeline: Any, options: dict[str, Any], words: dict[str, Any], row: int) -> np.ndarray:
+    """One of the pictures, drawn by itself."""
+    own, rows = dict(options), slice(row, row + 1)
+    for name in ("latents", "image", "control_image"):
+        if name in own:
+            shown = own[name]
+            own[name] = [each[rows] for each in shown] if isinstance(shown, list) else shown[rows]
+    words = words | {"negative_prompt": words["negative_prompt"][rows]}
+    return pipeline(PROMPTS[rows], **own, **words).images
 
 
 def drawn_over(pipeline: Any, images: np.ndarray, how: How) -> np.ndarray:

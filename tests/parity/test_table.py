@@ -192,6 +192,16 @@ ROWS = {
         "euler",
         How(negatives=ONE, controls=(0.8, 0.3), image=True, strength=0.6),
     ),
+    "SDXL, a ControlNet union": (
+        LEAST_XL,
+        "euler",
+        How(negatives=ONE, controls=(0.8,), modes=(1,), control_end=0.7),
+    ),
+    "SDXL, a ControlNet union that sees two pictures": (
+        XL,
+        "euler",
+        How(negatives=ONE, controls=(0.6, 0.6), modes=(3, 0)),
+    ),
     "SDXL inpainting, a ControlNet": (
         XL_INPAINTS,
         "euler",

@@ -124,7 +124,7 @@ def test_one_of_another_model_is_one_line(case, tmp_path):
             },
             "made for another model: pixels a side to a latent 1, and here 2",
         ),
-        ({"task_embedding": np.zeros((6, 8), np.float32)}, "is a ControlNet union, which is not read"),
+        ({"task_embedding": np.zeros((6, 8), np.float32)}, "wrong.safetensors is no whole ControlNet union"),
         (
             {"control_model__input_hint_block__0__weight": None},
             "holds no ControlNet: it has none of",
