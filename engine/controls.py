@@ -25,7 +25,7 @@ from engine.models.watching import unwatched
 from engine.requests import Given, Settings, check_pixels
 from engine.types import Latents, UserError
 from engine.weights.component import Component
-from engine.weights.controlnet import find, is_union, kind_of
+from engine.weights.controlnet import find, kind_of, kinds_known
 
 Seen = tuple[Float[Array, "b _ _ _"], ...]  # Features of the pictures
 
@@ -54,20 +54,18 @@ def gathered(
       read: makes one of a path.
 
     Raises:
-      UserError: there are not as many modes as unions, or one does not know such a kind.
+      UserError: see `check_modes`.
     """
     check_modes([path for path, _ in entries], modes)
     left, nets, of_union = [control_mode(mode) for mode in modes], [], {}
     for place, (path, scale) in enumerate(entries):
-        if not is_union(path):
+        if not kinds_known(path):
             nets.append(ControlNet(read(path), float(scale), kind_of(path), (place,)))
             continue
         mode, at = left.pop(0), of_union.setdefault(find(path), len(nets))
         if at == len(nets):
             nets.append(ControlNet(read(path), float(scale), kind_of(path)))
         net = nets[at]
-        if mode >= (known := net.part.config.num_control_type):
-            raise UserError(f"control_mode={mode}: {path} knows {known} kinds of pictures, from 0")
         own = {"pictures": place, "modes": mode, "scales": float(scale)}
         net = net._replace(**{name: (*getattr(net, name), value) for name, value in own.items()})
         nets[at] = net._replace(scale=net.scale if len(net.scales) == 1 else 1.0)
@@ -75,8 +73,8 @@ def gathered(
 
 
 def check_modes(paths: Sequence[str | os.PathLike], modes: Sequence[str | int]) -> None:
-    """UserError unless there are as many modes as unions."""
-    unions = [path for path in paths if is_union(path)]
+    """UserError unless there are as many modes as unions, which know such kinds."""
+    unions = [path for path in paths if kinds_known(path)]
     if len(unions) > len(modes):
         raise UserError(
             f"{unions[len(modes)]} sees many kinds of pictures (a union): say of which its own is, as "
@@ -85,6 +83,9 @@ def check_modes(paths: Sequence[str | os.PathLike], modes: Sequence[str | int]) 
     if len(unions) < len(modes):
         told = ",".join(map(str, modes))
         raise UserError(f"control_mode={told}: it is for ControlNet unions, of which {len(unions)} are named")
+    for path, mode in zip(unions, modes, strict=True):
+        if control_mode(mode) >= (known := kinds_known(path)):
+            raise UserError(f"control_mode={mode}: {path} knows {known} kinds of pictures, from 0")
 
 
 def places(nets: Sequence[ControlNet]) -> list[tuple[int, ...]]:

@@ -87,16 +87,22 @@ def load_controlnet(
 def look(path: str | Path) -> ControlNetConfig | T2IAdapterConfig | None:
     """The config of the one in a folder, None of a file; UserError as above, but for what the model says."""
     if (found := find(path)).is_dir():
-        return _union_in(found) if is_union(found) else read_config(found / "config.json", "controlnet")
+        return _union_in(found) if kinds_known(found) else read_config(found / "config.json", "controlnet")
     if not t2i_adapter.is_one(header := read_header(found)):
         _hints(header, found)
     return None
 
 
-def is_union(path: str | Path) -> bool:
-    """Whether it sees pictures of many kinds; UserError where there is none."""
-    files = [found] if (found := find(path)).is_file() else found.glob(f"{KNOWN['controlnet'].stem}*{SUFFIX}")
-    return any(TASKS in read_header(file) for file in files)
+def kinds_known(path: str | Path) -> int:
+    """How many kinds of pictures a union sees; 0 of one that is none. UserError where there is nothing."""
+    files = [found] if (found := find(path)).is_file() else _weights(found)
+    tasks = [header[TASKS].shape for header in map(read_header, files) if TASKS in header]
+    return tasks[0][0] if tasks and tasks[0] else 0
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of the weights of one in a folder; none, where they are missing."""
+    return sorted(file for file in folder.iterdir() if OF_FOLDER.fullmatch(file.name))
 
 
 def _headers(folder: Path) -> dict[Path, dict[str, Tensor]]:
@@ -134,7 +140,10 @@ def _from_file(model: Model, file: Path, dtype: np.dtype, place: Place | None) -
     if TASKS in header:
         shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         told = {"mid_block_type": "UNetMidBlock2DCrossAttn", **_union(header, file)}
-        config = ControlNetUnionConfig(**shared | told)
+        try:
+            config = ControlNetUnionConfig(**shared | told)
+        except UserError as error:
+            raise UserError(f"{file} is a ControlNet union of another model: {error}") from None
     _check_fits(config, model, file)
     if not any(key in header for key in HINTS if key.startswith("controlnet_")):
         prefix = CONTROLNET if any(key.startswith(CONTROLNET) for key in header) else ""

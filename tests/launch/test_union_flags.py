@@ -90,7 +90,7 @@ def test_mistakes_are_one_line(run, model, nets, files, tmp_path):
             "control_mode=canny,depth: it is for ControlNet unions, of which 1 are named",
         ),
         (flags(nets, files, "cany"), "control_mode='cany' is unknown (did you mean canny?); write openpose,"),
-        (flags(nets, files, "tile"), f"control_mode=6: {union} knows 4 kinds of pictures, from 0"),
+        (flags(nets, files, "tile"), f"control_mode=tile: {union} knows 4 kinds of pictures, from 0"),
         (("--control_mode", "canny"), "control_mode=canny without a ControlNet: write --controlnet FOLDER"),
     ):
         told = run("a fox", "--model", model, "--steps", 2, "--out", tmp_path / "out", *more)

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from engine.models.controlnet_union import ControlNetUnionConfig
 from engine.types import UserError
-from engine.weights.controlnet import find, is_union, load_controlnet, look
+from engine.weights.controlnet import find, kinds_known, load_controlnet, look
 from engine.weights.folder import load_folder
 from tests.tiny import XL, tiny_controlnet, tiny_folder, tiny_union
 from tests.weights.test_controlnet_files import WEIGHTS, assert_same
@@ -33,7 +33,7 @@ def told(folder, **changes):
 def test_a_folder_is_a_union_by_its_weights(model, union):
     """The first were published as plain ControlNets, whose configs say nothing of kinds."""
     wanted = load_controlnet(model, union)
-    assert isinstance(wanted.config, ControlNetUnionConfig) and is_union(union)
+    assert isinstance(wanted.config, ControlNetUnionConfig) and kinds_known(union) == 5
     assert wanted.config.num_control_type == 5
     named = [name for name in json.loads((union / "config.json").read_text()) if name.startswith("num_")]
     named.append("conditioning_embedding_out_channels")
@@ -49,7 +49,7 @@ def test_a_file_is_the_network_of_its_folder(model, union, tmp_path):
     wanted = load_controlnet(model, union)
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((union / WEIGHTS).read_bytes())
-    assert is_union(alone) and look(alone) is None
+    assert kinds_known(alone) == 5 and look(alone) is None
     assert_same(load_controlnet(model, alone), wanted)
 
 
@@ -59,12 +59,13 @@ def test_another_that_lies_beside_it(model, union, tmp_path):
     beside = union / "diffusion_pytorch_model_promax.safetensors"
     beside.write_bytes((more / WEIGHTS).read_bytes())
     assert find(beside) == beside and find(union / WEIGHTS) == union
+    assert (kinds_known(beside), kinds_known(union)) == (8, 5)
     assert load_controlnet(model, beside).config.num_control_type == 8
     assert load_controlnet(model, union).config.num_control_type == 5
 
 
 def test_a_plain_one_is_none(tmp_path):
-    assert not is_union(tiny_controlnet(tmp_path / "net", **XL["unet"]))
+    assert not kinds_known(tiny_controlnet(tmp_path / "net", **XL["unet"]))
 
 
 def test_one_that_is_not_whole_is_one_line(model, union, tmp_path):
@@ -82,7 +83,9 @@ def test_one_that_is_not_whole_is_one_line(model, union, tmp_path):
 
 def test_of_another_model_is_one_line(union, tmp_path):
     other = load_folder(tiny_folder(tmp_path / "other"))
-    for path in (union, union / WEIGHTS):
-        with pytest.raises(UserError, match="was made for another model: ") as error:
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((union / WEIGHTS).read_bytes())
+    for path, message in ((union, "was made for another model: "), (alone, "union of another model: ")):
+        with pytest.raises(UserError, match=message) as error:
             load_controlnet(other, path)
         assert "\n" not in str(error.value)
