@@ -105,13 +105,19 @@ def outlined(
     folder, dtype = Path(folder), as_dtype(dtype)
     config = read_config(folder / "config.json", kind)
     graphdef, shapes = abstract(kind, config)
-    weights = find_weights(folder, KNOWN[kind].stem, variant)
-    sources = match(kind, shapes, read_headers(weights), f"{weights} does not fit {folder / 'config.json'}")
+    sources = find_sources(folder, kind, config, variant)
 
     def read() -> Component:
         return Component(kind, config, graphdef, read_params(kind, shapes, sources, dtype, place, changes))
 
     return read
+
+
+def find_sources(folder: Path, kind: str, config: Any, variant: str | None = None) -> Sources:
+    """Where a folder has each parameter of the model with this config; UserError as of `load_component`."""
+    weights = find_weights(folder, KNOWN[kind].stem, variant)
+    misfit = f"{weights} does not fit {folder / 'config.json'}"
+    return match(kind, abstract(kind, config)[1], read_headers(weights), misfit)
 
 
 def read_params(

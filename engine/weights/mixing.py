@@ -22,19 +22,10 @@ from engine.config import nearest
 from engine.types import UserError
 from engine.weights import lycoris, names
 from engine.weights.arrays import cast
-from engine.weights.component import (
-    abstract,
-    find_weights,
-    listed,
-    match,
-    read_headers,
-    write_config,
-    write_weights,
-)
+from engine.weights.component import abstract, find_sources, listed, write_config, write_weights
 from engine.weights.files import new_folder
 from engine.weights.folder import TOKENIZERS, Outline, check_parts_fit, read_outline, write_rest
 from engine.weights.index import FILE
-from engine.weights.kinds import KNOWN
 from engine.weights.lora import XL_KINDS
 from engine.weights.safetensors_io import DTYPES, Tensor, as_dtype, read_tensor
 
@@ -133,12 +124,9 @@ class _Stored(NamedTuple):
 
 
 def _stored(folder: Path, kind: str, config: Any) -> _Stored:
-    _, shapes = abstract(kind, config)
-    weights = find_weights(folder / kind, KNOWN[kind].stem, None)
-    misfit = f"{weights} does not fit {folder / kind / 'config.json'}"
-    sources = match(kind, shapes, read_headers(weights), misfit)
+    sources = find_sources(folder / kind, kind, config)
     places = {path: (file, *found) for file, tensors in sources.items() for path, found in tensors.items()}
-    return _Stored(kind, shapes, places)
+    return _Stored(kind, abstract(kind, config)[1], places)
 
 
 def _write(

@@ -23,7 +23,7 @@ from engine.models.unet_config import UNetConfig
 from engine.types import UserError
 from engine.weights import names
 from engine.weights.arrays import cast
-from engine.weights.component import abstract, find_weights, listed, match, read_config, read_headers
+from engine.weights.component import abstract, find_sources, listed, read_config
 from engine.weights.files import new_file
 from engine.weights.folder import read_scheduler
 from engine.weights.index import ZEROS, read_index
@@ -141,9 +141,7 @@ def _gather(folder: Path, family: Family, configs: Mapping[str, Any]) -> dict[st
     parts: dict[str, list[_Stored]] = {}
     for kind, config in configs.items():
         _, shapes = abstract(kind, config)
-        weights = find_weights(folder / kind, KNOWN[kind].stem, None)
-        misfit = f"{weights} does not fit {folder / kind / 'config.json'}"
-        sources = match(kind, shapes, read_headers(weights), misfit)
+        sources = find_sources(folder / kind, kind, config)
         places = slots_of(kind, config, names.keys(shapes), family, folder / kind / "config.json")
         for file, tensors in sources.items():
             for path, (name, tensor) in tensors.items():
