@@ -84,7 +84,8 @@ def check_modes(paths: Sequence[str | os.PathLike], modes: Sequence[str | int]) 
         told = ",".join(map(str, modes))
         raise UserError(f"control_mode={told}: it is for ControlNet unions, of which {len(unions)} are named")
     for path, mode in zip(unions, modes, strict=True):
-        if not 0 <= control_mode(mode) < (known := kinds_known(path)):
+        known = kinds_known(path)
+        if control_mode(mode) not in range(known):
             raise UserError(f"control_mode={mode}: {path} knows {known} kinds of pictures, from 0")
 
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+import engine
 from engine import finish
+from engine.types import UserError
 from launch import cli
 from tests.launch.test_control_flags import noise
 from tests.launch.test_edit_flags import pixels, save
@@ -97,6 +99,12 @@ def test_mistakes_are_one_line(run, model, nets, files, tmp_path):
         assert told.code == cli.MISTAKE, more
         assert message in told.told[-1], told.told
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", [-1, 4, "tile"])
+def test_a_kind_that_it_does_not_know_is_told_in_python(model, nets, mode):
+    with pytest.raises(UserError, match=f"control_mode={mode}: .* knows 4 kinds of pictures, from 0"):
+        engine.load(model, controlnet=[(nets[0], 1.0)], control_mode=[mode])
 
 
 def test_a_job_goes_on_with_the_same_kind_alone(job, nets, files):
