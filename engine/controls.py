@@ -56,19 +56,18 @@ def gathered(
     Raises:
       UserError: see `check_modes`.
     """
-    check_modes([path for path, _ in entries], modes)
-    left, nets, of_union = [control_mode(mode) for mode in modes], [], {}
-    for place, (path, scale) in enumerate(entries):
-        if not kinds_known(path):
-            nets.append(ControlNet(read(path), float(scale), kind_of(path), (place,)))
-            continue
-        mode, at = left.pop(0), of_union.setdefault(find(path), len(nets))
-        if at == len(nets):
-            nets.append(ControlNet(read(path), float(scale), kind_of(path)))
-        net = nets[at]
-        own = {"pictures": place, "modes": mode, "scales": float(scale)}
-        net = net._replace(**{name: (*getattr(net, name), value) for name, value in own.items()})
-        nets[at] = net._replace(scale=net.scale if len(net.scales) == 1 else 1.0)
+    left = map(control_mode, modes)
+    mode_of = {place: next(left) for place, (path, _) in enumerate(entries) if kinds_known(path)}
+    alike: dict[Any, list[int]] = {}
+    for place, (path, _) in enumerate(entries):
+        alike.setdefault(find(path) if place in mode_of else place, []).append(place)
+    nets = []
+    for own in alike.values():
+        path, _ = entries[own[0]]
+        scales = tuple(float(entries[place][1]) for place in own)
+        known = tuple(mode_of[place] for place in own if place in mode_of)
+        scale = scales[0] if len(own) == 1 else 1.0  # of several, each has its own
+        nets.append(ControlNet(read(path), scale, kind_of(path), tuple(own), known, scales))
     return nets
 
 

@@ -6,6 +6,7 @@ import functools
 import gc
 import io
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -237,6 +238,25 @@ def options(
         if given.get(name) in (None, ""):
             raise UserError(f"write --{name} {value}; --help explains it")
     return {**defaults, **given}
+
+
+def source_and_target(
+    argv: Sequence[str], about: str | None, groups: Groups, kinds: Mapping[str, Any], advice: str
+) -> tuple[pathlib.Path, pathlib.Path, dict[str, Any]] | None:
+    """The two paths of a program that makes one of the other, and its flags; None where --help was answered.
+
+    Raises:
+      UserError: a flag is unknown or wrong; or there are not two paths, with the advice.
+    """
+    parsed = parse(argv, kinds)
+    if parsed is None:
+        say(help_text(about or "", groups, {}))
+        return None
+    paths, given = parsed
+    if len(paths) != 2:
+        raise UserError(advice)
+    source, target = (pathlib.Path(os.path.expanduser(path)) for path in paths)
+    return source, target, given
 
 
 @contextlib.contextmanager

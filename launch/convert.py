@@ -48,14 +48,11 @@ SINGLE = ".safetensors"
 
 def main(argv: Sequence[str]) -> int:
     """From the command line to a folder or a file; returns the exit code."""
-    parsed = cli.parse(argv, KINDS)
+    advice = "write what to read and what to write: python -m launch.convert SRC DST"
+    parsed = cli.source_and_target(argv, __doc__, FLAGS, KINDS, advice)
     if parsed is None:
-        cli.say(cli.help_text(__doc__ or "", FLAGS, {}))
         return cli.DONE
-    paths, given = parsed
-    if len(paths) != 2:
-        raise UserError("write what to read and what to write: python -m launch.convert SRC DST")
-    source, target = (pathlib.Path(os.path.expanduser(path)) for path in paths)
+    source, target, given = parsed
     try:
         check(source, target, given)
         from engine.weights import single_file, single_file_written  # JAX comes with them

@@ -12,7 +12,6 @@ The path of what was written goes to stdout. Exit code: 0 written; 2 a mistake, 
 stopped with Ctrl-C. Except for 0, nothing is written.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 from engine.config import scaled
@@ -50,14 +49,11 @@ HALF = 0.5
 
 def main(argv: Sequence[str]) -> int:
     """From the command line to a folder; returns the exit code."""
-    parsed = cli.parse(argv, KINDS)
+    advice = "write what to begin with and what to write: python -m launch.merge MODEL NEW"
+    parsed = cli.source_and_target(argv, __doc__, FLAGS, KINDS, advice)
     if parsed is None:
-        cli.say(cli.help_text(__doc__ or "", FLAGS, {}))
         return cli.DONE
-    paths, given = parsed
-    if len(paths) != 2:
-        raise UserError("write what to begin with and what to write: python -m launch.merge MODEL NEW")
-    source, target = (pathlib.Path(path) for path in paths)
+    source, target, given = parsed
     if target.suffix == ".safetensors":
         raise UserError(f"{target}: what is written is a folder; launch.convert makes a single file of it")
     toward = scaled("toward", given.pop("toward", ""), "FOLDER", "a=0.3,b=0.2", HALF)

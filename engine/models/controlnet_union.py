@@ -20,13 +20,7 @@ from jaxtyping import Array, Float
 from engine.config import from_json
 from engine.models.attention import layer_norm
 from engine.models.controlnet import FIXED, ControlNetConfig, ControlNetModel, Look
-from engine.models.layers import (
-    TimestepEmbedding,
-    activation,
-    check_positive,
-    linear,
-    sinusoidal_embedding,
-)
+from engine.models.layers import TimestepEmbedding, activation, check_positive, linear
 from engine.types import UserError
 
 
@@ -121,10 +115,8 @@ class ControlNetUnionModel(ControlNetModel):
         if len(pictures) == 1:
             scales = [1.0]
         seen = sum(map(self._told, pictures, kinds, scales))
-        config = self.config
-        told = jnp.zeros(config.num_control_type).at[jnp.array(kinds)].set(1)
-        how = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
-        told = sinusoidal_embedding(told, config.addition_time_embed_dim, **how).reshape(1, -1)
+        told = jnp.zeros(self.config.num_control_type).at[jnp.array(kinds)].set(1)
+        told = self.sines(told, self.config.addition_time_embed_dim).reshape(1, -1)
         time = self.control_add_embedding(told.astype(self.dtype))
         return Look(seen, jnp.repeat(time, len(seen), axis=0))
 

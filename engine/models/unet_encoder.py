@@ -108,6 +108,12 @@ class UNetEncoder(nnx.Module):
         """Of the params, in which it computes."""
         return self.conv_in.kernel[...].dtype
 
+    def sines(self, t: Float[Array, " B"], dim: int) -> Float[Array, "B D"]:
+        """`sinusoidal_embedding` as the config has it."""
+        config = self.config
+        how = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
+        return sinusoidal_embedding(t, dim, **how)
+
     def embedded_time(
         self,
         t: Float[Array, " B"],
@@ -121,12 +127,11 @@ class UNetEncoder(nnx.Module):
           cond: a second embedding, of width `time_cond_proj_dim`.
         """
         config = self.config
-        how = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
-        temb = sinusoidal_embedding(t, config.block_out_channels[0], **how)
+        temb = self.sines(t, config.block_out_channels[0])
         temb = self.time_embedding(temb.astype(self.dtype), cond)
         if not config.addition_embed_type:
             return temb
         pooled, numbers = added
         (b, n), dim = numbers.shape, config.addition_time_embed_dim
-        sizes = sinusoidal_embedding(numbers.reshape(-1), dim, **how).reshape(b, n * dim)
+        sizes = self.sines(numbers.reshape(-1), dim).reshape(b, n * dim)
         return temb + self.add_embedding(jnp.concatenate([pooled, sizes], -1).astype(self.dtype))

@@ -73,6 +73,7 @@ def write_mixed(
     _check_difference(mixture)
     changed = _parts(mixture.parts, own, source)
     terms = _terms(mixture)
+    _check_not_lost(target, [source, *(term.folder for term in terms), *(path for path, _ in mixture.loras)])
     others = {folder: read_outline(folder) for folder in {term.folder: None for term in terms}}
     for folder, other in others.items():
         _check_alike(own, source, other, folder, changed)
@@ -168,6 +169,13 @@ def _mixed(own: np.ndarray, others: Sequence[tuple[_Term, np.ndarray]]) -> np.nd
 
 
 # ---- what cannot be mixed
+
+
+def _check_not_lost(target: Path, used: Sequence[str | Path]) -> None:
+    """UserError where the folder that is to be replaced holds something that the model is made of."""
+    for path in (Path(os.path.expanduser(path)) for path in used):
+        if target.resolve() in path.resolve().parents:
+            raise UserError(f"{target} holds {path}, which it would replace: choose another folder")
 
 
 def _check_difference(mixture: Mixture) -> None:

@@ -141,6 +141,22 @@ def test_its_own_folder(at, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("role", ["source", "toward", "lora"])
+def test_what_it_is_made_of_is_not_replaced(at, tmp_path, role):
+    target = tiny_folder(tmp_path / "old", **SHALLOW)
+    inside = tiny_folder(target / "inside", 1, **SHALLOW)
+    lora_files.save(inside / "a.safetensors", random_lora({"unet": load_folder(at / "a").unet.config}))
+    source, mixture = {
+        "source": (inside, Mixture(toward=[(at / "b", 0.5)])),
+        "toward": (at / "a", Mixture(toward=[(inside, 0.5)])),
+        "lora": (at / "a", Mixture(loras=[(inside / "a.safetensors", 1.0)])),
+    }[role]
+    before = contents(target)
+    with pytest.raises(UserError, match=r"old holds .*inside.*, which it would replace: choose another"):
+        write_mixed(source, target, mixture, overwrite=True)
+    assert contents(target) == before
+
+
 MISTAKES = {
     "nothing": (Mixture(), "nothing is to be changed"),
     "no folder": (Mixture(toward=[("{at}/nothing", 1)]), "no folder {at}/nothing"),
