@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, Key
 from engine.config import PROBE, RewardConfig
 from engine.evaluate import reader
 from engine.evaluate.answers import QUESTIONS, truth
-from engine.evaluate.clip_score import Clip, load_clip
 from engine.evaluate.reader_training import soften
 from engine.parts import module
 from engine.train.step import Batch, Metrics
+from engine.weights.clip import Clip, load_clip
 from engine.weights.clip_pixels import prepared
 from engine.world.scene import Scene
 
