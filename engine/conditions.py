@@ -165,7 +165,7 @@ def told(
 
 def _filled(contexts: Mapping[str, Context], prompt: str, length: int) -> Context:
     """The context of a prompt, with as many parts of no words behind it as `length` tokens take."""
-    found = contexts[prompt]._replace(refiner=None)
+    found = contexts[prompt]._replace(refiner=None, judged=None)
     if not (missing := length - len(found.words)):
         return found
     nothing = contexts[""].words

@@ -23,6 +23,7 @@ from engine.weights import ip_adapter as ip_adapters
 from engine.weights import network, quantized
 from engine.weights import safety_checker as safety
 from engine.weights import upscaler as upscalers
+from engine.weights.clip import load_clip
 from engine.weights.component import Component
 from engine.weights.controlnet import load_controlnet, look
 from engine.weights.decoder import with_decoder
@@ -54,6 +55,7 @@ def load(
     ip_adapter_layers: Sequence[str] = (),
     safety_checker: str | os.PathLike | None = None,
     control_mode: Sequence[str | int] = (),
+    judge: str | os.PathLike | None = None,
 ) -> Pipeline:
     """Loads a model onto the devices.
 
@@ -89,6 +91,8 @@ def load(
       control_mode: for each entry of `controlnet` that is a union, in their order, of which kind its picture
         is: "canny", "depth", ... (engine.config.CONTROL_MODES), or a number. Entries that name the same
         union are one network, which sees their pictures at once.
+      judge: the folder of a CLIP, which says how well pictures show their prompts, and chooses the best of
+        several (`best_of` of `Pipeline.generate`).
 
     Raises:
       UserError: the folder or an argument is wrong; the message says what to write instead.
@@ -131,6 +135,7 @@ def load(
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
     checker = safety.load_safety_checker(safety_checker, place=devices.place) if safety_checker else None
+    clip = load_clip(judge, devices.place) if judge else None
     larger = network.load(enlarging, jnp.dtype(dtype), devices.place) if enlarging else None
     check_tile(tile, loaded.vae.config.scale)
     reading = Reading(prompt_weights, long_prompts)
@@ -141,6 +146,7 @@ def load(
         prompted=prompted,
         read=read,
         checker=checker,
+        judge=clip,
     )
 
 

@@ -18,10 +18,11 @@ from engine.diffusion import noise, schedules
 from engine.diffusion.samplers import Trace
 from engine.diffusion.segments import chosen_stages
 from engine.enlarging import Enlarging
+from engine.judging import Judging, arrived, spread
 from engine.parallel import pad
 from engine.programs import NOTHING, Programs
 from engine.prompting import Prompting
-from engine.requests import Context, Finished, Frames, Request, Settings
+from engine.requests import Candidates, Context, Finished, Frames, Request, Settings
 from engine.sizing import Sizing
 from engine.types import Latents
 from engine.ways import grid_of, ways_of
@@ -51,6 +52,7 @@ class Passes:
     sizing: Sizing
     checking: Checking | None
     enlarging: Enlarging | None
+    judging: Judging | None
 
     def __call__(
         self,
@@ -63,8 +65,36 @@ class Passes:
         progress: Progress = None,
     ) -> tuple[Finished, Frames | None, jax.Array | None]:
         """One batch: what is finished, frames, heat; see `Pipeline.stream`."""
-        devices = self.programs.devices
-        requests, keys = self._filled(requests, settings)
+        devices, count = self.programs.devices, len(requests)
+        batches, of = spread(requests, settings.candidates, self._size(settings))
+        several = settings.candidates > 1
+        seen = (0, False) if several else (frames, heat)
+        best, shown = None, (None, None)
+        for batch in batches:
+            found, *shown = self._drawn(batch, contexts, settings, latents, *seen, progress)
+            best = self.judging.choose(best, found) if best and self.judging else found
+        if several and (frames or heat):  # how those were made that are kept
+            kept = arrived(Finished(*devices.fetch(best), of), count).index.tolist()
+            again = [one._replace(index=index) for one, index in zip(requests, kept, strict=True)]
+            (batch,), _ = spread(again, 1, self._size(settings))
+            _, *shown = self._drawn(batch, contexts, settings, None, frames, heat, progress)
+        if self.enlarging and not settings.larger:
+            images, finite = self.enlarging(best.images, best.finite)
+            best = best._replace(images=images, finite=finite)
+        return Finished(*devices.gather(best), of), *shown
+
+    def _drawn(
+        self,
+        requests: Sequence[Request],
+        contexts: Contexts,
+        settings: Settings,
+        latents: np.ndarray | None,
+        frames: int,
+        heat: bool,
+        progress: Progress,
+    ) -> tuple[Candidates, Frames | None, jax.Array | None]:
+        """A whole batch, before an upscaler enlarges what it was drawn at its last size."""
+        devices, keys = self.programs.devices, _keys(requests)
         start = None if latents is None else devices.shard_batch(pad(latents, len(requests)))
         passes = [self._go(requests, contexts, settings, keys, start, frames > 0, heat, progress)]
         first = passes[0]
@@ -76,10 +106,12 @@ class Passes:
             passes.append(self._over(images, requests, contexts, settings.larger, keys, frames > 0, progress))
             images, finite = passes[-1].images, passes[-1].finite & finite
         safe = self.checking(images) if self.checking else finite
-        if self.enlarging and not settings.larger:
-            images, finite = self.enlarging(images, finite)
-        finished = devices.gather(Finished(images, finite, safe))
-        return finished, self._frames(passes, frames) if frames else None, heats
+        index = devices.shard_batch(np.array([r.index for r in requests], np.uint32))
+        scores = None
+        if self.judging:
+            scores = self.judging.scores(images, np.stack([contexts[r.prompt].judged for r in requests]))
+        found = Candidates(images, finite, safe, index, scores)
+        return found, self._frames(passes, frames) if frames else None, heats
 
     def prepare(self, requests: Sequence[Request], settings: Settings, traced: bool) -> None:
         """Has the compiler begin with the first pass of such a batch, while its words are read.
@@ -92,7 +124,8 @@ class Passes:
         if any(r.given.image is not None or r.given.control or r.given.image_prompt for r in requests):
             return
         programs.prepared.add(asked)
-        requests, keys = self._filled(requests, settings)
+        (requests, *_), _ = spread(requests, 1, self._size(settings))
+        keys = _keys(requests)
         blank = programs.texts.blank(len(requests))
         contexts = {text: blank for r in requests for text in (r.prompt, r.negative_prompt)}
         start = jax.ShapeDtypeStruct((len(requests), *latent_shape(programs, settings)), np.float32)
@@ -100,11 +133,9 @@ class Passes:
         way, *_ = ways_of(settings, programs, self.refiner)
         programs.compile_ahead(way, start, batched, traced)
 
-    def _filled(self, requests: Sequence[Request], settings: Settings) -> tuple[list[Request], noise.Keys]:
-        """As many as a batch takes, and the keys of their noise."""
-        size = settings.batch_size * self.programs.devices.count
-        requests = [*requests, *[requests[-1]] * (size - len(requests))]
-        return requests, noise.image_keys([r.seed for r in requests], [r.index for r in requests])
+    def _size(self, settings: Settings) -> int:
+        """Pictures of a batch."""
+        return settings.batch_size * self.programs.devices.count
 
     def _over(self, images, requests, contexts, larger: Settings, keys, framed, progress) -> Pass:
         """What was drawn, enlarged and drawn over."""
@@ -181,6 +212,11 @@ class Passes:
         pictures = [self.sizing(self.programs.decode(x)[0], height, width) for x in places]
         shape = len(stages), 0, height, width, 3
         return np.stack([np.asarray(p) for p in pictures], axis=1) if pictures else np.zeros(shape, np.uint8)
+
+
+def _keys(requests: Sequence[Request]) -> noise.Keys:
+    """Of their noise."""
+    return noise.image_keys([r.seed for r in requests], [r.index for r in requests])
 
 
 def latent_shape(programs: Programs, settings: Settings) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from engine.diffusion import noise
 from engine.diffusion.scheduler_config import sampler_name
 from engine.enlarging import Enlarging
 from engine.errors import UserNotice
+from engine.judging import Judging, arrived, drawn_at_once
 from engine.parallel import Devices
 from engine.passes import Passes, latent_shape
 from engine.programs import Programs
@@ -29,9 +30,10 @@ from engine.prompting import Prompting
 from engine.requests import Batch, Context, Finished, Frames, Given, OfTheWay, Request, Settings, check_scaled
 from engine.sizing import Sizing
 from engine.text.prompts import check_negative_prompts, check_prompts, unread
-from engine.text.reading import PLAIN, Reading, words
+from engine.text.reading import PLAIN, Reading, said, words
 from engine.types import UserError
 from engine.ways import check_frames, check_heat, check_refiner_start, check_settings, ways_of
+from engine.weights.clip import Clip
 from engine.weights.component import Component
 from engine.weights.folder import Model
 from engine.weights.ip_adapter import Adapter
@@ -62,6 +64,7 @@ class Pipeline:
         prompted: Sequence[Adapter] = (),
         read: ReadAgain | None = None,
         checker: Component | None = None,
+        judge: Clip | None = None,
     ):
         """read: the model again, with other LoRAs; see `with_loras`."""
         self.devices, self.name, self.dtype = devices, name, dtype
@@ -70,6 +73,7 @@ class Pipeline:
         self.refiner = Programs(refiner, devices, "the refiner", tile, (), reading) if refiner else None
         self.prompting = Prompting(self.programs)
         self.checking = Checking(checker, self.programs) if checker else None
+        self.judging = Judging(judge, self.programs) if judge else None
         self.enlarging = Enlarging(upscaler, self.programs) if upscaler else None
         self.sizing = Sizing(devices)
         self.made_for = self.programs.made_for
@@ -138,7 +142,8 @@ class Pipeline:
         Args:
           negative_prompts: what to steer away from: one for all, or one for each.
           seed: with `first_index` it addresses the noise: picture i has the index first_index + i, and
-            looks the same however many are drawn beside it. None draws a fresh seed, which is not told:
+            looks the same however many are drawn beside it (with best_of=N, the first of its candidates
+            has first_index + N i). None draws a fresh seed, which is not told:
             give `engine.fresh_seed()`, and keep it, for pictures that are to be drawn again.
           sampler: a name of engine.diffusion.samplers.SAMPLERS; None: the one that the model's folder names.
           guidance_scale: 1 leaves out the unconditional pass.
@@ -163,7 +168,8 @@ class Pipeline:
         if batch_size is None:
             runs = self.runs(prompts, negatives, guidance_scale)
             size = height or self.default_size[0], width or self.default_size[1]
-            batch_size = self.batch_size_for(max(map(len, runs)), *size)
+            most = max(map(len, runs)) * (special.get("best_of") or 1)
+            batch_size = self.batch_size_for(most, *size)
         if strength is None:
             strength = edits.default_strength(given[0] if given else Given(), self.made_for)
         settings = self.settings(
@@ -184,10 +190,10 @@ class Pipeline:
             image_guidance_scale=image_guidance_scale,
         ):
             if batch.spoilt:
-                struck = [first_index + batch.first + i for i in batch.spoilt]
+                struck = [batch.index[i] for i in batch.spoilt]
                 raise FloatingPointError(f"NaN or infinity in the latents of index {struck} of seed {seed}")
             if batch.unsafe:
-                held = [first_index + batch.first + i for i in batch.unsafe]
+                held = [batch.index[i] for i in batch.unsafe]
                 warnings.warn(f"held back by the safety checker, and black: index {held}", UserNotice, 2)
                 batch = batch._replace(images=batch.images.copy())
                 batch.images[batch.unsafe] = 0
@@ -224,12 +230,14 @@ class Pipeline:
         if len(given) != len(prompts):
             raise UserError(f"{len(given)} pictures for {len(prompts)} prompts: give one for each")
         self.check_given(given, settings)
+        if latents is not None and settings.candidates > 1:
+            raise UserError(f"best_of={settings.best_of} with latents, which are one start: leave one out")
         if frames > 1:
             check_frames(frames, self.steps_of(settings) + 1)
         if heat:
             check_heat(settings, self.programs, self.refiner)
         batches = self.batches(prompts, negatives, settings)
-        indices = range(first_index, first_index + len(prompts))
+        indices = range(first_index, first_index + len(prompts) * settings.candidates, settings.candidates)
         requests = [
             Request(prompt, negative, seed, index, settings.guidance_scale, each, image_guidance_scale)
             for prompt, negative, index, each in zip(prompts, negatives, indices, given, strict=True)
@@ -242,12 +250,13 @@ class Pipeline:
             drawn = self._passes(requests[rows], contexts, settings, start, frames, heat, progress)
             finished, kept, steering = drawn
             count = len(requests[rows])
-            images, finite, safe = (np.asarray(each)[:count] for each in finished)
-            spoilt, unsafe = (np.flatnonzero(each).tolist() for each in (~finite, finite & ~safe))
+            found = arrived(finished, count)
+            spoilt, unsafe = (np.flatnonzero(x).tolist() for x in (~found.finite, found.finite & ~found.safe))
             if kept is not None:
                 kept = Frames(kept.noisy[:count], kept.denoised[:count])
             heats = None if steering is None else np.asarray(steering)[:count]
-            yield Batch(first, images, spoilt, unsafe, kept, heats)
+            index = found.index.tolist()
+            yield Batch(first, found.images, spoilt, unsafe, index, found.scores, kept, heats)
 
     def batches(self, prompts: Sequence[str], negatives: Sequence[str], settings: Settings) -> list[range]:
         """Which of the prompts are drawn together: neighbours that are equally long to the model."""
@@ -280,6 +289,10 @@ class Pipeline:
         if self.refiner:
             own = self.refiner.texts.encode(distinct, batch_size * self.devices.count)
             found = {prompt: context._replace(refiner=own[prompt]) for prompt, context in found.items()}
+        if self.judging:
+            texts = [said(prompt, self.reading) for prompt in distinct]
+            judged = zip(distinct, self.judging.read(texts, batch_size * self.devices.count), strict=True)
+            found |= {prompt: found[prompt]._replace(judged=vector) for prompt, vector in judged}
         return found
 
     def dispatch(
@@ -293,7 +306,7 @@ class Pipeline:
           settings: its guidance_scale says by being 1 or not whether there is an unconditional pass.
 
         Returns:
-          Of a whole batch: what lies behind the last request only fills it. np.asarray waits for it.
+          Of a whole batch, with what fills it; `engine.judging.arrived` waits for it, and takes that away.
         """
         self.check_given([r.given for r in requests], settings)
         return self._passes(requests, contexts, settings)[0]
@@ -324,6 +337,9 @@ class Pipeline:
             **special,
         )
         check_settings(settings, self.programs, self.refiner)
+        if settings.candidates > 1 and self.judging is None:
+            why = f"best_of={settings.best_of} without a judge, who says which is the best"
+            raise UserError(f"{why}: load the model with judge=FOLDER, a CLIP")
         return settings
 
     def check_given(self, given: Sequence[Given], settings: Settings) -> None:
@@ -341,6 +357,15 @@ class Pipeline:
         here = sum(way.steps for way in ways_of(settings, self.programs, self.refiner))
         return here + (self.steps_of(settings.larger) if settings.larger else 0)
 
+    def passes_of(self, count: int, settings: Settings, shown: bool = False) -> int:
+        """How many times a batch takes those steps in which `count` pictures are asked for.
+
+        Args:
+          shown: whether frames or heat are, too: of what the judge has chosen they are drawn again.
+        """
+        at_once = drawn_at_once(count, settings.candidates, settings.batch_size * self.devices.count)
+        return -(-settings.candidates // at_once) + (shown and settings.candidates > 1)
+
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width, in pixels, that the model was trained for."""
@@ -356,7 +381,7 @@ class Pipeline:
 
     @property
     def _passes(self) -> Passes:
-        beside = self.prompting, self.sizing, self.checking, self.enlarging
+        beside = self.prompting, self.sizing, self.checking, self.enlarging, self.judging
         return Passes(self.programs, self.refiner, *beside)
 
     def _check_latents(self, latents, count: int, settings: Settings) -> np.ndarray | None:

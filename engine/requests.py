@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int32, UInt8, UInt32
 
 from engine.errors import UserError
 
@@ -16,6 +16,7 @@ class Context(NamedTuple):
     words: Float[np.ndarray, "L D"]
     pooled: Float[np.ndarray, " P"] | None = None  # of SDXL: the text as a whole
     refiner: "Context | None" = None  # what those of the refiner say, where there is one
+    judged: Float[np.ndarray, " J"] | None = None  # what pictures are judged by, where there is a judge
 
 
 class OfTheWay(TypedDict, total=False):
@@ -40,6 +41,8 @@ class OfTheWay(TypedDict, total=False):
         and cropped, "WIDTHxHEIGHT", where the crop begins, "LEFT,TOP", and the size behind it. None: the
         picture's own, and 0,0.
     negative_size: the same, of what it is steered away from; None: original_size.
+    best_of: candidates of each picture, of which the judge (engine.judging) chooses one. The first picture
+        has the index that was asked for, and the one behind it that much more. None: 1.
     """
 
     refiner_start: float | None
@@ -58,6 +61,7 @@ class OfTheWay(TypedDict, total=False):
     crop_from: str | None
     target_size: str | None
     negative_size: str | None
+    best_of: int | None
 
 
 HIRES_STRENGTH = 0.5  # how much is forgotten of a picture that is drawn over at a larger size
@@ -90,6 +94,12 @@ class Settings:
     crop_from: str | None = None
     target_size: str | None = None
     negative_size: str | None = None
+    best_of: int | None = None  # candidates of each picture, of which a judge chooses one; None: 1
+
+    @property
+    def candidates(self) -> int:
+        """Pictures that are drawn for each that is kept: indices of its seed that are its own."""
+        return self.best_of or 1
 
     @property
     def larger(self) -> "Settings | None":
@@ -189,12 +199,25 @@ class Frames(NamedTuple):
     denoised: UInt8[np.ndarray, "B N H W 3"]  # what the model makes of it
 
 
-class Finished(NamedTuple):
-    """Pictures on the devices, with whatever fills the batch behind those that are wanted."""
+class Candidates(NamedTuple):
+    """Pictures on the devices, one in each place of a batch."""
 
     images: UInt8[jax.Array, "B H W 3"]
     finite: Bool[jax.Array, " B"]  # which met neither a NaN nor an infinity
     safe: Bool[jax.Array, " B"]  # which a safety checker lets pass, where there is one; else as `finite`
+    index: UInt32[jax.Array, " B"]  # of the noise that each began with
+    scores: Float[jax.Array, " B"] | None = None  # what the judge says, where there is one
+
+
+class Finished(NamedTuple):
+    """The same, the best of each place: with whatever fills the batch, see `engine.judging.arrived`."""
+
+    images: UInt8[jax.Array | np.ndarray, "B H W 3"]
+    finite: Bool[jax.Array | np.ndarray, " B"]
+    safe: Bool[jax.Array | np.ndarray, " B"]
+    index: UInt32[jax.Array | np.ndarray, " B"]
+    scores: Float[jax.Array | np.ndarray, " B"] | None = None
+    of: Int32[np.ndarray, " B"] | None = None  # the request that each place is of; None: one after another
 
 
 class Batch(NamedTuple):
@@ -204,5 +227,7 @@ class Batch(NamedTuple):
     images: UInt8[np.ndarray, "B H W 3"]
     spoilt: list[int]  # positions in this batch that met a NaN or an infinity,
     unsafe: list[int]  # and of those that the safety checker holds back
+    index: list[int]  # of each: with the seed the address of its noise
+    scores: Float[np.ndarray, " B"] | None  # what the judge says of each, where there is one
     frames: Frames | None
     heat: Float[np.ndarray, "B h w L"] | None = None  # how much each place attends to each token

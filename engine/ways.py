@@ -92,6 +92,8 @@ def check_settings(settings: Settings, programs: Programs, refiner: Programs | N
         raise UserError(f"guidance_scale={settings.guidance_scale} is no number; 1 is none, 5 to 8 are usual")
     if settings.batch_size < 1:
         raise UserError(f"batch_size={settings.batch_size}: write 1 or more")
+    if settings.best_of is not None and settings.best_of < 1:
+        raise UserError(f"best_of={settings.best_of}: write how many are drawn of each picture, 1 or more")
     scale, what = _multiple(programs)
     for name, side in (("height", settings.height), ("width", settings.width)):
         if side % scale or not scale <= side <= MAX_SIDE:

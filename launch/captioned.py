@@ -24,9 +24,10 @@ from engine.jobs.plan import request
 from engine.jobs.settling import Program, settle_with
 from engine.jobs.store import Store, open_store
 from engine.jobs.wording import Wording, Wordings
+from engine.judging import arrived
 from engine.pipeline import Pipeline
 from engine.pixels import FORMATS, read_header
-from engine.requests import Given
+from engine.requests import Finished, Given
 from engine.text.reading import Reading, said
 from engine.text.rows import Rejected, Row, Rows
 from engine.train.sources.finding import open_source
@@ -78,7 +79,7 @@ def drawn(config: JobConfig, rows: Rows, most: int | None, pipe: Pipeline) -> Ca
     names = ("lora", "embedding", "decoder", "refiner", "clip_skip", "quantize", "tile")
     names += ("prompt_weights", "long_prompts", "upscaler")
     names += ("controlnet", "control_image", "control_kind", "control_mode")
-    names += ("ip_adapter", "image_prompt", "image_encoder", "ip_adapter_layers")
+    names += ("ip_adapter", "image_prompt", "image_encoder", "ip_adapter_layers", "judge")
     chosen = {name: getattr(config, name) for name in names} | config.of_the_way()
     chosen["refiner_start"] = filled.refiner_start
     about |= {name: value for name, value in chosen.items() if value}
@@ -117,7 +118,7 @@ def _draw(
 
 def _dispatch(
     config: JobConfig, rows: Sequence[Row], program: Program, wording: Wording, pictures: OfRows
-) -> Any:
+) -> Finished:
     settings, requests = program.settings, [request(config, row, 0) for row in rows]
     if program.beside:
         given = [_given(config, row, pictures, *settings.size) for row in rows]
@@ -132,12 +133,12 @@ def _given(config: JobConfig, row: Row, pictures: OfRows, height: int, width: in
         raise UserError(f"{_named(config, row)} cannot be drawn: {error}") from None
 
 
-def _landed(words: Sequence[str], arrays: Any) -> Batch:
+def _landed(words: Sequence[str], finished: Finished) -> Batch:
     """The pictures of a batch that no NaN struck, when they are there. Here the program also stops."""
-    while not arrays[1].is_ready():
+    while not finished.finite.is_ready():
         cli.pause(POLL)
     cli.stop_if_asked()
-    images, finite, _ = (np.asarray(array)[: len(words)] for array in arrays)
+    images, finite, *_ = arrived(finished, len(words))
     return images[finite], [told for told, sound in zip(words, finite, strict=True) if sound]
 
 

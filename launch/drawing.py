@@ -110,7 +110,7 @@ def open_model(config: GenerateConfig, all_hosts: bool = False) -> Pipeline:
         options = config.refiner or None, config.quantize, config.clip_skip, config.controlnets()
         more = config.prompt_weights, config.long_prompts, config.upscaler or None
         readers = config.ip_adapters(), config.image_encoder or None, config.adapter_layers()
-        readers = *readers, config.safety_checker or None, config.control_modes()
+        readers = *readers, config.safety_checker or None, config.control_modes(), config.judge or None
         pipe = engine.load(model, config.dtype, parallel, *files, *options, *more, *readers)
     cli.stop_if_asked()
     return pipe
@@ -145,7 +145,9 @@ def draw(plan: pictures.Plan, pipe: Pipeline) -> list[pictures.Drawn]:
     smaller = f"--batch_size {half}" if half else f"--tile 512, or a smaller {lower}"
     if plan.config.upscaler and not plan.config.tile:  # it takes one picture after another, of any batch
         smaller = f"--tile 512, or {smaller.removeprefix('--tile 512, or ')}"
-    progress = Progress([len(batch) for batch in pictures.batches(plan, pipe)], steps)
+    shown = bool(plan.stages) or plan.config.words
+    counts = [len(batch) for batch in pictures.batches(plan, pipe)]
+    progress = Progress(counts, [steps * pipe.passes_of(count, settings, shown) for count in counts])
     drawn = []
     try:
         with advice_where_memory_runs_out(smaller, HALF), progress:
@@ -165,6 +167,9 @@ def tell_of(picture: pictures.Drawn, config: GenerateConfig) -> None:
     """Where the picture is, or that it could not be drawn."""
     for file in picture.files:
         cli.say(str(file))
+    if picture.files and picture.score is not None:
+        chosen = f", the best of {config.candidates}" if config.candidates > 1 else ""
+        cli.tell(f"{picture.files[0].name}: CLIP score {picture.score:.2f}{chosen}")
     if picture.held_back:
         where = f"picture {picture.index} of seed {config.seed}"
         cli.tell(f"{where} was held back by the safety checker, and not written")

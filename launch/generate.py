@@ -77,6 +77,18 @@ FLAGS: cli.Groups = {
         "control_start": ("S", "share of the steps before which it adds nothing; without it 0"),
         "control_end": ("S", "share of the steps behind which it adds nothing, and costs nothing"),
     },
+    "Several of each, and the best of them": {
+        "judge": (
+            "FOLDER",
+            "a CLIP, as transformers saves it, that says how well each picture shows its prompt: 100\n"
+            "times their cosine, the CLIP score. It is told, and stands in the manifests of a job",
+        ),
+        "best_of": (
+            "N",
+            "draw N of each picture, and keep the one that it likes best. Its index says which it was:\n"
+            "by that it is drawn again, without the others",
+        ),
+    },
     "What an IP-Adapter reads (in a job: for the rows that have none of their own)": {
         "ip_adapter": (
             "FILE",

@@ -14,13 +14,13 @@ BAR = "{percentage:3.0f}%|{bar}| {postfix[0]} [{elapsed}, {remaining} left, {rat
 class Progress:
     """Call `step` with each number of sampling steps that a batch has gone on."""
 
-    def __init__(self, batches: Sequence[int], steps: int):
+    def __init__(self, batches: Sequence[int], steps: Sequence[int]):
         """Args:
-        batches: how many pictures are drawn at once, on all devices together, one batch after another.
-        steps: of each.
+        batches: how many pictures are made at once, on all devices together, one batch after another.
+        steps: of each of them.
         """
         self.batches, self.steps, self.images = batches, steps, sum(batches)
-        self._done = 0  # steps, of all batches
+        self._batch = self._done = 0  # the one that is being drawn, and how many of its steps are done
         self._batch_began = time.monotonic()
         self._bar = tqdm(
             total=self.images,
@@ -42,14 +42,16 @@ class Progress:
         """`count` more steps of the batch that is being drawn. Here the program also stops, if asked to."""
         stop_if_asked()
         self._done += count
-        batch, step = divmod(self._done - 1, self.steps)
+        batch, steps = self._batch, self.steps[self._batch]
         images = self.batches[batch]
         if not self._bar.disable:
-            self._bar.postfix[0] = f"batch {batch + 1}/{len(self.batches)}, step {step + 1}/{self.steps}"
+            self._bar.postfix[0] = f"batch {batch + 1}/{len(self.batches)}, step {self._done}/{steps}"
             # fractions of pictures; rounding must not lead beyond the whole
-            self._bar.update(min(images * count / self.steps, self.images - self._bar.n))
-        elif step + 1 == self.steps:
+            self._bar.update(min(images * count / steps, self.images - self._bar.n))
+        elif self._done == steps:
             self._tell(batch, images)
+        if self._done == steps:
+            self._batch, self._done = batch + 1, 0
 
     def _tell(self, batch: int, images: int) -> None:
         now = time.monotonic()

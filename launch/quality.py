@@ -66,6 +66,8 @@ FLAGS: cli.Groups = {
         "hires": ("N", "draw pictures over at N times their size"),
         "hires_strength": ("S", "how much of them is forgotten then"),
         "hires_steps": ("N", "of which that is the share"),
+        "judge": ("FOLDER", "a CLIP that chooses the best of several; another than --clip, to be fair"),
+        "best_of": ("N", "candidates that are drawn of each picture"),
         "height": ("PIXELS", "without it the size that the model was trained for"),
         "width": ("PIXELS", "likewise"),
         "dtype": ("TYPE", "of the model: float32 or bfloat16"),
@@ -79,7 +81,7 @@ SHARED = ("model", "lora", "seed", "sampler", "steps", "guidance_scale", "batch_
 OWN = (
     *("negative_prompt", "embedding", "decoder", "refiner", "controlnet", "control_image"),
     *("control_kind", "control_mode", "ip_adapter", "image_prompt", "image_encoder", "ip_adapter_layers"),
-    *("upscaler", "prompt_weights", "long_prompts", "clip_skip", "height", "width"),
+    *("judge", "upscaler", "prompt_weights", "long_prompts", "clip_skip", "height", "width"),
     *OF_THE_WAY,
     *("dtype", "parallel", "split_params", "quantize", "tile"),
 )

@@ -106,7 +106,7 @@ def test_jobs_get_them_too_and_a_nan_stays_one(pipe):
     spoilt = contexts[PROMPTS[1]]
     contexts = {**contexts, PROMPTS[1]: spoilt._replace(words=np.full_like(spoilt.words, np.nan))}
     requests = [Request(prompt, "", 7, i, settings.guidance_scale) for i, prompt in enumerate(PROMPTS)]
-    images, finite, _ = pipe.dispatch(requests, contexts, settings)
+    images, finite, *_ = pipe.dispatch(requests, contexts, settings)
     assert np.asarray(finite).tolist() == [True, False, True]
     np.testing.assert_array_equal(np.asarray(images)[[0, 2]], draw(pipe)[[0, 2]])
 

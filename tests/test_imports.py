@@ -31,7 +31,7 @@ LAYERS = [
     ],
     ["engine.texts"],
     ["engine.programs"],
-    ["engine.ways", "engine.enlarging", "engine.checking", "engine.prompting"],
+    ["engine.ways", "engine.enlarging", "engine.checking", "engine.prompting", "engine.judging"],
     ["engine.passes"],
     ["engine.pipeline"],
     ["engine.loading"],

@@ -18,6 +18,7 @@ MAX_TILE = 16384
 MAX_CLIP_SKIP = 99
 MAX_CACHE_INTERVAL = 1000
 MAX_STEPS = 1000
+MAX_BEST_OF = 1000
 MAX_TOLD = 65536  # pixels of a side that SDXL is told
 
 SIGHTS = ("edges", "grey", "mosaic")  # what a ControlNet may be shown of a picture: engine.sights
@@ -37,6 +38,7 @@ OF_THE_WAY = (
     *("cache_interval", "merge_tokens", "control_start", "control_end"),
     *("hires", "hires_strength", "hires_steps"),
     *TOLD,
+    "best_of",
 )
 
 
@@ -140,6 +142,8 @@ class GenerateConfig:
     decoder: str = ""  # a folder or a file, whose autoencoder stands in for the model's own
     refiner: str = ""  # a folder, whose model goes the last part of the way
     safety_checker: str = ""  # a folder, whose network holds pictures back
+    judge: str = ""  # a folder, whose CLIP says how well pictures show their prompts
+    best_of: int | None = None  # candidates of each picture, of which it chooses one; None: 1
     upscaler: str = ""  # a file, whose network enlarges every picture when it is drawn
     refiner_start: float | None = None  # share of the way before that; None: 0.8
     prompt_weights: bool = False  # brackets in prompts say how much words count
@@ -208,11 +212,17 @@ class GenerateConfig:
         self.check_drawing()
         for of in PICTURED:
             check_count(of, len(self.pictures_of(of)), len(self.networks(of)))
-        if self.first_index + (count := len(self.prompts) * self.num_images) > MAX_INDEX:
+        count = len(self.prompts) * self.num_images * self.candidates
+        if self.first_index + count > MAX_INDEX:
             raise UserError(
                 f"first_index={self.first_index}: {count} pictures would go beyond {MAX_INDEX - 1}, the last "
                 f"index of a seed; write at most {MAX_INDEX - count}, or another seed"
             )
+
+    @property
+    def candidates(self) -> int:
+        """Pictures that are drawn for each that is kept."""
+        return self.best_of or 1
 
     def check_guidance(self) -> None:
         """UserError where something is asked of guidance, and there is none; pictures may remember such."""
@@ -293,6 +303,8 @@ class GenerateConfig:
         self._check_given()
         if self.refiner_start is not None and not self.refiner:
             raise UserError(f"refiner_start={self.refiner_start} without one: write --refiner FOLDER, too")
+        if self.candidates > 1 and not self.judge:
+            raise UserError(f"best_of={self.best_of} without one who chooses: write --judge FOLDER, too")
         known = (*SIGHTS, "none")
         if self.control_kind and self.control_kind not in known:
             near = nearest(self.control_kind, known)
@@ -335,6 +347,7 @@ class GenerateConfig:
             "hires": (1, MAX_UPSCALE),
             "hires_strength": (0, 1),
             "hires_steps": (1, MAX_STEPS),
+            "best_of": (1, MAX_BEST_OF),
         }
         self.check_ranges(ranges)
 

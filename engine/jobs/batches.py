@@ -1,15 +1,13 @@
 """A batch of a job on its way: words and pictures beside them, on the devices, drawn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from engine import finish
 from engine.jobs.loras import Own
 from engine.jobs.plan import Shard, Wanted
-from engine.requests import Context, Given, Request
+from engine.requests import Context, Finished, Given, Request
 
 
 class Load(NamedTuple):
@@ -44,11 +42,29 @@ class Flying(NamedTuple):
     batch_size: int
 
 
+class Picture(NamedTuple):
+    """One that has been drawn; see `Finished`."""
+
+    image: finish.Picture
+    finite: bool
+    safe: bool
+    index: int
+    score: float | None
+
+
 class Drawn(NamedTuple):
     """A batch that has been drawn."""
 
     load: Load
-    images: finish.Pictures
-    finite: np.ndarray  # bool, of each picture,
-    safe: np.ndarray  # likewise, see `Finished`
+    finished: Finished | None  # on the host; None where there was nothing to draw
     batch_size: int
+
+    @property
+    def pictures(self) -> Iterator[Picture]:
+        """Of all that is wanted."""
+        if self.finished is None:
+            return
+        images, finite, safe, index, scores, _ = self.finished
+        for i, image in enumerate(images):
+            score = None if scores is None else float(scores[i])
+            yield Picture(image, bool(finite[i]), bool(safe[i]), int(index[i]), score)

@@ -36,6 +36,7 @@ def of_files(config: GenerateConfig, folder: pathlib.Path) -> dict[str, str]:
         "safety_checker": (
             of_weights(safety_checker.find(config.safety_checker)) if config.safety_checker else ""
         ),
+        "judge": of_weights(pathlib.Path(config.judge).expanduser()) if config.judge else "",
         "decoder": _of_decoder(decoder.find(config.decoder)) if config.decoder else "",
         "upscaler": _of(upscaler.find(config.upscaler)) if config.upscaler else "",
         "refiner": of_weights(pathlib.Path(config.refiner).expanduser()) if config.refiner else "",

@@ -32,7 +32,7 @@ REMEMBERED = (
 ADDED = (
     *("lora", "embedding", "decoder", "refiner", "upscaler", "controlnet", "safety_checker"),
     *("ip_adapter", "image_encoder", "image_prompt", "ip_adapter_layers"),
-    *OF_THE_WAY,
+    *(name for name in OF_THE_WAY if name != "best_of"),  # what was chosen is drawn again without the others
     *("prompt_weights", "long_prompts", "clip_skip", "tile", "quantize"),
     *("image", "mask", "control_image", "control_kind", "control_mode"),
 )
@@ -60,6 +60,7 @@ class Drawn(NamedTuple):
     image: finish.Picture | None  # of the size in which it was drawn
     files: tuple[pathlib.Path, ...]  # the picture, its strip, ... and words; none where a NaN struck it,
     held_back: bool = False  # or where the safety checker found something
+    score: float | None = None  # what the judge says, where there is one
 
 
 def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
@@ -82,7 +83,7 @@ def plan(config: GenerateConfig, pipe: Pipeline) -> Plan:
     strength = edits.default_strength(beside, pipe.made_for) if config.strength is None else config.strength
     runs = pipe.runs(prompts, [config.negative_prompt] * len(prompts), settings.guidance_scale)
     longest = max(map(len, runs))
-    batch_size = config.batch_size or pipe.batch_size_for(longest, *settings.size)
+    batch_size = config.batch_size or pipe.batch_size_for(longest * config.candidates, *settings.size)
     settings = dataclasses.replace(settings, batch_size=batch_size, strength=strength)
     edits.check_strength(settings)
     pipe.check_given([beside], settings)
@@ -130,7 +131,7 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
     )
     for batch in batches:
         for i, image in enumerate(batch.images):
-            prompt, index = plan.prompts[batch.first + i], config.first_index + batch.first + i
+            prompt, index = plan.prompts[batch.first + i], batch.index[i]
             if i in batch.spoilt or i in batch.unsafe:
                 yield Drawn(index, prompt, None, (), i in batch.unsafe)
                 continue
@@ -144,7 +145,8 @@ def draw(plan: Plan, pipe: Pipeline, progress: Callable[[int], None] | None = No
                 files += _write_stages(path, Frames(*(part[i] for part in batch.frames)), settings, config)
             if batch.heat is not None:
                 files += _write_words(path, small, batch.heat[i], pipe.words(prompt), settings)
-            yield Drawn(index, prompt, small, tuple(files))
+            score = None if batch.scores is None else float(batch.scores[i])
+            yield Drawn(index, prompt, small, tuple(files), score=score)
 
 
 def enlarged(image: finish.Picture, size: tuple[int, int], config: GenerateConfig) -> finish.Larger:
@@ -230,7 +232,9 @@ def remember(config: GenerateConfig, prompt: str, index: int, contents: Mapping[
     settings = {name: getattr(config, name) for name in REMEMBERED}
     settings |= {name: value for name in ADDED if (value := getattr(config, name))}
     settings |= {name: getattr(config, name) for name in CHANGING if config.image}
-    settings |= {"contents": dict(contents), "version": engine.__version__}
+    # Who chose it is no part of how it was drawn.
+    drawn_with = {name: mark for name, mark in contents.items() if name != "judge"}
+    settings |= {"contents": drawn_with, "version": engine.__version__}
     return {"prompt": prompt, "index": index, **settings}
 
 

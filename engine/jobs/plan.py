@@ -255,7 +255,7 @@ def request(config: JobConfig, row: Row, image: int) -> Request:
         row.prompt,
         value_or(row.negative_prompt, config.negative_prompt),
         value_or(row.seed, config.seed),
-        first_index(config, row) + image,
+        first_index(config, row) + image * config.candidates,
         value_or(row.guidance_scale, config.guidance_scale),
         image_guidance_scale=value_or(row.image_guidance_scale, config.image_guidance_scale),
     )

@@ -70,7 +70,7 @@ class Settle:
         mark = "none" if isinstance(picture, str) else ""
         if picture is not None and not isinstance(picture, str):
             mark = f"{picture.mark} {picture.height} {picture.width}"
-        if first_index(config, row) + config.num_images > MAX_INDEX:
+        if first_index(config, row) + config.num_images * config.candidates > MAX_INDEX:
             return f"its pictures would have an index beyond {MAX_INDEX - 1}; write a smaller index", mark
         if isinstance(picture, str):
             return picture, mark
@@ -143,7 +143,8 @@ def first_index(config: JobConfig, row: Row) -> int:
     """
     if row.index is not None:
         return row.index
-    return 0 if row.seed is not None else config.first_index + row.number * config.num_images
+    own = config.num_images * config.candidates
+    return 0 if row.seed is not None else config.first_index + row.number * own
 
 
 def value_or(value: Any, default: Any) -> Any:

@@ -33,7 +33,7 @@ from engine.config import JobConfig
 from engine.jobs import digests, folder, formats
 from engine.jobs.account import Busy, out_of_memory_or_raise
 from engine.jobs.ahead import ahead
-from engine.jobs.batches import Drawn, Flying, Load
+from engine.jobs.batches import Drawn, Flying, Load, Picture
 from engine.jobs.given import Paths
 from engine.jobs.pictures import enlarged, remember
 from engine.jobs.plan import Group, Job, Shard, Wanted
@@ -41,6 +41,7 @@ from engine.jobs.reading import Reader
 from engine.jobs.settling import Program, Settle
 from engine.jobs.store import Store
 from engine.jobs.wording import Changed, TooLong, Wordings
+from engine.judging import arrived
 from engine.pipeline import Pipeline
 from engine.requests import Context, Finished, Request, Settings
 from engine.text.reading import said
@@ -63,12 +64,6 @@ class Tally:
     pictures: int = 0
     failures: int = 0
     idle: float = 0.0  # share of time in which no batch was on the devices, compilation left out
-
-
-def _nothing(load: Load) -> Drawn:
-    """Of a batch without a picture."""
-    none = np.zeros(0, bool)
-    return Drawn(load, np.zeros((0, 1, 1, 3), np.uint8), none, none, 0)
 
 
 class Worker:
@@ -216,22 +211,22 @@ class Worker:
             out_of_memory_or_raise(error)
             self._halve(load.shard.group, settings.batch_size)
             return flying
-        return flying._replace(arrival=arrivals.submit(self._arrive, arrays, time.monotonic()))
+        arrival = arrivals.submit(self._arrive, arrays, len(requests), time.monotonic())
+        return flying._replace(arrival=arrival)
 
-    def _arrive(self, arrays: Finished, launched: float) -> Sequence[np.ndarray]:
+    def _arrive(self, arrays: Finished, count: int, launched: float) -> Finished:
         jax.block_until_ready(arrays)
         self._busy.add(launched, time.monotonic())
-        return tuple(map(np.asarray, arrays))
+        return arrived(arrays, count)
 
     def _land(self, flying: Flying) -> Drawn:
         """Waits for a batch; where memory ran out, draws it again in smaller ones."""
         load, arrival, batch_size = flying
         if not load.wanted:
-            return _nothing(load)
+            return Drawn(load, None, 0)
         if arrival is not None:
             try:
-                each = [array[: len(load.wanted)] for array in arrival.result()]
-                return Drawn(load._replace(given=()), *each, batch_size)
+                return Drawn(load._replace(given=()), arrival.result(), batch_size)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 out_of_memory_or_raise(error)
                 self._halve(load.shard.group, batch_size)
@@ -243,20 +238,19 @@ class Worker:
             settings = self._settings(group)
             size = settings.batch_size * self.pipe.devices.count
             requests = load.requests
-            found: list[Sequence[np.ndarray]] = []
+            found: list[Finished] = []
             try:
                 for first in range(0, len(requests), size):
                     part = requests[first : first + size]
-                    drawn = jax.block_until_ready(pipe.dispatch(part, load.contexts, settings))
-                    found.append([np.asarray(array)[: len(part)] for array in drawn])
-                each = map(np.concatenate, zip(*found, strict=True))
-                return Drawn(load._replace(given=()), *each, settings.batch_size)
+                    found.append(arrived(pipe.dispatch(part, load.contexts, settings), len(part)))
+                whole = jax.tree.map(lambda *arrays: np.concatenate(arrays), *found)
+                return Drawn(load._replace(given=()), whole, settings.batch_size)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 out_of_memory_or_raise(error)
                 self._halve(group, settings.batch_size)
         refused = [*load.refused, *({**wanted.address, "reason": why} for wanted in load.wanted)]
         self.progress(len(load.wanted))
-        return _nothing(load._replace(wanted=(), given=(), refused=refused))
+        return Drawn(load._replace(wanted=[], given=(), refused=refused), None, 0)
 
     def _settings(self, group: Group) -> Settings:
         assert group.settings is not None
@@ -302,8 +296,7 @@ class Worker:
             if not self.pipe.devices.leads:
                 self.progress(len(load.wanted))
                 continue
-            verdicts = zip(drawn.finite, drawn.safe, strict=True)
-            every = load.wanted, drawn.images, verdicts, load.marks or itertools.repeat({})
+            every = load.wanted, drawn.pictures, load.marks or itertools.repeat({})
             for entry in writers.map(self._finish, *every, itertools.repeat(drawn)):
                 (entries if isinstance(entry, formats.Entry) else failures).append(entry)
             failures += load.refused
@@ -316,18 +309,16 @@ class Worker:
     def _finish(
         self,
         wanted: Wanted,
-        image: np.ndarray,
-        verdict: tuple[np.bool_, np.bool_],
+        picture: Picture,
         marks: Mapping[str, str],
         drawn: Drawn,
     ) -> formats.Entry | dict[str, Any]:
         """The last touches of one picture: an entry of the shard, or why there is none."""
         row, request = wanted.row, wanted.request
-        address = wanted.address
-        finite, safe = verdict
-        if not finite or not safe:
-            held = "held back by the safety checker" if finite else "a NaN or an infinity in the picture"
-            return {**address, "reason": held}
+        address = wanted.address | {"index": picture.index}
+        if not picture.finite or not picture.safe:
+            held = "held back by the safety checker"
+            return {**address, "reason": held if picture.finite else "a NaN or an infinity in the picture"}
         program = drawn.load.shard.group.program
         how = self._settings(drawn.load.shard.group)
         settings = dataclasses.asdict(how)
@@ -339,8 +330,8 @@ class Worker:
         if (lora := drawn.load.lora) is not None:
             contents["lora"] = lora.mark
         try:
-            about = remember(config, request.prompt, request.index, {k: v for k, v in contents.items() if v})
-            image = enlarged(image, how.size, config)
+            about = remember(config, request.prompt, picture.index, {k: v for k, v in contents.items() if v})
+            image = enlarged(picture.image, how.size, config)
             png = finish.encode_png(image, about)
         except UserError as error:
             return {**address, "reason": str(error)}
@@ -349,6 +340,7 @@ class Worker:
             facts["caption"] = words  # without marks, for who trains on it
         facts |= {name: settings[name] for name in ("guidance_scale", "steps", "sampler")}
         facts |= dict(zip(("height", "width"), image.shape[:2], strict=True))
+        facts |= {} if picture.score is None else {"clip_score": round(picture.score, 4)}
         edit = {name: value for name, value in changed.items() if value != "" or name == "lora"}
         facts |= {"edit": edit} if changed else {}
         facts |= {"sha256": hashlib.sha256(png).hexdigest(), "extra": row.extra}

@@ -130,7 +130,7 @@ def prepare(picture: UInt8[np.ndarray, "H W 3"], config: PixelsConfig) -> Float[
 def fitted(picture: UInt8[np.ndarray, "H W 3"], config: PixelsConfig) -> UInt8[np.ndarray, "h w 3"]:
     """The picture as large as the encoder takes it. Of one that is, the same."""
     if config.do_resize:
-        height, width = _resized(*picture.shape[:2], config.size)
+        height, width = scaled_size(*picture.shape[:2], config.size)
         filtered = Image.fromarray(picture).resize((width, height), Image.Resampling(config.resample))
         picture = np.asarray(filtered)
     if config.do_center_crop:
@@ -146,11 +146,8 @@ def prepared(levels: Float[jax.Array, "B H W 3"], config: PixelsConfig) -> Float
       UserError: pictures are scaled for this encoder by a filter that devices have not.
     """
     if config.do_resize:
-        if config.resample not in FILTERS:
-            known = " or ".join(f"{each.value} ({each.name.lower()})" for each in FILTERS)
-            raise UserError(f"resample={config.resample}: with a gradient there is {known}")
-        shape = (len(levels), *_resized(*levels.shape[1:3], config.size), 3)
-        levels = jax.image.resize(levels, shape, FILTERS[Image.Resampling(config.resample)])
+        shape = (len(levels), *scaled_size(*levels.shape[1:3], config.size), 3)
+        levels = jax.image.resize(levels, shape, filter_of(config))
     if config.do_center_crop:
         for axis, length in enumerate(config.crop_size, 1):
             levels = _centered(levels, axis, length, jnp.pad)
@@ -162,14 +159,25 @@ def prepared(levels: Float[jax.Array, "B H W 3"], config: PixelsConfig) -> Float
     return levels
 
 
+def filter_of(config: PixelsConfig) -> str:
+    """By which devices scale pictures; UserError where they have none such."""
+    if config.resample not in FILTERS:
+        known = " or ".join(f"{each.value} ({each.name.lower()})" for each in FILTERS)
+        raise UserError(f"resample={config.resample}: devices have {known}")
+    return FILTERS[Image.Resampling(config.resample)]
+
+
 def normalized(levels: Float[jax.Array, "*B 3"]) -> Float[jax.Array, "*B 3"]:
     """Levels, 0 to 255, as the encoder of any usual CLIP takes them: the end of `prepare`, on devices."""
     mean, std = (np.array(each, np.float32) for each in (PixelsConfig.image_mean, PixelsConfig.image_std))
     return (levels * np.float32(PixelsConfig.rescale_factor) - mean) / std
 
 
-def _resized(height: int, width: int, size: int | tuple[int, ...]) -> tuple[int, ...]:
-    """Height and width after scaling. An edge that is no whole number of pixels is cut down to one."""
+def scaled_size(height: int, width: int, size: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Height and width of pictures after scaling; size: of PixelsConfig.
+
+    An edge that is no whole number of pixels is cut down to one.
+    """
     if isinstance(size, tuple):
         return size
     longer = int(size * max(height, width) / min(height, width))

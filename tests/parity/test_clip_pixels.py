@@ -128,7 +128,5 @@ def test_with_a_gradient_they_are_the_same_but_for_roundings(shape, resample):
 
 
 def test_a_filter_without_a_gradient_is_told_of():
-    with pytest.raises(
-        UserError, match=r"resample=0: with a gradient there is 2 \(bilinear\) or 3 \(bicubic"
-    ):
+    with pytest.raises(UserError, match=r"resample=0: devices have 2 \(bilinear\) or 3 \(bicubic"):
         prepared(jnp.zeros((1, 8, 8, 3)), PixelsConfig(resample=0))
