@@ -122,7 +122,7 @@ def drawn_at_once(count: int, best_of: int, size: int) -> int:
 
 def arrived(finished: Finished, count: int) -> Finished:
     """On the host, of each of `count` requests what is to be kept. Waits for it."""
-    found = jax.tree.map(np.asarray, finished)
+    found = jax.tree.map(np.asarray, jax.block_until_ready(finished))
     chosen = np.arange(count)
     if found.scores is not None and found.of is not None:
         ranks = rank(found)

@@ -84,9 +84,12 @@ def _write_arrayrecord(path: pathlib.Path, entries: Sequence[Entry]) -> None:
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from None
 
 
+ADDED = ("caption", "clip_score")  # columns that are there where some picture has one
+
+
 def _write_parquet(path: pathlib.Path, entries: Sequence[Entry]) -> None:
     pa = _pyarrow()
-    schema = _schema(pa, any("caption" in entry.facts for entry in entries))
+    schema = _schema(pa, [name for name in ADDED if any(name in entry.facts for entry in entries)])
     # PNGs are compressed.
     with pa.parquet.ParquetWriter(path, schema, compression="NONE", write_page_checksum=True) as writer:
         for first in range(0, len(entries), ROWS_AT_ONCE):
@@ -100,15 +103,15 @@ def _table_row(entry: Entry) -> dict[str, Any]:
     return {**entry.facts, "image": image, **told}
 
 
-def _schema(pa: Any, captions: bool) -> Any:
-    texts = ("id", "prompt", *(["caption"] if captions else []), "negative_prompt", "sampler", "sha256")
-    texts += ("extra", "edit")
+def _schema(pa: Any, added: Sequence[str]) -> Any:
+    texts = ("id", "prompt", "negative_prompt", "sampler", "sha256", "extra", "edit")
     whole = ("number", "row", "index", "steps", "height", "width")
     return pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]
         + [(name, pa.string()) for name in texts]
         + [(name, pa.int64()) for name in whole]
-        + [("seed", pa.uint64()), ("guidance_scale", pa.float64())],
+        + [("seed", pa.uint64()), ("guidance_scale", pa.float64())]
+        + [(name, pa.string() if name == "caption" else pa.float64()) for name in added],
         PICTURES,
     )
 
