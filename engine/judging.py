@@ -33,7 +33,7 @@ class Judging:
         self._clip, self._beside = clip, beside
         self._texts_program = beside.devices.map(self._text_features)
         self._scores_program = beside.devices.map(self._cosines)
-        self._choose_program = beside.devices.map(lambda _, two: better(*two))
+        self._choose_program = beside.devices.map(self._chosen)
 
     def read(self, texts: Sequence[str], size: int) -> list[Float[np.ndarray, " P"]]:
         """The vectors of texts, of which as many go to the devices at once as `size` says."""
@@ -56,6 +56,9 @@ class Judging:
     def choose(self, best: Candidates, new: Candidates) -> Candidates:
         """Of two candidates in each place of a batch, the better one."""
         return self._choose_program((), (best, new))
+
+    def _chosen(self, _: Any, two: Any) -> Any:
+        return better(*two)
 
     def _text_features(self, params: Any, ids: Any) -> Any:
         with jax.default_matmul_precision("highest"):

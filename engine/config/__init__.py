@@ -2,7 +2,6 @@
 
 from engine.config.data import CROPS, DATA_KINDS, DRAWN, DataConfig
 from engine.config.drawing import (
-    CONTROL_MODES,
     FORMATS,
     MAX_INDEX,
     MAX_UPSCALE,
@@ -14,9 +13,6 @@ from engine.config.drawing import (
     JobConfig,
     check_count,
     check_hires,
-    control_mode,
-    scaled,
-    told_size,
 )
 from engine.config.finetuning import (
     GIVEN,
@@ -48,6 +44,7 @@ from engine.config.training import (
     TrainConfig,
     WordsStage,
 )
+from engine.config.values import CONTROL_MODES, control_mode, scaled, told_size
 
 __all__ = [
     "CONTROL_MODES",

@@ -3,11 +3,11 @@
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from engine.config.reader import nearest
+from engine.config.values import control_mode, scaled, told_size
 from engine.errors import UserError
 
 MAX_PICTURES = 100_000  # of one run
@@ -19,15 +19,8 @@ MAX_CLIP_SKIP = 99
 MAX_CACHE_INTERVAL = 1000
 MAX_STEPS = 1000
 MAX_BEST_OF = 1000
-MAX_TOLD = 65536  # pixels of a side that SDXL is told
 
 SIGHTS = ("edges", "grey", "mosaic")  # what a ControlNet may be shown of a picture: engine.sights
-
-# What pictures a ControlNet union sees, and the numbers that github.com/xinsir6/ControlNetPlus gave them
-CONTROL_MODES = {
-    **{"openpose": 0, "depth": 1, "hed": 2, "scribble": 2, "canny": 3, "lineart": 3, "mlsd": 3},
-    **{"normal": 4, "segment": 5, "tile": 6, "inpaint": 7},
-}
 
 # What SDXL is told of sizes
 TOLD = ("original_size", "crop_from", "target_size", "negative_size")
@@ -58,44 +51,6 @@ PICTURED = {
 }
 
 
-def scaled(
-    name: str, value: str, what: str, example: str, usual: float = 1.0
-) -> tuple[tuple[str, float], ...]:
-    """The paths that an option names, each with its scale; UserError where it is no such list.
-
-    Args:
-      value: PATH or PATH=SCALE, several with commas between them.
-      what: a path is called in the message.
-      usual: the scale of a path that is named without one.
-    """
-    found = []
-    for entry in value.split(",") if value else ():
-        path, equals, number = entry.strip().rpartition("=")
-        if not equals:
-            path, number = number, str(usual)
-        try:
-            scale = float(number)
-        except ValueError:
-            scale = math.nan
-        if not path or not math.isfinite(scale):
-            raise UserError(
-                f"{name}={value!r}: write {what} or {what}=SCALE, with commas between several, "
-                f"such as {example}"
-            )
-        found.append((path, scale))
-    return tuple(found)
-
-
-def control_mode(mode: str | int) -> int:
-    """The number of a kind of picture; UserError for a name that is none of CONTROL_MODES."""
-    if mode in CONTROL_MODES:
-        return CONTROL_MODES[mode]
-    if isinstance(mode, int) or mode.isdecimal():
-        return int(mode)
-    near = nearest(mode, CONTROL_MODES)
-    raise UserError(f"control_mode={mode!r} is unknown{near}; write {', '.join(CONTROL_MODES)}, or a number")
-
-
 def check_count(of: str, found: int, count: int) -> None:
     """UserError unless there are as many pictures for them as there are networks of this kind of PICTURED."""
     if found == count:
@@ -107,17 +62,6 @@ def check_count(of: str, found: int, count: int) -> None:
         raise UserError(f"{one} without a picture to see: write --{option} {','.join(['FILE'] * count)}")
     each = f"{found} {called}s for {count} {one.partition(' ')[2]}s"
     raise UserError(f"{each}: write one for each, with commas between them")
-
-
-def told_size(name: str, value: object) -> tuple[int, int]:
-    """Height and width of WIDTHxHEIGHT, or top and left of LEFT,TOP; UserError where an option is neither."""
-    form, least = (r"(\d{1,5}),(\d{1,5})", 0) if name == "crop_from" else (r"(\d{1,5})x(\d{1,5})", 1)
-    found = re.fullmatch(form, value) if isinstance(value, str) else None
-    sides = [int(side) for side in found.groups()] if found else []
-    if not found or not all(least <= side <= MAX_TOLD for side in sides):
-        write = "LEFT,TOP in pixels, such as 0,128" if not least else "WIDTHxHEIGHT, such as 1024x768"
-        raise UserError(f"{name}={value!r}: write {write}; up to {MAX_TOLD}")
-    return sides[1], sides[0]
 
 
 def check_hires(how: Any) -> None:

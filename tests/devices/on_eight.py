@@ -35,6 +35,7 @@ from engine.weights.upscaler import look
 from tests import long
 from tests.adapters import tiny_adapter, tiny_encoder
 from tests.compiled import COMPILED
+from tests.instruments import tiny_clip
 from tests.tiny import (
     REFINER,
     SHALLOW,
@@ -275,9 +276,10 @@ def test_networks_beside_it_draw_the_same_picture_in_every_mode_and_split(folder
     net = tiny_controlnet(tmp_path / "net", **SHALLOW["unet"])
     tiny_encoder(tmp_path / "image_encoder")
     adapter = tiny_adapter(tmp_path / "a.safetensors", {1: 16}, UNET["cross_attention_dim"], "plus")
-    beside = {"controlnet": [(net, 1.0)], "ip_adapter": [(adapter, 1.0)]}
+    judge = tiny_clip(tmp_path / "clip")
+    beside = {"controlnet": [(net, 1.0)], "ip_adapter": [(adapter, 1.0)], "judge": judge}
     seen = np.random.default_rng(0).integers(0, 256, (len(PROMPTS), 16, 16, 3), np.uint8)
-    part = {"control_end": 0.5, "cache_interval": 2}
+    part = {"control_end": 0.5, "cache_interval": 2, "best_of": 2}
     options = {"given": [Given(control=(one,), image_prompt=(one,)) for one in seen], **part}
 
     def drawn(devices: Devices) -> np.ndarray:
@@ -287,7 +289,7 @@ def test_networks_beside_it_draw_the_same_picture_in_every_mode_and_split(folder
     images = {mode: drawn(devices) for mode, devices in watched.items()}
     for mode, devices in watched.items():
         np.testing.assert_array_equal(images[mode], images["shard_map"], err_msg=mode)
-        for stage in ("_prompted", "begin", "segment"):
+        for stage in ("_prompted", "begin", "segment", "_text_features", "_cosines", "_chosen"):
             assert COLLECTIVES.findall(devices.calls[stage].compiled().as_text()) == [], (mode, stage)
     one = Devices(devices=jax.devices()[:1])
     np.testing.assert_array_equal(drawn(one), images["shard_map"])
