@@ -186,7 +186,7 @@ def training(
     optimizer = optim.optimizer(config.optim, config.steps)
     devices, init, step = loop.program("benchmark", loss, params, optimizer, config, devices.devices)
     beside = told(model, config.batch_size, jnp.float16)
-    (words, pooled, _), numbers = beside.context, beside.numbers
+    words, pooled, numbers = beside.context.words, beside.context.pooled, beside.numbers
     contexts = {"context": words} if pooled is None else {"context": words, "pooled": pooled}
     latents = shape(config.batch_size, *latent_shape(model, side), dtype=jnp.float16)
     batch_shapes = {"mean": latents, **contexts} | ({} if numbers is None else {"sizes": numbers})
