@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from engine.config import check_count, control_mode
 from engine.models.controlnet import Control, ControlNetConfig, ControlNetModel, Look, State
 from engine.models.merging import merging
+from engine.models.perturbing import perturbing
 from engine.models.t2i_adapter import Features, T2IAdapterConfig
 from engine.models.watching import unwatched
 from engine.requests import Given, Settings, check_pixels
@@ -141,8 +142,8 @@ def pixels(given: Sequence[Given]) -> tuple[UInt8[np.ndarray, "B H W 3"], ...]:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """What is computed inside is neither watched nor merged, as the U-Net around it may be."""
-    with unwatched(), merging(0.0, (0, 0)):
+    """What is computed inside is neither watched, merged nor perturbed, as the U-Net around it may be."""
+    with unwatched(), merging(0.0, (0, 0)), perturbing((), 1):
         yield
 
 

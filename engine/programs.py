@@ -33,6 +33,7 @@ from engine.finish import to_uint8
 from engine.models.controlnet import Control
 from engine.models.kernels import kernels
 from engine.models.merging import merging
+from engine.models.perturbing import perturbing
 from engine.models.tiles import decode_in_tiles
 from engine.models.watching import watching
 from engine.parallel import Devices
@@ -43,7 +44,8 @@ from engine.texts import Texts
 from engine.types import Latents, Sigma
 from engine.way import Kind, Way, watched
 from engine.weights.folder import Model
-from engine.weights.ip_adapter import Adapter, layers_of
+from engine.weights.ip_adapter import Adapter
+from engine.weights.places import layers_of
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -194,6 +196,8 @@ class Programs:
             small["within"] = jnp.float32(way.within)
         if way.kind.rescaled:
             small["rescale"] = jnp.float32(way.rescale)
+        if way.pag_layers:
+            small["pag"] = jnp.float32(way.pag)
         if way.fresh is not None:
             small["fresh"] = jnp.asarray(way.fresh)
         found = {"unet": self.model.unet.params}
@@ -267,7 +271,7 @@ class Programs:
     def _sampler(self, kind: Kind, shared: Any, batched: Any) -> InitStep:
         """The sampler with the model bound to it; its state is a `caching.State`."""
         shared = self._computed(shared)  # once, not at every step
-        denoise = self._denoise(kind, kind.guided, shared, batched)
+        denoise = self._denoise(kind, True, shared, batched)
         if kind.in_part:
             plain = self._denoise(kind, False, shared, batched)
             denoise = guidance.within(denoise, plain, *shared["within"])
@@ -280,17 +284,17 @@ class Programs:
         """What is kept before there is anything."""
         if not kind.cached:
             return ()
-        guided = 3 if self.made_for == edits.FOLLOWS else 2
+        guided = (2 if self.made_for == edits.FOLLOWS else 1) * kind.guided
         (b, height, width, _), channels = x.shape, self.model.unet.config.deep_channels
-        return jnp.zeros((b, guided if kind.guided else 1, height, width, channels), dtype)
+        return jnp.zeros((b, 1 + guided + bool(kind.pag_layers), height, width, channels), dtype)
 
-    def _denoise(self, kind: Kind, guided: bool, shared: Any, batched: Any) -> caching.KeepingDenoise:
-        """The model as the sampler sees it, with guidance or without."""
-        rows = slice(None) if guided == kind.guided else slice(-1, None)  # of what is kept: the words' own
+    def _denoise(self, kind: Kind, steered: bool, shared: Any, batched: Any) -> caching.KeepingDenoise:
+        """The model as the sampler sees it, with what guidance there is, or without."""
+        rows = slice(None) if steered else slice(-1, None)  # of what is kept: the words' own
 
         def denoise(x, sigma, i, kept):
             recall = caching.Recall(kept[:, rows], shared["fresh"][i]) if kind.cached else None
-            D = self._steered(kind, guided, shared, batched, recall, x, sigma)
+            D = self._steered(kind, steered, shared, batched, recall, x, sigma)
             return D, kept if recall is None else kept.at[:, rows].set(recall.kept)
 
         return denoise
@@ -298,7 +302,7 @@ class Programs:
     def _steered(
         self,
         kind: Kind,
-        guided: bool,
+        steered: bool,
         shared: Any,
         batched: Any,
         recall: caching.Recall | None,
@@ -309,13 +313,19 @@ class Programs:
         config = for_sampler(self.model.scheduler, kind.sampler)
         words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
         control = functools.partial(self._control, shared, batched, sigma) if self.nets else None
-        unet = self.bound(shared["unet"], w - 1 if self.distilled else None, recall, kind.merge, control)
+        bound = functools.partial(
+            *(self.bound, shared["unet"], w - 1 if self.distilled else None, recall, kind.merge, control)
+        )
+        unet, guided, perturbed = bound(), steered and kind.guided, None
         rescale = shared["rescale"] if kind.rescaled else 0.0
+        if steered and kind.pag_layers:
+            seeing = lambda rows: edits.seeing(bound(kind.pag_layers, rows), batched)  # noqa: E731
+            perturbed = guidance.Perturbed(seeing, shared["pag"])
         if guided and self.made_for == edits.FOLLOWS:
             w_picture = batched["image_guidance_scale"]
             apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture, rescale)
         else:
-            apply = guidance.guided(edits.seeing(unet, batched), *words, w, rescale, run_uncond=guided)
+            apply = guidance.guided(edits.seeing(unet, batched), *words, w, rescale, guided, perturbed)
         denoise = denoiser(apply, config.prediction_type, schedules.schedule_for(config))
         return edits.keeping(denoise, batched)(x, sigma)
 
@@ -345,8 +355,14 @@ class Programs:
         recall: caching.Recall | None = None,
         merge: float = 0.0,
         control: Callable[..., Control] | None = None,
+        pag_layers: tuple[str, ...] = (),
+        rows: int = 1,
     ) -> guidance.ContextApply:
-        """The U-Net with (traced) params: (x, t, told) -> F. To be called inside of a program."""
+        """The U-Net with (traced) params: (x, t, told) -> F. To be called inside of a program.
+
+        Args:
+          pag_layers, rows: where attention is perturbed, see engine.models.perturbing.
+        """
 
         def apply(x, t, told):
             added = None if told.numbers is None else (told.context.pooled, told.numbers)
@@ -357,7 +373,8 @@ class Programs:
                 words = told.read or told.context.words
                 with self.kernels_here(), merging(merge, size):
                     more = control(x, t, told, added) if control else None
-                    return unet(x, t, words, guidance_scale, added, recall, more)
+                    with perturbing(pag_layers, rows):
+                        return unet(x, t, words, guidance_scale, added, recall, more)
 
             if recall is None or self.devices.rules is None:
                 return call(recall)

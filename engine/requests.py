@@ -28,6 +28,9 @@ class OfTheWay(TypedDict, total=False):
         a step costs half. None: 0 and 1.
     guidance_rescale: share of the contrast that guidance adds which is taken away again, 0 to 1; models
         that begin at pure noise want 0.7 (engine.diffusion.guidance). None: 0.
+    pag_scale: how strictly pictures are led away from what the model makes of them where its pixels do not
+        look at each other (Ahn et al. 2024: perturbed-attention guidance); 3 is usual. None: 0.
+    pag_layers: blocks or layers of the U-Net in which they do not, with commas between them. None: mid_block.
     cache_interval: steps from one that computes all of the U-Net to the next; those between compute its
         first level alone (engine.diffusion.caching). None: 1.
     merge_tokens: share of the tokens of the finest level, 0 to 0.75, that join others like them where
@@ -50,6 +53,8 @@ class OfTheWay(TypedDict, total=False):
     guidance_start: float | None
     guidance_end: float | None
     guidance_rescale: float | None
+    pag_scale: float | None
+    pag_layers: str | None
     cache_interval: int | None
     merge_tokens: float | None
     control_start: float | None
@@ -64,6 +69,7 @@ class OfTheWay(TypedDict, total=False):
     best_of: int | None
 
 
+PAG_LAYERS = "mid_block"
 HIRES_STRENGTH = 0.5  # how much is forgotten of a picture that is drawn over at a larger size
 
 
@@ -83,6 +89,8 @@ class Settings:
     guidance_start: float | None = None  # share of the steps before which there is no guidance; None: 0
     guidance_end: float | None = None  # share of the steps behind which there is none; None: 1
     guidance_rescale: float | None = None  # share of its contrast that guidance gives back; None: 0
+    pag_scale: float | None = None  # of the guidance away from perturbed attention; None: 0
+    pag_layers: str | None = None  # in which it is perturbed, with commas between them; None: PAG_LAYERS
     cache_interval: int | None = None  # steps from one that computes all of the U-Net to the next; None: 1
     merge_tokens: float | None = None  # share of the finest tokens that attend together with others; None: 0
     control_start: float | None = None  # share of the steps before which ControlNets add nothing; None: 0

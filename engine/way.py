@@ -24,14 +24,17 @@ class Way(NamedTuple):
     merge: float = 0.0  # share of the tokens that attend together with others
     fresh: np.ndarray | None = None  # steps that compute the deep part of the U-Net; None: all
     control_within: tuple[float, float] | None = None  # noise levels at which ControlNets act; None: all
+    pag: float = 0.0  # scale of the guidance away from perturbed attention
+    pag_layers: tuple[str, ...] = ()  # in which that is perturbed, if there is such guidance
 
     @property
     def kind(self) -> "Kind":
         """What its programs are compiled for."""
-        in_part = self.guided and self.within is not None
+        in_part = (self.guided or bool(self.pag_layers)) and self.within is not None
         cached, control_in_part = self.fresh is not None, self.control_within is not None
         rescaled = self.guided and self.rescale != 0
-        return Kind(self.sampler, self.guided, in_part, cached, self.merge, control_in_part, rescaled)
+        known = self.sampler, self.guided, in_part, cached, self.merge, control_in_part, rescaled
+        return Kind(*known, self.pag_layers)
 
 
 class Kind(NamedTuple):
@@ -44,6 +47,7 @@ class Kind(NamedTuple):
     merge: float = 0.0
     control_in_part: bool = False  # ControlNets act at some noise levels only
     rescaled: bool = False  # guidance gives some of its contrast back
+    pag_layers: tuple[str, ...] = ()  # in which attention is perturbed, to be led away from that
 
 
 def watched(way: Way) -> list[int]:

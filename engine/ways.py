@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +14,11 @@ from engine.diffusion.samplers import Sampler
 from engine.diffusion.scheduler_config import SchedulerConfig, for_sampler
 from engine.models import merging
 from engine.programs import Programs
-from engine.requests import Settings
+from engine.requests import PAG_LAYERS, Settings
 from engine.types import UserError
 from engine.way import Way, watched
 from engine.weights.folder import Model
+from engine.weights.places import TO_PIXELS, chosen, layers_of
 
 MAX_SIDE = 16384  # of a picture
 REFINER_START = 0.8  # of the way; as in its original
@@ -52,6 +54,7 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
         rescale=_rescale(settings, programs),
         merge=_merge(settings),
         control_within=_control_within(settings, whole, bool(programs.nets)),
+        **_perturbed(settings, programs),
     )
     if refiner is None:
         return [way._replace(fresh=_fresh(settings, sampler, way))]
@@ -77,6 +80,7 @@ def ways_of(settings: Settings, programs: Programs, refiner: Programs | None) ->
         within=_within(settings, whole, refiner.distilled),
         rescale=_rescale(settings, refiner),
         merge=_merge(settings),
+        **_perturbed(settings, refiner),
     )
     ways = [way._replace(steps=sampler.steps_before(own)), rest]
     return [way._replace(fresh=_fresh(settings, sampler, way)) for way in ways]
@@ -223,6 +227,21 @@ def _rescale(settings: Settings, programs: Programs) -> float:
     if share and programs.distilled:
         raise UserError(f"guidance_rescale={share}: this model learned guidance, which adds no contrast")
     return share
+
+
+def _perturbed(settings: Settings, programs: Programs) -> dict[str, Any]:
+    """Guidance away from perturbed attention; nothing of none."""
+    scale, named = settings.pag_scale or 0.0, settings.pag_layers or PAG_LAYERS
+    if not 0 <= scale < math.inf:
+        raise UserError(f"pag_scale={scale}: write 0 or more; 3 is usual")
+    if not scale:
+        return {}
+    if programs.made_for == edits.FOLLOWS:
+        raise UserError(f"pag_scale={scale}: a model that is told how to change a picture takes none")
+    layers = tuple(layer.strip() for layer in named.split(","))
+    places = [place for place, _ in layers_of(programs.model.unet.config, TO_PIXELS)]
+    chosen("pag_layers", "attends among pixels", places, layers)
+    return {"pag": scale, "pag_layers": layers}
 
 
 def _merge(settings: Settings) -> float:

@@ -179,6 +179,16 @@ FLAGS: cli.Groups = {
             "share, 0 to 1, of the contrast that guidance adds which is taken away again; 0.7 suits\n"
             "models that begin at pure noise (rescale_betas_zero_snr), whose pictures burn out without it",
         ),
+        "pag_scale": (
+            "S",
+            "lead pictures away from what the model makes of them where their pixels do not look at each\n"
+            "other, for forms that hold together (perturbed-attention guidance): 3 is usual. A step costs\n"
+            "half as much more; with --guidance_scale 1, twice as much",
+        ),
+        "pag_layers": (
+            "NAME",
+            "blocks of the U-Net in which they do not, with commas between them; without it mid_block",
+        ),
         "cache_interval": (
             "N",
             "compute all of the U-Net at every Nth step, and between them only its first level:\n"

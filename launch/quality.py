@@ -57,6 +57,8 @@ FLAGS: cli.Groups = {
         "guidance_start": ("S", "share of the steps before which there is no guidance"),
         "guidance_end": ("S", "share of the steps behind which there is none"),
         "guidance_rescale": ("S", "share of the contrast that guidance adds which is taken away again"),
+        "pag_scale": ("S", "scale of the guidance away from perturbed attention"),
+        "pag_layers": ("NAME", "blocks of the U-Net in which it is perturbed"),
         "cache_interval": ("N", "compute all of the U-Net at every Nth step"),
         "merge_tokens": ("S", "share of the tokens that join others like them"),
         "original_size": ("WxH", "told to SDXL, size of a picture before it was scaled and cropped"),

@@ -19,6 +19,7 @@ MAX_CLIP_SKIP = 99
 MAX_CACHE_INTERVAL = 1000
 MAX_STEPS = 1000
 MAX_BEST_OF = 1000
+MAX_PAG_SCALE = 100
 
 SIGHTS = ("edges", "grey", "mosaic")  # what a ControlNet may be shown of a picture: engine.sights
 
@@ -28,7 +29,7 @@ TOLD = ("original_size", "crop_from", "target_size", "negative_size")
 # Options of `Pipeline.settings` that say what is special on the way from noise to picture; None: nothing.
 OF_THE_WAY = (
     *("refiner_start", "grid", "guidance_start", "guidance_end", "guidance_rescale"),
-    *("cache_interval", "merge_tokens", "control_start", "control_end"),
+    *("pag_scale", "pag_layers", "cache_interval", "merge_tokens", "control_start", "control_end"),
     *("hires", "hires_strength", "hires_steps"),
     *TOLD,
     "best_of",
@@ -101,6 +102,8 @@ class GenerateConfig:
     guidance_start: float | None = None  # share of the steps before which there is no guidance; None: 0
     guidance_end: float | None = None  # share of the steps behind which there is none; None: 1
     guidance_rescale: float | None = None  # share of its contrast that guidance gives back; None: 0
+    pag_scale: float | None = None  # of the guidance away from perturbed attention; None: 0
+    pag_layers: str | None = None  # in which it is perturbed, with commas between them; None: mid_block
     cache_interval: int | None = None  # steps from one that computes all of the U-Net to the next; None: 1
     merge_tokens: float | None = None  # share of the finest tokens that attend together with others; None: 0
     controlnet: str = ""  # FOLDER or FOLDER=SCALE, several with commas; files, too: see `controlnets`
@@ -170,8 +173,9 @@ class GenerateConfig:
 
     def check_guidance(self) -> None:
         """UserError where something is asked of guidance, and there is none; pictures may remember such."""
+        none = self.guidance_scale == 1 and not self.pag_scale
         for name in ("guidance_start", "guidance_end", "guidance_rescale"):
-            if self.guidance_scale == 1 and (value := getattr(self, name)) is not None:
+            if none and (value := getattr(self, name)) is not None:
                 raise UserError(f"{name}={value} with guidance_scale=1, which is none: leave one of them out")
 
     def loras(self) -> tuple[tuple[str, float], ...]:
@@ -247,6 +251,8 @@ class GenerateConfig:
         self._check_given()
         if self.refiner_start is not None and not self.refiner:
             raise UserError(f"refiner_start={self.refiner_start} without one: write --refiner FOLDER, too")
+        if self.pag_layers and not self.pag_scale:
+            raise UserError(f"pag_layers={self.pag_layers} without such guidance: write --pag_scale 3, too")
         if self.candidates > 1 and not self.judge:
             raise UserError(f"best_of={self.best_of} without one who chooses: write --judge FOLDER, too")
         known = (*SIGHTS, "none")
@@ -292,6 +298,7 @@ class GenerateConfig:
             "hires_strength": (0, 1),
             "hires_steps": (1, MAX_STEPS),
             "best_of": (1, MAX_BEST_OF),
+            "pag_scale": (0, MAX_PAG_SCALE),
         }
         self.check_ranges(ranges)
 

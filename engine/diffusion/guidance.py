@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022) and its rescaling (Lin et al. 2023).
+"""Classifier-free guidance (Ho & Salimans 2022), its rescaling (Lin et al. 2023), and perturbed attention's.
 
 Guidance is applied to the network's prediction F. As D(x, sigma) is affine in F (parameterization.py) and the
 weights of the two predictions add up to 1, that equals guiding the denoised images themselves:
@@ -7,7 +7,7 @@ weights of the two predictions add up to 1, that equals guiding the denoised ima
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,20 @@ from engine.types import Latents, Sigma
 ContextApply = Callable[[Latents, Float[Array, " B"], Any], Latents]
 
 
+class Perturbed(NamedTuple):
+    """A network that is led away from what it makes of a picture without seeing its shape.
+
+    Perturbed-attention guidance (Ahn et al. 2024, equation 11), beside that by words:
+
+        F(uncond) + w [F(cond) - F(uncond)] + s [F(cond) - F'(cond)]
+
+    F' is the network with its self-attention perturbed.
+    """
+
+    apply: Callable[[int], ContextApply]  # by the rows of a picture, of which the last but one is of F'
+    scale: float | Float[Array, ""]  # s; may be traced
+
+
 def guided(
     apply: ContextApply,
     cond: Any,
@@ -28,6 +42,7 @@ def guided(
     guidance_scale: float | Float[Array, ""] | Float[Array, " B"],
     guidance_rescale: float | Float[Array, ""] = 0.0,
     run_uncond: bool = True,
+    perturbed: Perturbed | None = None,
 ) -> Apply:
     """A network steered by `cond` and away from `uncond`: (x_in, t) -> F, float32.
 
@@ -42,11 +57,23 @@ def guided(
         one's spread; may be traced.
       run_uncond: static. False leaves out the unconditional pass, which halves the work and is right when
         guidance_scale is 1.
+      perturbed: the same network, where it is led away from that, too.
     """
-    if not run_uncond:
+    if not run_uncond and perturbed is None:
         return lambda x, t: at_least_float32(apply(x, t, cond))
 
     w = guidance_scale[:, None, None, None] if jnp.ndim(guidance_scale) else guidance_scale
+
+    def apply_perturbed(x: Latents, t: Float[Array, " B"]) -> Latents:
+        assert perturbed is not None
+        sides = (uncond, cond, cond) if run_uncond else (cond, cond)
+        rows = len(sides)
+        inputs = _together(*[x] * rows), _together(*[t] * rows), _together(*sides)
+        F = at_least_float32(perturbed.apply(rows)(*inputs))
+        F_cond = F[rows - 1 :: rows]
+        away = perturbed.scale * (F_cond - F[rows - 2 :: rows])
+        F = F_cond + away + ((w - 1) * (F_cond - F[0::rows]) if run_uncond else 0)
+        return _given_back(F, F_cond, guidance_rescale)
 
     def apply_guided(x: Latents, t: Float[Array, " B"]) -> Latents:
         F = at_least_float32(apply(_together(x, x), _together(t, t), _together(uncond, cond)))
@@ -54,7 +81,7 @@ def guided(
         F = F_uncond + w * (F_cond - F_uncond)
         return _given_back(F, F_cond, guidance_rescale)
 
-    return apply_guided
+    return apply_perturbed if perturbed else apply_guided
 
 
 def guided_by_picture(

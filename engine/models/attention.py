@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from engine.models import kernels, merging, remat, watching
+from engine.models import kernels, merging, perturbing, remat, watching
 from engine.models.layers import GroupNorm, Identity, conv, linear
 
 # How many scores a CPU has in memory at a time, 8 MB of them: more leave its caches, and with 32 MB and more
@@ -122,6 +122,8 @@ class Attention(nnx.Module):
         if context is not None:
             watching.see(q, k)
         out = attend(q, k, v)
+        if context is None:
+            out = perturbing.apart(self.place, out, v)
         for further_k, further_v in zip(more[::2], more[1::2], strict=True):
             out = out + attend(q, further_k, further_v)
         return self.to_out[0](out.reshape(x.shape))

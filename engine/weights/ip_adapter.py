@@ -7,19 +7,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from engine.models.clip_vision import CLIPVisionConfig
 from engine.models.ip_adapter import HEAD, IPAdapter, IPAdapterConfig
-from engine.models.unet_config import UNetConfig
 from engine.types import UserError
 from engine.weights import index, network
-from engine.weights.component import Component, Place, abstract, load_component, read_config
+from engine.weights.component import Component, Place, load_component, read_config
 from engine.weights.files import find_weights
 from engine.weights.folder import Model
+from engine.weights.places import chosen, layers_of
 from engine.weights.safetensors_io import read_header
 
 KIND, ENCODER = "ip_adapter", "image_encoder"
@@ -27,7 +27,6 @@ KNOWN = "an IP-Adapter, plain, plus or full"
 UNWRAP = "{f'{a}.{k}': v for a, part in d.items() for k, v in part.items()}"  # of the original's pickles
 LAYER = re.compile(r"ip_adapter\.(\d+)\.to_k_ip\.weight")
 BLOCK = re.compile(r"image_proj\.layers\.(\d+)\.0\.to_q\.weight")
-WAY = ("down_blocks", "up_blocks", "mid_block")  # the order in which adapters count the layers of a U-Net
 
 
 class Adapter(NamedTuple):
@@ -103,31 +102,16 @@ def load_adapters(
       UserError: an encoder is broken, or the U-Net has no such layer.
     """
     places = layers_of(model.unet.config)
-    chosen = _chosen([place for place, _ in places], layers)
+    asked = "ip_adapter_layers", "attends to words"
+    there = chosen(*asked, [place for place, _ in places], layers or [place for place, _ in places])
     encoders: dict[Path, Component] = {}
     adapters = []
     for found, folder, scale in each:
         if folder not in encoders:
             encoders[folder] = load_component(folder, ENCODER, dtype, place=place)
-        scales = tuple(scale if there else 0.0 for there in chosen)
+        scales = tuple(scale if here else 0.0 for here in there)
         adapters.append(Adapter(network.load(found, dtype, place), encoders[folder], scales))
     return adapters
-
-
-def _chosen(places: Sequence[str], layers: Sequence[str]) -> list[bool]:
-    """Which of the places lie in one of these blocks or layers."""
-
-    def lies_in(place: str, layer: str) -> bool:
-        return f"{place}.".startswith(f"{layer}.")
-
-    for layer in layers:
-        if not any(lies_in(place, layer) for place in places):
-            blocks = dict.fromkeys(place.rpartition(".transformer_blocks")[0] for place in places)
-            raise UserError(
-                f"ip_adapter_layers: this model has no {layer!r} that attends to words; it has "
-                f"{', '.join(blocks)}, and what lies in them or around them"
-            )
-    return [not layers or any(lies_in(place, layer) for layer in layers) for place in places]
 
 
 def check_fits(found: network.Found, folder: Path) -> None:
@@ -146,17 +130,6 @@ def check_fits(found: network.Found, folder: Path) -> None:
             f"the IP-Adapter {found.file} was made for another model: it adds to {theirs}, and here are "
             f"{ours}; write one that was made for this model"
         )
-
-
-def layers_of(config: UNetConfig) -> list[tuple[str, int]]:
-    """The places of the layers that attend to words, and their channels, in the order of adapters."""
-    _, shapes = abstract("unet", config)
-    found = {path[:-2]: shape.shape[-1] for path, shape in shapes.items() if path[-3:-1] == ("attn2", "to_k")}
-
-    def order(path: tuple[Any, ...]) -> tuple[int, list[int]]:
-        return WAY.index(path[0]), [part for part in path if isinstance(part, int)]
-
-    return [(".".join(map(str, path)), found[path]) for path in sorted(found, key=order)]
 
 
 def _says(encoder: CLIPVisionConfig, adapter: IPAdapterConfig) -> int:

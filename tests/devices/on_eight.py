@@ -280,6 +280,7 @@ def test_networks_beside_it_draw_the_same_picture_in_every_mode_and_split(folder
     beside = {"controlnet": [(net, 1.0)], "ip_adapter": [(adapter, 1.0)], "judge": judge}
     seen = np.random.default_rng(0).integers(0, 256, (len(PROMPTS), 16, 16, 3), np.uint8)
     part = {"control_end": 0.5, "cache_interval": 2, "best_of": 2}
+    part |= {"pag_scale": 2.0, "pag_layers": "down_blocks.0"}
     options = {"given": [Given(control=(one,), image_prompt=(one,)) for one in seen], **part}
 
     def drawn(devices: Devices) -> np.ndarray:

@@ -77,6 +77,8 @@ class How(NamedTuple):
     tile: int = 0
     guidance_end: float | None = None
     guidance_rescale: float | None = None
+    pag_scale: float | None = None
+    pag_layers: str | None = None  # None: mid_block
     cache_interval: int | None = None
     merge_tokens: float | None = None
     clip_skip: int = 0
@@ -138,6 +140,8 @@ def both(at: pathlib.Path, model: dict, scheduler: str, how: How) -> tuple[np.nd
         refiner_start=how.start if how.refiner else None,
         guidance_end=how.guidance_end,
         guidance_rescale=how.guidance_rescale,
+        pag_scale=how.pag_scale,
+        pag_layers=how.pag_layers,
         cache_interval=how.cache_interval,
         merge_tokens=how.merge_tokens,
         control_start=how.control_start,
@@ -217,6 +221,9 @@ def pipeline(folder: pathlib.Path, model: dict, how: How, nets: Sequence[pathlib
     elif nets:
         family += "ControlNet"
         options["controlnet"] = [diffusers.ControlNetModel.from_pretrained(net) for net in nets]
+    if how.pag_scale is not None:
+        family += "PAG"
+        options["pag_applied_layers"] = (how.pag_layers or "mid_block").split(",")
     pipeline = getattr(diffusers, f"{family}{end}Pipeline").from_pretrained(folder, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -256,6 +263,8 @@ def drawn_there(
 ) -> np.ndarray:
     """over: pictures to change, in place of those of `_given`."""
     words = {"num_inference_steps": how.steps, "guidance_scale": how.scale}
+    if how.pag_scale is not None:
+        words["pag_scale"] = how.pag_scale
     if how.guidance_rescale is not None:
         words["guidance_rescale"] = how.guidance_rescale
     if how.told:

@@ -87,6 +87,10 @@ ROWS = {
         "pndm",
         How(cache_interval=3, guidance_end=0.6),
     ),
+    "SD, perturbed attention": (SD, "euler", How(pag_scale=3.0)),
+    "SD, perturbed attention, no other guidance": (SD, "ddim, v", How(scale=1.0, pag_scale=2.0)),
+    "SD, perturbed attention, features kept": (SD, "euler", How(pag_scale=3.0, cache_interval=3)),
+    "SD, perturbed attention at the end": (SD, "euler", How(pag_scale=2.0, pag_layers="up_blocks.1")),
     "SD, tokens merged": (SD, "euler", How(merge_tokens=0.5)),
     "SD, most tokens merged": (SD, "euler", How(merge_tokens=0.7, size=(24, 40))),
     "SD, two layers less of words": (
@@ -136,6 +140,7 @@ ROWS = {
     ),
     "SD, a ControlNet, no guidance": (LEAST, "dpmpp_2m", How(controls=(1.0,), scale=1.0, size=(24, 40))),
     "SD, a ControlNet, features kept": (SD, "euler", How(controls=(0.5,), cache_interval=2)),
+    "SD, a ControlNet, perturbed attention": (SD, "euler", How(controls=(0.5,), pag_scale=3.0)),
     "SD, a ControlNet, tokens merged": (SD, "euler", How(controls=(0.5,), merge_tokens=0.5)),
     "SD, a ControlNet, img2img": (LEAST, "euler", How(controls=(1.0,), image=True, strength=0.6)),
     "SD, a ControlNet, a masked part": (
@@ -171,6 +176,10 @@ ROWS = {
     "SDXL, no negative prompt": (LEAST_XL, "ddim, v", How(negatives=None)),
     "SDXL, a layer less of words": (LEAST_XL | DEEP, "euler", How(negatives=ONE, clip_skip=1)),
     "SDXL, no guidance": (LEAST_XL, "dpmpp_2m", ALONE),
+    "SDXL, perturbed attention, contrast given back": (
+        *(XL, "euler"),
+        How(negatives=ONE, pag_scale=3.0, guidance_rescale=0.7),
+    ),
     "SDXL, img2img": (LEAST_XL, "euler", How(negatives=ONE, image=True, strength=0.6)),
     "SDXL, drawn over at twice the size": (LEAST_XL, "euler", How(negatives=ONE, hires=2, strength=0.6)),
     "SDXL, told other sizes and a crop": (
