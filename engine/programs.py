@@ -24,16 +24,10 @@ from jaxtyping import Float
 
 from engine import adapters, conditions, controls, edits
 from engine.compiling import Compiling
-from engine.diffusion import caching, guidance, noise, samplers, schedules
-from engine.diffusion.parameterization import denoiser
-from engine.diffusion.scheduler_config import for_sampler
+from engine.denoising import Denoising
+from engine.diffusion import noise, samplers
 from engine.diffusion.segments import segment_length
-from engine.diffusion.steps import InitStep
 from engine.finish import to_uint8
-from engine.models.controlnet import Control
-from engine.models.kernels import kernels
-from engine.models.merging import merging
-from engine.models.perturbing import perturbing
 from engine.models.tiles import decode_in_tiles
 from engine.models.watching import watching
 from engine.parallel import Devices
@@ -41,7 +35,6 @@ from engine.parts import computed, module
 from engine.requests import Context, Request, Settings
 from engine.text.reading import PLAIN, Reading
 from engine.texts import Texts
-from engine.types import Latents, Sigma
 from engine.way import Kind, Way, watched
 from engine.weights.folder import Model
 from engine.weights.ip_adapter import Adapter
@@ -67,8 +60,8 @@ class Programs:
         self.model, self.devices, self.tile, self.nets = model, devices, tile, tuple(nets)
         self.texts = Texts(model, devices, reading)
         self.adapters = tuple(prompted)
-        self.distilled = model.unet.config.time_cond_proj_dim is not None  # it knows what guidance does
         self.made_for = edits.made_for(model, name)
+        self.denoising = Denoising(model, devices, self.nets, self.made_for)
         self.decoder_program = devices.map(self._decode)
         self.look_program = devices.map(self._looked_at)
         self.show_program = devices.map(self._shown)
@@ -85,6 +78,11 @@ class Programs:
         other = copy.copy(self)
         other.model, other.texts = model, self.texts.of(model)
         return other
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the model knows what guidance does."""
+        return self.denoising.distilled
 
     # ---- run
 
@@ -247,140 +245,15 @@ class Programs:
             for net, network, places in parts
         )
 
-    def _controlnets(self, params: Sequence[Any], after: Any = None) -> list[Any]:
-        """Those that are called at each step."""
-        return [
-            module(self.nets[i].part, self.devices.whole(params[i], after=after))
-            for i in controls.at_each_step(self.nets)
-        ]
-
     def _in_type(self, params: Any) -> Any:
         return computed(params, self.devices)
 
-    def _computed(self, shared: Any) -> Any:
-        beside = {name: tuple(map(self._in_type, shared.get(name, ()))) for name in ("nets", "adapters")}
-        return shared | {"unet": self._in_type(shared["unet"])} | beside
-
     def kernels_here(self) -> contextlib.AbstractContextManager:
         """Within, what is traced for these devices uses their kernels."""
-        return kernels(self.devices.platform, self.devices.over_batch)
+        return self.denoising.kernels_here()
 
     def _build_noise(self, shape: tuple[int, ...]) -> Callable:
         return self.devices.map(lambda _, keys: noise.initial_noise(keys, shape))
-
-    def _sampler(self, kind: Kind, shared: Any, batched: Any) -> InitStep:
-        """The sampler with the model bound to it; its state is a `caching.State`."""
-        shared = self._computed(shared)  # once, not at every step
-        denoise = self._denoise(kind, True, shared, batched)
-        if kind.in_part:
-            plain = self._denoise(kind, False, shared, batched)
-            denoise = guidance.within(denoise, plain, *shared["within"])
-        options = schedules.sampler_options(for_sampler(self.model.scheduler, kind.sampler))
-        keep = functools.partial(self._kept, kind, shared["unet"]["conv_in"]["kernel"].dtype)
-        sampler, grid = samplers.find(kind.sampler), (shared["sigmas"], batched["keys"])
-        return caching.keeping(sampler, denoise, keep, *grid, **options)
-
-    def _kept(self, kind: Kind, dtype: np.dtype, x: Latents) -> caching.Kept | tuple[()]:
-        """What is kept before there is anything."""
-        if not kind.cached:
-            return ()
-        guided = (2 if self.made_for == edits.FOLLOWS else 1) * kind.guided
-        (b, height, width, _), channels = x.shape, self.model.unet.config.deep_channels
-        return jnp.zeros((b, 1 + guided + bool(kind.pag_layers), height, width, channels), dtype)
-
-    def _denoise(self, kind: Kind, steered: bool, shared: Any, batched: Any) -> caching.KeepingDenoise:
-        """The model as the sampler sees it, with what guidance there is, or without."""
-        rows = slice(None) if steered else slice(-1, None)  # of what is kept: the words' own
-
-        def denoise(x, sigma, i, kept):
-            recall = caching.Recall(kept[:, rows], shared["fresh"][i]) if kind.cached else None
-            D = self._steered(kind, steered, shared, batched, recall, x, sigma)
-            return D, kept if recall is None else kept.at[:, rows].set(recall.kept)
-
-        return denoise
-
-    def _steered(
-        self,
-        kind: Kind,
-        steered: bool,
-        shared: Any,
-        batched: Any,
-        recall: caching.Recall | None,
-        x: Latents,
-        sigma: Sigma,
-    ) -> Latents:
-        """What the model makes of x."""
-        config = for_sampler(self.model.scheduler, kind.sampler)
-        words, w = (batched["cond"], batched["uncond"]), batched["guidance_scale"]
-        control = functools.partial(self._control, shared, batched, sigma) if self.nets else None
-        bound = functools.partial(
-            *(self.bound, shared["unet"], w - 1 if self.distilled else None, recall, kind.merge, control)
-        )
-        unet, guided, perturbed = bound(), steered and kind.guided, None
-        rescale = shared["rescale"] if kind.rescaled else 0.0
-        if steered and kind.pag_layers:
-            seeing = lambda rows: edits.seeing(bound(kind.pag_layers, rows), batched)  # noqa: E731
-            perturbed = guidance.Perturbed(seeing, shared["pag"])
-        if guided and self.made_for == edits.FOLLOWS:
-            w_picture = batched["image_guidance_scale"]
-            apply = guidance.guided_by_picture(unet, *words, batched["extra"], w, w_picture, rescale)
-        else:
-            apply = guidance.guided(edits.seeing(unet, batched), *words, w, rescale, guided, perturbed)
-        denoise = denoiser(apply, config.prediction_type, schedules.schedule_for(config))
-        return edits.keeping(denoise, batched)(x, sigma)
-
-    def _control(
-        self, shared: Any, batched: Any, sigma: Sigma, x: Latents, t: Any, told: conditions.Told, added: Any
-    ) -> Control:
-        """What the ControlNets say; the last arguments as the U-Net takes them."""
-        inside = None
-        if "nets_within" in shared:
-            low, high = shared["nets_within"]
-            inside = (low < jnp.max(sigma)) & (jnp.max(sigma) <= high)
-        return controls.said(
-            functools.partial(self._controlnets, shared["nets"], x),
-            x[..., : self.model.vae.config.latent_channels],
-            t,
-            told.nets or [told.context.words] * len(controls.at_each_step(self.nets)),
-            batched["shown"],
-            shared["net_scales"],
-            added,
-            inside,
-        )
-
-    def bound(
-        self,
-        params: Any,
-        guidance_scale: Any = None,
-        recall: caching.Recall | None = None,
-        merge: float = 0.0,
-        control: Callable[..., Control] | None = None,
-        pag_layers: tuple[str, ...] = (),
-        rows: int = 1,
-    ) -> guidance.ContextApply:
-        """The U-Net with (traced) params: (x, t, told) -> F. To be called inside of a program.
-
-        Args:
-          pag_layers, rows: where attention is perturbed, see engine.models.perturbing.
-        """
-
-        def apply(x, t, told):
-            added = None if told.numbers is None else (told.context.pooled, told.numbers)
-            size = self.model.unet.config.finest_attention(*x.shape[1:3])
-
-            def call(recall):
-                unet = module(self.model.unet, self.devices.whole(params, after=x))  # at each step anew
-                words = told.read or told.context.words
-                with self.kernels_here(), merging(merge, size):
-                    more = control(x, t, told, added) if control else None
-                    with perturbing(pag_layers, rows):
-                        return unet(x, t, words, guidance_scale, added, recall, more)
-
-            if recall is None or self.devices.rules is None:
-                return call(recall)
-            return caching.either(call, recall)  # split params of lower levels come where they are used
-
-        return apply
 
     def _build_begin(self, kind: Kind, from_noise: bool) -> Callable:
         def begin(shared, batched):
@@ -388,16 +261,16 @@ class Programs:
             if from_noise:
                 scales = shared["initial_scale"], shared["sigmas"][0], shared["anew"]
                 x = edits.started(x, batched, *scales)
-            init, _ = self._sampler(kind, shared, batched)
+            init, _ = self.denoising.sampler(kind, shared, batched)
             return init(x), self._read(shared, batched, kind.guided)
 
         return self.devices.map(begin)
 
     def _read(self, shared: Any, batched: Any, guided: bool) -> dict[str, conditions.Told]:
         """What the networks make of words and pictures, for all steps."""
-        shared = self._computed(shared)
+        shared = self.denoising.computed(shared)
         unet = module(self.model.unet, self.devices.whole(shared["unet"]))
-        nets = self._controlnets(shared["nets"])
+        nets = self.denoising.controlnets(shared["nets"])
         parts = zip(self.adapters, self.devices.whole(shared["adapters"]), strict=True)
         prompted = [module(each.net, own) for each, own in parts]
         found = {}
@@ -416,7 +289,7 @@ class Programs:
 
     def _build_segment(self, kind: Kind, steps: int, traced: bool) -> Callable:
         def segment(shared, batched):
-            _, step = self._sampler(kind, shared, batched)
+            _, step = self.denoising.sampler(kind, shared, batched)
             state, trace = jax.lax.scan(step, batched["state"], shared["first"] + jnp.arange(steps))
             # the batch comes first in everything that leaves a device
             return state, jax.tree.map(lambda a: a.swapaxes(0, 1), trace) if traced else None
@@ -425,13 +298,13 @@ class Programs:
 
     def _build_steering(self, kind: Kind) -> Callable:
         def steering(shared, batched):
-            shared = self._computed(shared)
+            shared = self.denoising.computed(shared)
             batched = batched | self._read(shared, batched, False)
 
             def seen(total, stage):
                 x, sigma = stage
                 with watching() as watch:
-                    self._steered(kind, False, shared, batched, None, x, sigma)
+                    self.denoising.steered(kind, False, shared, batched, None, x, sigma)
                 return total + watch.mean(*x.shape[1:3]), None
 
             stages = batched["stages"].swapaxes(0, 1)

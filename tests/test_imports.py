@@ -29,7 +29,7 @@ LAYERS = [
         *("engine.conditions", "engine.edits", "engine.controls", "engine.adapters", "engine.way"),
         *("engine.parts", "engine.sizing", "engine.compiling"),
     ],
-    ["engine.texts"],
+    ["engine.texts", "engine.denoising"],
     ["engine.programs"],
     ["engine.ways", "engine.enlarging", "engine.checking", "engine.prompting", "engine.judging"],
     ["engine.passes"],

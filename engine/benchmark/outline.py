@@ -135,7 +135,7 @@ def drawing(
     texts = {kind: params[kind] for kind in model.parts if kind in TOKENIZERS}
     ids = {kind: shape(whole, tokens(model), dtype=jnp.int32) for kind in texts}
     first = {"first": shape(dtype=jnp.int32)}
-    call = devices.map(lambda params, batched: made.bound(params, merge=merge)(*batched))
+    call = devices.map(lambda params, batched: made.denoising.bound(params, merge=merge)(*batched))
     step = made.segment_program(kind, SEGMENT, False)
     return {
         "text": Program(made.texts.program, (texts, split(ids, devices))),

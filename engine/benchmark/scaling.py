@@ -74,7 +74,7 @@ def sampling(pipe: Pipeline, work: Work) -> tuple[Callable[[], Any], Callable[[]
     def call(params: Any, batched: Any) -> Any:
         words = batched["cond"], batched["uncond"]
         apply = guidance.guided(
-            programs.bound(params), *words, batched["guidance_scale"], run_uncond=way.guided
+            programs.denoising.bound(params), *words, batched["guidance_scale"], run_uncond=way.guided
         )
         return apply(batched["x"], jnp.full(len(batched["x"]), 500.0))
 
