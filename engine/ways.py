@@ -236,6 +236,8 @@ def _perturbed(settings: Settings, programs: Programs) -> dict[str, Any]:
         raise UserError(f"pag_scale={scale}: write 0 or more; 3 is usual")
     if not scale:
         return {}
+    if programs.distilled:
+        raise UserError(f"pag_scale={scale}: this model learned guidance, and takes no other")
     if programs.made_for == edits.FOLLOWS:
         raise UserError(f"pag_scale={scale}: a model that is told how to change a picture takes none")
     layers = tuple(layer.strip() for layer in named.split(","))

@@ -122,10 +122,17 @@ def test_mistakes_are_one_line(pipe, options, message):
         pipe.settings(STEPS, **options)
 
 
-def test_models_that_follow_instructions_have_none(tmp_path):
-    follows = engine.load(tiny_folder(tmp_path / "follows", unet={"in_channels": 8}))
-    with pytest.raises(UserError, match="a model that is told how to change a picture takes none"):
-        follows.settings(STEPS, pag_scale=3.0)
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [
+        ({"in_channels": 8}, "a model that is told how to change a picture takes none"),
+        ({"time_cond_proj_dim": 16}, "this model learned guidance, and takes no other"),
+    ],
+)
+def test_models_with_guidance_of_their_own_have_none(tmp_path, unet, message):
+    other = engine.load(tiny_folder(tmp_path / "other", unet=unet))
+    with pytest.raises(UserError, match=message):
+        other.settings(STEPS, pag_scale=3.0)
 
 
 def test_pictures_remember_it(folder, tmp_path, capsys):

@@ -104,14 +104,18 @@ def _table_row(entry: Entry) -> dict[str, Any]:
 
 
 def _schema(pa: Any, added: Sequence[str]) -> Any:
-    texts = ("id", "prompt", "negative_prompt", "sampler", "sha256", "extra", "edit")
+    caption, scores = (
+        (["caption"] if "caption" in added else []),
+        [name for name in added if name != "caption"],
+    )
+    texts = ("id", "prompt", *caption, "negative_prompt", "sampler", "sha256", "extra", "edit")
     whole = ("number", "row", "index", "steps", "height", "width")
     return pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]
         + [(name, pa.string()) for name in texts]
         + [(name, pa.int64()) for name in whole]
         + [("seed", pa.uint64()), ("guidance_scale", pa.float64())]
-        + [(name, pa.string() if name == "caption" else pa.float64()) for name in added],
+        + [(name, pa.float64()) for name in added if name not in caption],
         PICTURES,
     )
 

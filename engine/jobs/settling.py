@@ -103,7 +103,7 @@ class Settle:
         settings = program.settings
         if self._config.batch_size is not None:
             return program
-        batch_size = min(settings.batch_size, self._pipe.share_of(count))
+        batch_size = min(settings.batch_size, self._pipe.share_of(count * self._config.candidates))
         return program._replace(settings=dataclasses.replace(settings, batch_size=batch_size))
 
 
@@ -131,7 +131,7 @@ def _program(config: JobConfig, pipe: Pipeline, *options: Any) -> Program | str:
         pipe.check_given([given.stand_in(*shape, masked, *counts)], settings)
     except UserError as error:
         return str(error)
-    batch_size = config.batch_size or pipe.batch_size_for(config.shard_size, *shape)
+    batch_size = config.batch_size or pipe.batch_size_for(config.shard_size * config.candidates, *shape)
     settings = dataclasses.replace(settings, batch_size=batch_size)
     return Program(settings, masked is not None, bool(masked), *map(bool, counts), length)
 
