@@ -104,10 +104,7 @@ def _table_row(entry: Entry) -> dict[str, Any]:
 
 
 def _schema(pa: Any, added: Sequence[str]) -> Any:
-    caption, scores = (
-        (["caption"] if "caption" in added else []),
-        [name for name in added if name != "caption"],
-    )
+    caption = [name for name in added if name == "caption"]
     texts = ("id", "prompt", *caption, "negative_prompt", "sampler", "sha256", "extra", "edit")
     whole = ("number", "row", "index", "steps", "height", "width")
     return pa.schema(
