@@ -24,7 +24,7 @@ ContextApply = Callable[[Latents, Float[Array, " B"], Any], Latents]
 class Perturbed(NamedTuple):
     """A network that is led away from what it makes of a picture without seeing its shape.
 
-    Perturbed-attention guidance (Ahn et al. 2024, equation 11), beside that by words:
+    Perturbed-attention guidance (Ahn et al. 2024), beside that by words, as PyTorch diffusers adds the two:
 
         F(uncond) + w [F(cond) - F(uncond)] + s [F(cond) - F'(cond)]
 
