@@ -7,8 +7,8 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from engine.parts import computed, module
 from engine.programs import Programs
-from engine.sizing import resized
-from engine.weights.clip_pixels import normalized
+from engine.sizing import for_clip
+from engine.weights.clip_pixels import PixelsConfig
 from engine.weights.component import Component
 
 
@@ -33,9 +33,5 @@ class Checking:
 
 
 def prepared(images: UInt8[Array, "B H W 3"], side: int) -> Float[Array, "B S S 3"]:
-    """Pictures as CLIP's image encoder takes them: engine.weights.clip_pixels, on the devices."""
-    height, width = images.shape[1:3]
-    shorter = min(height, width)
-    x = resized(images, int(side * height / shorter), int(side * width / shorter), "cubic")
-    top, left = ((length - side) // 2 for length in x.shape[1:3])
-    return normalized(x[:, top : top + side, left : left + side])
+    """Pictures as CLIP's image encoder takes them, of that side."""
+    return for_clip(images, PixelsConfig(size=side, crop_size=(side, side)))

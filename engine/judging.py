@@ -5,7 +5,6 @@ drawn, and the one that is kept is an ordinary picture with an address of its ow
 sampling; with CLIP as the judge it began with DALL-E, Ramesh et al. 2021, section 2.6.)
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,9 @@ from engine.parallel import pad
 from engine.parts import computed, module
 from engine.programs import Programs
 from engine.requests import Candidates, Finished, Request
-from engine.sizing import resized
+from engine.sizing import for_clip
 from engine.weights.clip import Clip
-from engine.weights.clip_pixels import filter_of, prepared, scaled_size
+from engine.weights.clip_pixels import filter_of
 
 
 class Judging:
@@ -67,16 +66,8 @@ class Judging:
     def _cosines(self, params: Any, batched: Any) -> Any:
         # Candidates are alike: no accelerator may round the factors of these products.
         with self._beside.kernels_here(), jax.default_matmul_precision("highest"):
-            seen = self._module(params).image_features(self._prepared(batched["images"]))
+            seen = self._module(params).image_features(for_clip(batched["images"], self._clip.pixels))
             return 100 * jnp.sum(seen * batched["vectors"], axis=-1)
-
-    def _prepared(self, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B h w 3"]:
-        """Pictures as the encoder takes them, scaled as Pillow does: candidates differ by little."""
-        config, levels = self._clip.pixels, images.astype(jnp.float32)
-        if config.do_resize:
-            levels = resized(images, *scaled_size(*images.shape[1:3], config.size), filter_of(config))
-            config = dataclasses.replace(config, do_resize=False)
-        return prepared(levels, config)
 
     def _module(self, params: Any) -> Any:
         devices = self._beside.devices
@@ -126,8 +117,8 @@ def drawn_at_once(count: int, best_of: int, size: int) -> int:
 def arrived(finished: Finished, count: int) -> Finished:
     """On the host, of each of `count` requests what is to be kept. Waits for it."""
     found = jax.tree.map(np.asarray, jax.block_until_ready(finished))
-    chosen = np.arange(count)
-    if found.scores is not None and found.of is not None:
+    chosen: Any = slice(count)  # not copied
+    if found.of is not None:
         ranks = rank(found)
         chosen = np.array([np.where(found.of == i, ranks, -np.inf).argmax() for i in range(count)], int)
     return jax.tree.map(lambda array: array[chosen], found)

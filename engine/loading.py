@@ -19,11 +19,11 @@ from engine.pipeline import Pipeline
 from engine.requests import check_scaled
 from engine.text.reading import Reading
 from engine.types import UserError
+from engine.weights import clip as clips
 from engine.weights import ip_adapter as ip_adapters
 from engine.weights import network, quantized
 from engine.weights import safety_checker as safety
 from engine.weights import upscaler as upscalers
-from engine.weights.clip import load_clip
 from engine.weights.component import Component
 from engine.weights.controlnet import load_controlnet, look
 from engine.weights.decoder import with_decoder
@@ -114,6 +114,8 @@ def load(
     enlarging = upscalers.look(upscaler) if upscaler else None
     if safety_checker:
         safety.look(safety_checker)
+    if judge:
+        clips.look(judge)
     found = [ip_adapters.look(path) for path, _ in ip_adapter]
     for each in found:
         ip_adapters.check_fits(each, folder)
@@ -135,7 +137,7 @@ def load(
         loaded = with_decoder(loaded, decoder, jnp.dtype(dtype), devices.place)
         second = dataclasses.replace(second, vae=loaded.vae) if second else None
     checker = safety.load_safety_checker(safety_checker, place=devices.place) if safety_checker else None
-    clip = load_clip(judge, devices.place) if judge else None
+    clip = clips.load_clip(judge, devices.place) if judge else None
     larger = network.load(enlarging, jnp.dtype(dtype), devices.place) if enlarging else None
     check_tile(tile, loaded.vae.config.scale)
     reading = Reading(prompt_weights, long_prompts)

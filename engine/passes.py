@@ -68,6 +68,7 @@ class Passes:
         devices, count = self.programs.devices, len(requests)
         batches, of = spread(requests, settings.candidates, self._size(settings))
         several = settings.candidates > 1
+        of = of if several else None  # one after another
         seen = (0, False) if several else (frames, heat)
         best, shown = None, (None, None)
         for batch in batches:

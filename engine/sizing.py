@@ -1,5 +1,6 @@
 """Pictures brought to another size by a filter, on the devices, as Pillow does."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from engine.parallel import Devices
+from engine.weights.clip_pixels import PixelsConfig, filter_of, prepared, scaled_size
 
 
 class Sizing:
@@ -29,6 +31,19 @@ class Sizing:
             return resized(images, height, width, "lanczos3").astype(jnp.uint8)
 
         return self._devices.map(sized)
+
+
+def for_clip(images: UInt8[Array, "B H W 3"], config: PixelsConfig) -> Float[Array, "B h w 3"]:
+    """Pictures as CLIP's image encoder takes them, scaled as Pillow does: clip_pixels.prepare on devices.
+
+    Raises:
+      UserError: they are scaled by a filter that devices have not.
+    """
+    levels = images.astype(jnp.float32)
+    if config.do_resize:
+        levels = resized(images, *scaled_size(*images.shape[1:3], config.size), filter_of(config))
+        config = dataclasses.replace(config, do_resize=False)
+    return prepared(levels, config)
 
 
 def resized(

@@ -34,14 +34,16 @@ def load_clip(folder: str | os.PathLike, place: Callable[[str, np.ndarray], Any]
       UserError: a file is missing, broken, or of something else than a CLIP.
     """
     folder = Path(os.path.expanduser(folder))
-    _check_is_clip(folder)
+    look(folder)
     tokenizer, pixels = Tokenizer.load(folder), read_pixels_config(folder)
     model = load_component(folder, "clip", place=place)
     _check_parts_fit(folder, model.config, tokenizer, pixels)
     return Clip(model, tokenizer, pixels)
 
 
-def _check_is_clip(folder: Path) -> None:
+def look(folder: str | os.PathLike) -> None:
+    """UserError where a folder holds no CLIP; reads nothing of it."""
+    folder = Path(os.path.expanduser(folder))
     if not (folder / "config.json").is_file():
         present = sorted(file.name for file in folder.iterdir())[:20] if folder.is_dir() else []
         held = f"it holds {', '.join(present) or 'nothing'}" if folder.is_dir() else "there is no such folder"
