@@ -5,30 +5,30 @@ from typing import Any
 import jax
 from jaxtyping import Array, Bool, Float, UInt8
 
-from engine.parts import computed, module
-from engine.programs import Programs
+from engine.parallel import Devices
+from engine.parts import computed, kernels_on, module
 from engine.sizing import for_clip
 from engine.weights.clip_pixels import PixelsConfig
 from engine.weights.component import Component
 
 
 class Checking:
-    """The program of a safety checker, in float32, on the devices of some others."""
+    """The program of a safety checker, in float32."""
 
-    def __init__(self, checker: Component, beside: Programs):
-        self.checker, self._beside = checker, beside
-        self._program = beside.devices.map(self._checked)
+    def __init__(self, checker: Component, devices: Devices):
+        self.checker, self._devices = checker, devices
+        self._program = devices.map(self._checked)
 
     def __call__(self, images: UInt8[jax.Array, "B H W 3"]) -> Bool[jax.Array, " B"]:
         """Which of them may be shown."""
         return self._program(self.checker.params, images)
 
     def _checked(self, params: Any, images: Any) -> Any:
-        beside = self._beside
-        net = module(self.checker, beside.devices.whole(computed(params, beside.devices)))
+        devices = self._devices
+        net = module(self.checker, devices.whole(computed(params, devices)))
         side = self.checker.config.vision_config.image_size
         # Thresholds have three digits, as many as a product of bfloat16.
-        with beside.kernels_here(), jax.default_matmul_precision("float32"):
+        with kernels_on(devices), jax.default_matmul_precision("float32"):
             return net(prepared(images, side))
 
 

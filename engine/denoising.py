@@ -4,7 +4,6 @@ For inside of compiled programs (engine.programs), which hand over params and al
 picture: `shared` and `batched`.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,11 +17,10 @@ from engine.diffusion.parameterization import denoiser
 from engine.diffusion.scheduler_config import for_sampler
 from engine.diffusion.steps import InitStep
 from engine.models.controlnet import Control
-from engine.models.kernels import kernels
 from engine.models.merging import merging
 from engine.models.perturbing import perturbing
 from engine.parallel import Devices
-from engine.parts import computed, module
+from engine.parts import computed, kernels_on, module
 from engine.types import Latents, Sigma
 from engine.way import Kind
 from engine.weights.folder import Model
@@ -48,10 +46,6 @@ class Denoising:
         in_type = functools.partial(computed, devices=self.devices)
         beside = {name: tuple(map(in_type, shared.get(name, ()))) for name in ("nets", "adapters")}
         return shared | {"unet": in_type(shared["unet"])} | beside
-
-    def kernels_here(self) -> contextlib.AbstractContextManager:
-        """Within, what is traced for these devices uses their kernels."""
-        return kernels(self.devices.platform, self.devices.over_batch)
 
     def sampler(self, kind: Kind, shared: Any, batched: Any) -> InitStep:
         """The sampler with the model bound to it; its state is a `caching.State`."""
@@ -156,7 +150,7 @@ class Denoising:
             def call(recall):
                 unet = module(self.model.unet, self.devices.whole(params, after=x))  # at each step anew
                 words = told.read or told.context.words
-                with self.kernels_here(), merging(merge, size):
+                with kernels_on(self.devices), merging(merge, size):
                     more = control(x, t, told, added) if control else None
                     with perturbing(pag_layers, rows):
                         return unet(x, t, words, guidance_scale, added, recall, more)

@@ -8,18 +8,19 @@ from jaxtyping import Bool, UInt8
 
 from engine.finish import to_uint8
 from engine.models.tiles import PARTS, decode_in_tiles
+from engine.parallel import Devices
 from engine.parts import computed, module
-from engine.programs import Programs
 from engine.weights.network import Network
 
 
 class Enlarging:
-    """The program of an upscaler, on the devices of some others and in the tiles of their decoder."""
+    """The program of an upscaler."""
 
-    def __init__(self, upscaler: Network, beside: Programs):
+    def __init__(self, upscaler: Network, devices: Devices, tile: int = 0):
+        """tile: side in pixels, of the parts in which it makes larger pictures; 0: none."""
         self.scale = upscaler.config.scale
-        self._upscaler, self._beside = upscaler, beside
-        self.program = beside.devices.map(self._enlarged)
+        self._upscaler, self._devices, self._tile = upscaler, devices, tile
+        self.program = devices.map(self._enlarged)
 
     def __call__(
         self, images: UInt8[jax.Array, "B H W 3"], finite: Bool[jax.Array, " B"]
@@ -28,11 +29,11 @@ class Enlarging:
         return self.program(self._upscaler.params, (images, finite))
 
     def _enlarged(self, params: Any, batched: Any) -> Any:
-        beside, scale = self._beside, self.scale
-        params = beside.devices.whole(computed(params, beside.devices))
+        devices, scale = self._devices, self.scale
+        params = devices.whole(computed(params, devices))
         net = module(self._upscaler, params)
         dtype = jax.tree.leaves(params)[0].dtype
-        tile = max(beside.tile // scale // PARTS, 1) * PARTS if beside.tile else 0
+        tile = max(self._tile // scale // PARTS, 1) * PARTS if self._tile else 0
 
         def one(image: jax.Array) -> tuple[jax.Array, jax.Array]:
             small = (image / jnp.float32(255)).astype(dtype)[None]
@@ -40,7 +41,7 @@ class Enlarging:
             return to_uint8(2 * jnp.nan_to_num(large)[None] - 1)[0], jnp.isfinite(large).all()
 
         # One after another: each fills a device, and takes many times the memory that it took to draw it.
-        each = beside.devices.over_batch(lambda images: jax.lax.map(one, images))
+        each = devices.over_batch(lambda images: jax.lax.map(one, images))
         images, finite = batched
         images, sound = each(images)
         return images, finite & sound

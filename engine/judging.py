@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt8
 
-from engine.parallel import pad
-from engine.parts import computed, module
-from engine.programs import Programs
+from engine.parallel import Devices, pad
+from engine.parts import computed, kernels_on, module
 from engine.requests import Candidates, Finished, Request
 from engine.sizing import for_clip
 from engine.weights.clip import Clip
@@ -23,20 +22,20 @@ from engine.weights.clip_pixels import filter_of
 
 
 class Judging:
-    """The programs of a CLIP, in float32, on the devices of some others."""
+    """The programs of a CLIP, in float32."""
 
-    def __init__(self, clip: Clip, beside: Programs):
+    def __init__(self, clip: Clip, devices: Devices):
         """Raises UserError where the CLIP wants its pictures as devices cannot make them."""
         if clip.pixels.do_resize:
             filter_of(clip.pixels)
-        self._clip, self._beside = clip, beside
-        self._texts_program = beside.devices.map(self._text_features)
-        self._scores_program = beside.devices.map(self._cosines)
-        self._choose_program = beside.devices.map(self._chosen)
+        self._clip, self._devices = clip, devices
+        self._texts_program = devices.map(self._text_features)
+        self._scores_program = devices.map(self._cosines)
+        self._choose_program = devices.map(self._chosen)
 
     def read(self, texts: Sequence[str], size: int) -> list[Float[np.ndarray, " P"]]:
         """The vectors of texts, of which as many go to the devices at once as `size` says."""
-        devices, found = self._beside.devices, []
+        devices, found = self._devices, []
         ids = self._clip.tokenizer.encode(list(texts))
         for first in range(0, len(texts), size):
             part = devices.shard_batch(pad(ids[first : first + size], size))
@@ -49,7 +48,7 @@ class Judging:
         Args:
           vectors: from `read`.
         """
-        batched = {"images": images, "vectors": self._beside.devices.shard_batch(vectors)}
+        batched = {"images": images, "vectors": self._devices.shard_batch(vectors)}
         return self._scores_program(self._clip.model.params, batched)
 
     def choose(self, best: Candidates, new: Candidates) -> Candidates:
@@ -65,13 +64,12 @@ class Judging:
 
     def _cosines(self, params: Any, batched: Any) -> Any:
         # Candidates are alike: no accelerator may round the factors of these products.
-        with self._beside.kernels_here(), jax.default_matmul_precision("highest"):
+        with kernels_on(self._devices), jax.default_matmul_precision("highest"):
             seen = self._module(params).image_features(for_clip(batched["images"], self._clip.pixels))
             return 100 * jnp.sum(seen * batched["vectors"], axis=-1)
 
     def _module(self, params: Any) -> Any:
-        devices = self._beside.devices
-        return module(self._clip.model, devices.whole(computed(params, devices)))
+        return module(self._clip.model, self._devices.whole(computed(params, self._devices)))
 
 
 def better(best: Candidates, new: Candidates) -> Candidates:

@@ -1,5 +1,6 @@
 """Parts of a model inside of compiled programs."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from engine.diffusion.parameterization import at_least_float32
+from engine.models.kernels import kernels
 from engine.parallel import Devices
 from engine.weights import quantized
 from engine.weights.component import Component
@@ -23,3 +25,8 @@ def computed(params: Any, devices: Devices) -> Any:
     if devices.platform != "cpu":
         return params
     return jax.tree.map(lambda x: x if x.dtype == np.float32 else at_least_float32(x), quantized.wide(params))
+
+
+def kernels_on(devices: Devices) -> contextlib.AbstractContextManager[None]:
+    """Within, what is traced for these devices uses their kernels."""
+    return kernels(devices.platform, devices.over_batch)

@@ -71,10 +71,10 @@ class Pipeline:
         self.folder = folder  # from which the model was loaded
         self.programs = Programs(model, devices, name, tile, nets, reading, prompted)
         self.refiner = Programs(refiner, devices, "the refiner", tile, (), reading) if refiner else None
-        self.prompting = Prompting(self.programs)
-        self.checking = Checking(checker, self.programs) if checker else None
-        self.judging = Judging(judge, self.programs) if judge else None
-        self.enlarging = Enlarging(upscaler, self.programs) if upscaler else None
+        self.prompting = Prompting(prompted, devices)
+        self.checking = Checking(checker, devices) if checker else None
+        self.judging = Judging(judge, devices) if judge else None
+        self.enlarging = Enlarging(upscaler, devices, tile) if upscaler else None
         self.sizing = Sizing(devices)
         self.made_for = self.programs.made_for
         self._read = read

@@ -10,7 +10,6 @@ Params, contexts, keys, guidance scale and sigmas are arguments: another prompt,
 nothing. Sizes, the number of steps and what `Kind` says are static.
 """
 
-import contextlib
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from engine.finish import to_uint8
 from engine.models.tiles import decode_in_tiles
 from engine.models.watching import watching
 from engine.parallel import Devices
-from engine.parts import computed, module
+from engine.parts import computed, kernels_on, module
 from engine.requests import Context, Request, Settings
 from engine.text.reading import PLAIN, Reading
 from engine.texts import Texts
@@ -226,14 +225,14 @@ class Programs:
     def _decode(self, params: Any, latents: Any) -> Any:
         params = self.devices.whole(self._in_type(params))
         config, decode = self.model.vae.config, module(self.model.vae, params).decode
-        with self.kernels_here():
+        with kernels_on(self.devices):
             image = decode_in_tiles(decode, config.unscaled(latents), self.tile // config.scale, config.scale)
         axes = (1, 2, 3)
         finite = jnp.isfinite(latents).all(axes) & jnp.isfinite(image).all(axes)
         return to_uint8(jnp.nan_to_num(image)), finite
 
     def _looked_at(self, params: Any, given: Any) -> Any:
-        with self.kernels_here():
+        with kernels_on(self.devices):
             vae = module(self.model.vae, self.devices.whole(self._in_type(params)))
             return edits.looked_at(vae, given, self.made_for)
 
@@ -247,10 +246,6 @@ class Programs:
 
     def _in_type(self, params: Any) -> Any:
         return computed(params, self.devices)
-
-    def kernels_here(self) -> contextlib.AbstractContextManager:
-        """Within, what is traced for these devices uses their kernels."""
-        return self.denoising.kernels_here()
 
     def _build_noise(self, shape: tuple[int, ...]) -> Callable:
         return self.devices.map(lambda _, keys: noise.initial_noise(keys, shape))

@@ -154,7 +154,7 @@ def enlarging(model: Model, devices: Devices, side: int, batch: int) -> Program:
     graphdef, found = network.abstract(upscaler.building(config))
     flat = {path: shape(*leaf.shape, dtype=dtype) for path, leaf in found.items()}
     params = traverse_util.unflatten_dict(flat)
-    made = Enlarging(network.Network(config, graphdef, params), Programs(model, devices, "the benchmark"))
+    made = Enlarging(network.Network(config, graphdef, params), devices)
     whole = batch * devices.count
     pictures = shape(whole, side, side, 3, dtype=jnp.uint8), shape(whole, dtype=jnp.bool)
     return Program(made.program, (placed(params, devices.shardings), split(pictures, devices)))

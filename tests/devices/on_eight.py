@@ -308,7 +308,7 @@ def test_pictures_are_enlarged_where_they_were_drawn(folder, pipelines, tmp_path
 
     def enlarged(pipeline) -> tuple[np.ndarray, Watched]:
         devices = pipeline.devices
-        enlarging = Enlarging(load(look(net), place=devices.place), pipeline.programs)
+        enlarging = Enlarging(load(look(net), place=devices.place), devices)
         batch = devices.shard_batch((images, np.ones(len(images), bool)))
         return np.asarray(enlarging(*batch)[0]), devices
 
