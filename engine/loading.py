@@ -29,6 +29,7 @@ from engine.weights.controlnet import load_controlnet, look
 from engine.weights.decoder import with_decoder
 from engine.weights.folder import Model, load_folder
 from engine.weights.refiner import load_refiner
+from engine.weights.source import Loras, Source
 
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "scenes-128"
 SHIPPED_NAME = GenerateConfig.model  # what pictures say of the model in the package
@@ -122,11 +123,11 @@ def load(
     encoders = [ip_adapters.find_encoder(each.file, each.config, image_encoder, folder) for each in found]
     readers = list(zip(found, encoders, [float(scale) for _, scale in ip_adapter], strict=True))
 
-    def read(loras: Sequence[tuple[str | os.PathLike, float]], vae: Component | None = None) -> Model:
+    def read(loras: Loras, source: pathlib.Path, vae: Component | None = None) -> Model:
         there = {"vae": vae} if vae else {}
-        return load_folder(folder, jnp.dtype(dtype), None, place, loras, embeddings, clip_skip, there)
+        return load_folder(source, jnp.dtype(dtype), None, place, loras, embeddings, clip_skip, there)
 
-    loaded = read(lora)
+    loaded = read(lora, folder)
     edits.made_for(loaded, str(folder))
     second = load_refiner(loaded, refiner, jnp.dtype(dtype), place) if refiner else None
     nets = gathered(
@@ -146,7 +147,7 @@ def load(
         *(loaded, devices, name, dtype, folder, tile, second, nets, reading),
         upscaler=larger,
         prompted=prompted,
-        read=read,
+        source=Source(folder, read, not decoder),
         checker=checker,
         judge=clip,
     )

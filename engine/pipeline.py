@@ -5,6 +5,7 @@ section 2.5), with what its own text encoders say of the prompts.
 """
 
 import copy
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -38,10 +39,10 @@ from engine.weights.component import Component
 from engine.weights.folder import Model
 from engine.weights.ip_adapter import Adapter
 from engine.weights.network import Network
+from engine.weights.source import Loras, Source
 
 BATCH_IMAGES = 16  # pictures a device draws at once, unless told: so that the first are soon there,
 BATCH_PIXELS = 8 * 512 * 512  # and all fit into its memory
-ReadAgain = Callable[[Sequence[tuple[str | os.PathLike, float]], Component], Model]
 DEFAULT_STEPS = GenerateConfig.steps
 DEFAULT_GUIDANCE = GenerateConfig.guidance_scale
 
@@ -62,11 +63,10 @@ class Pipeline:
         reading: Reading = PLAIN,
         upscaler: Network | None = None,
         prompted: Sequence[Adapter] = (),
-        read: ReadAgain | None = None,
+        source: Source | None = None,
         checker: Component | None = None,
         judge: Clip | None = None,
     ):
-        """read: the model again, with other LoRAs; see `with_loras`."""
         self.devices, self.name, self.dtype = devices, name, dtype
         self.folder = folder  # from which the model was loaded
         self.programs = Programs(model, devices, name, tile, nets, reading, prompted)
@@ -77,7 +77,7 @@ class Pipeline:
         self.enlarging = Enlarging(upscaler, devices, tile) if upscaler else None
         self.sizing = Sizing(devices)
         self.made_for = self.programs.made_for
-        self._read = read
+        self._source = source
 
     @property
     def model(self) -> Model:
@@ -96,27 +96,48 @@ class Pipeline:
 
     # ---- what people call
 
-    def with_loras(self, loras: Sequence[tuple[str | os.PathLike, float]]) -> "Pipeline":
+    def with_loras(self, loras: Loras) -> "Pipeline":
         """The same with these LoRAs, files and scales, in place of those that it was loaded with.
 
         Their weights are read again from the model's folder, which must be as it was, and are in memory
         beside those of this one. Nothing is compiled: the two share their programs, and all else.
 
         Raises:
-          UserError: a file is no LoRA of the model, or the folder holds another model now.
+          UserError: a file is no LoRA of the model, or the model's folder holds another now.
         """
+        return self.of(self._source_for(loras).again(loras, self.model))
+
+    def with_model(self, folder: str | os.PathLike, loras: Loras = ()) -> "Pipeline":
+        """The same with another model that is built alike, such as a fine-tune, in place of this one's.
+
+        It is read as this one was (dtype, devices, embeddings, clip_skip), and all that is beside this one is
+        beside it: refiner, ControlNets, a decoder that was named. Nothing is compiled, unless it has another
+        scheduler config. Both are in memory until this pipeline is let go.
+
+        Args:
+          folder: in the diffusers layout.
+          loras: files and scales, in place of those that this one was loaded with.
+
+        Raises:
+          UserError: no such folder, a model that is built otherwise, or a file that is no LoRA of it.
+        """
+        path, source = pathlib.Path(folder).expanduser(), self._source_for(loras)
+        other = self.of(source.another(path, loras, self.model))
+        other.name, other.folder, other._source = str(folder), path, source._replace(folder=path)
+        return other
+
+    def _source_for(self, loras: Loras) -> Source:
         check_scaled("loras", loras)
-        if self._read is None:
-            raise UserError("this pipeline was not loaded from a folder, and takes no LoRAs now")
-        model = self._read(loras, self.model.vae)
-        if any(part.config != self.model.parts[kind].config for kind, part in model.parts.items()):
-            raise UserError(f"{self.folder} is another model now than when it was loaded")
-        return self.of(model)
+        if self._source is None:
+            raise UserError("this pipeline was not loaded from a folder, and takes no other model or LoRAs")
+        return self._source
 
     def of(self, model: Model) -> "Pipeline":
-        """The same with a model that differs in its params alone: nothing is compiled."""
+        """The same with a model that is built alike; see `Programs.of`."""
         other = copy.copy(self)
         other.programs = self.programs.of(model)
+        if self.refiner:  # whose latents are the model's
+            other.refiner = self.refiner.of(dataclasses.replace(self.refiner.model, vae=model.vae))
         return other
 
     def generate(

@@ -56,24 +56,31 @@ class Programs:
         prompted: Sequence[Adapter] = (),
     ):
         """tile: side in pixels, of the parts in which the decoder makes larger pictures; 0: none."""
-        self.model, self.devices, self.tile, self.nets = model, devices, tile, tuple(nets)
-        self.texts = Texts(model, devices, reading)
+        self.model, self.devices, self.tile, self.nets = model.bare, devices, tile, tuple(nets)
         self.adapters = tuple(prompted)
         self.made_for = edits.made_for(model, name)
-        self.denoising = Denoising(model, devices, self.nets, self.made_for)
-        self.decoder_program = devices.map(self._decode)
-        self.look_program = devices.map(self._looked_at)
-        self.show_program = devices.map(self._shown)
+        self.denoising = Denoising(self.model, devices, self.nets, self.made_for)
+        inside = copy.copy(self)  # what programs keep: they outlive the params of a model
+        self.model, self.texts = model, Texts(model, devices, reading)
+        self.decoder_program = devices.map(inside._decode)
+        self.look_program = devices.map(inside._looked_at)
+        self.show_program = devices.map(inside._shown)
         self.paste_program = devices.map(lambda _, batched: edits.pasted(*batched))
-        self.begin_program = functools.cache(self._build_begin)
-        self.segment_program = functools.cache(self._build_segment)
-        self.steering_program = functools.cache(self._build_steering)
-        self._noise = functools.cache(self._build_noise)
+        self.begin_program = functools.cache(inside._build_begin)
+        self.segment_program = functools.cache(inside._build_segment)
+        self.steering_program = functools.cache(inside._build_steering)
+        self._noise = functools.cache(inside._build_noise)
         self.compiling, self._begun = Compiling(devices), set()
         self.prepared: set[Any] = set()  # see engine.passes
 
     def of(self, model: Model) -> "Programs":
-        """The same, compiled as they are, for a model that differs in its params alone."""
+        """The same, compiled as they are, for a model that is built alike.
+
+        One with another scheduler config has programs of its own, in which its noise levels are.
+        """
+        if model.scheduler != self.model.scheduler:
+            beside = self.tile, self.nets, self.texts.reading, self.adapters
+            return Programs(model, self.devices, "the model", *beside)
         other = copy.copy(self)
         other.model, other.texts = model, self.texts.of(model)
         return other

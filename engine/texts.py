@@ -21,17 +21,21 @@ class Texts:
 
     def __init__(self, model: Model, devices: Devices, reading: Reading = PLAIN):
         self.reading = reading  # of prompts
-        self.program = devices.map(self._encode)
-        self._model, self._devices = model, devices
+        self._model, self._devices = model.bare, devices
+        self.program = devices.map(copy.copy(self)._encode)  # which outlives this model's params
+        self._know(model)
+
+    def of(self, model: Model) -> "Texts":
+        """The same, compiled as it is, for a model that is built alike. Its tokenizers may be others."""
+        other = copy.copy(self)
+        other._know(model)
+        return other
+
+    def _know(self, model: Model) -> None:
+        self._model, reading = model, self.reading
         self._count = functools.lru_cache(1024)(
             lambda prompt: len(conditions.parts_of(model, prompt, reading))
         )
-
-    def of(self, model: Model) -> "Texts":
-        """The same, compiled as it is, for a model that differs in its params alone."""
-        other = copy.copy(self)
-        other._model = model
-        return other
 
     def encode(self, prompts: Sequence[str], size: int) -> dict[str, Context]:
         """What the text encoders say of each of some prompts; what they read goes in batches of `size`."""

@@ -68,6 +68,12 @@ class Model:
         return {kind: part for kind, part in found.items() if part is not None}
 
     @property
+    def bare(self) -> "Model":
+        """The same without params: what programs are built of, which are given params as arguments."""
+        parts = {kind: dataclasses.replace(part, params={}) for kind, part in self.parts.items()}
+        return dataclasses.replace(self, **parts)
+
+    @property
     def scored(self) -> bool:
         """Whether it is told how beautiful a picture is, as the refiner of SDXL."""
         if self.text_encoder_2 is None:
