@@ -111,8 +111,8 @@ class Pipeline:
         """The same with another model that is built alike, such as a fine-tune, in place of this one's.
 
         It is read as this one was (dtype, devices, embeddings, clip_skip), and all that is beside this one is
-        beside it: refiner, ControlNets, a decoder that was named. Nothing is compiled, unless it has another
-        scheduler config. Both are in memory until this pipeline is let go.
+        beside it: refiner, ControlNets, a decoder that was named. Nothing is compiled, unless it predicts
+        something else or at other noise levels. Both are in memory until this pipeline is let go.
 
         Args:
           folder: in the diffusers layout.

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from engine import adapters, conditions, controls, edits
 from engine.compiling import Compiling
 from engine.denoising import Denoising
-from engine.diffusion import noise, samplers
+from engine.diffusion import noise, samplers, schedules
 from engine.diffusion.segments import segment_length
 from engine.finish import to_uint8
 from engine.models.tiles import decode_in_tiles
@@ -76,9 +76,9 @@ class Programs:
     def of(self, model: Model) -> "Programs":
         """The same, compiled as they are, for a model that is built alike.
 
-        One with another scheduler config has programs of its own, in which its noise levels are.
+        One that predicts something else, or at other noise levels, has programs of its own.
         """
-        if model.scheduler != self.model.scheduler:
+        if not schedules.alike(model.scheduler, self.model.scheduler):
             beside = self.tile, self.nets, self.texts.reading, self.adapters
             return Programs(model, self.devices, "the model", *beside)
         other = copy.copy(self)

@@ -76,6 +76,17 @@ def test_another_noise_schedule_is_heeded(pipe, tmp_path):
     assert not np.array_equal(draw(pipe.with_model(noisy)), draw(pipe))
 
 
+def test_another_grid_is_no_other_program(pipe, tmp_path):
+    scheduler = SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+    even = tiny_folder(tmp_path / "other", scheduler=scheduler, **SHALLOW)
+    draw(pipe, sampler="euler")
+    before = COMPILED.copy()
+    found = draw(pipe.with_model(even))
+    assert before == COMPILED
+    np.testing.assert_array_equal(found, draw(engine.load(even)))
+    assert not np.array_equal(found, draw(pipe, sampler="euler"))
+
+
 def test_another_vocabulary_is_heeded(pipe, folder, tmp_path):
     """Which words a prompt has is no matter of programs."""
     swapped = shutil.copytree(folder, tmp_path / "swapped")

@@ -23,10 +23,12 @@ from jaxtyping import Array, Float
 from engine.config import nearest
 from engine.diffusion.scheduler_config import (
     ALIGNED,
+    CLASSES,
     DEIS,
     GRIDS,
     LCM,
     MULTISTEP,
+    RULES,
     SHAPED,
     SPACINGS,
     TCD,
@@ -337,6 +339,21 @@ def sampler_options(config: SchedulerConfig) -> dict[str, Any]:
     if config.class_name == UNIPC:
         options["solver_type"] = "bh1" if config.solver_type == "bh1" else "bh2"
     return options
+
+
+def alike(a: SchedulerConfig, b: SchedulerConfig) -> bool:
+    """Whether every sampler computes the same by both, where it is given one grid."""
+    if a.is_edm != b.is_edm or a.prediction_type != b.prediction_type:
+        return False
+    samplers = CLASSES.keys() - ({RULES[LCM].sampler, RULES[TCD].sampler} if a.is_edm else set())
+    return all(_inside(for_sampler(a, name)) == _inside(for_sampler(b, name)) for name in samplers)
+
+
+def _inside(config: SchedulerConfig) -> tuple[Any, ...]:
+    """What a sampler reads of a config that has been made its own."""
+    schedule = schedule_for(config)
+    options = sampler_options(config) | {"schedule": None}  # the same once more
+    return schedule.sigmas.tobytes(), schedule.flow, schedule.whole, schedule.sigma_data, options
 
 
 def initial_scale(config: SchedulerConfig, sigmas: np.ndarray) -> float:

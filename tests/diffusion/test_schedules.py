@@ -16,6 +16,7 @@ from engine.diffusion.samplers import SAMPLERS
 from engine.diffusion.schedules import (
     SIGMA_CAP,
     SchedulerConfig,
+    alike,
     alphas_cumprod,
     final_scale,
     for_sampler,
@@ -328,3 +329,34 @@ def test_a_schedule_is_a_pytree_that_jit_takes():
     schedule = schedule_for(CONFIGS["flow"])
     t = jax.jit(lambda schedule, sigma: schedule.sigma_to_t(sigma))(schedule, jnp.ones(2))
     np.testing.assert_allclose(t, 500)
+
+
+SD15 = {
+    "_class_name": "PNDMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "skip_prk_steps": True,
+}
+EDM = {"_class_name": "EDMEulerScheduler"}
+
+
+@pytest.mark.parametrize(
+    ("options", "other", "expected"),
+    [
+        (SD15, SD15 | {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, True),
+        (SD15, SD15 | {"_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "trailing"}, True),
+        (SD15, SD15 | {"_class_name": "UniPCMultistepScheduler", "solver_order": 3}, False),
+        (SD15, SD15 | {"prediction_type": "v_prediction"}, False),
+        (SD15, SD15 | {"beta_end": 0.02}, False),
+        (SD15, SD15 | {"rescale_betas_zero_snr": True}, False),
+        (SD15, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, False),
+        (SD15, EDM, False),
+        (EDM, EDM | {"rho": 5.0}, True),
+        (EDM, EDM | {"sigma_data": 1.0}, False),
+    ],
+)
+def test_schedulers_are_alike_where_they_differ_in_their_grids_alone(options, other, expected):
+    one, two = (SchedulerConfig.from_json(each, "a test") for each in (options, other))
+    assert alike(one, two) is alike(two, one) is expected
+    assert alike(one, one) and alike(two, two)
