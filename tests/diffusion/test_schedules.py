@@ -352,7 +352,7 @@ EDM = {"_class_name": "EDMEulerScheduler"}
         (SD15, SD15 | {"rescale_betas_zero_snr": True}, False),
         (SD15, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, False),
         (SD15, EDM, False),
-        (EDM, EDM | {"rho": 5.0}, True),
+        (EDM, {"_class_name": "EDMDPMSolverMultistepScheduler"}, True),
         (EDM, EDM | {"sigma_data": 1.0}, False),
     ],
 )
