@@ -15,6 +15,7 @@ from engine.weights import lora
 from engine.weights.folder import load_folder
 from tests.compiled import COMPILED
 from tests.launch.test_lora import write
+from tests.long import LONG
 from tests.tiny import REFINER, SCHEDULER, SHALLOW, TINY_VAE, XL, shallow, tiny_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -45,7 +46,7 @@ def pipe(folder):
     return engine.load(folder)
 
 
-@pytest.mark.parametrize("parallel", ["shard_map", "jit", "pmap"])
+@pytest.mark.parametrize("parallel", ["shard_map", pytest.param("jit", marks=LONG), "pmap"])
 def test_it_draws_what_the_other_model_draws_and_compiles_nothing(folder, other, parallel):
     pipe = engine.load(folder, parallel=parallel)
     ours, before = draw(pipe), COMPILED.copy()

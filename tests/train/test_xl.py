@@ -76,7 +76,10 @@ def drawn(model, **options):
 TRAINED = {"unet": {"unet"}, "unet+text_encoder": {"unet", "text_encoder", "text_encoder_2"}}
 
 
-@pytest.mark.parametrize("what", TRAINED)
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param("unet", marks=LONG), "unet+text_encoder"],  # the U-Net alone: test_finetune.py
+)
 def test_what_is_trained_alone_changes(config, model, tmp_path, what):
     samples = SamplesConfig(prompts=tuple(PROMPTS), every=3, steps=2)
     exported = finetune.train(config(what, samples=samples), tmp_path)
